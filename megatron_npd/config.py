@@ -1,0 +1,348 @@
+"""Every setting of every stage, as frozen dataclasses, and the command line made from them.
+
+Names are Megatron's where Megatron has the thing. A recipe is a YAML file of the same fields; any field can be
+overridden on the command line, with dashes or underscores (``--tensor-model-parallel-size 2``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from megatron_npd.log import UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+PlatformName = Literal["auto", "cpu", "cuda", "npu"]
+KDMode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]
+
+
+def _require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:
+    if not holds:
+        raise UserError(f"{name} must be {rule}, got {got}; {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the student's answers are generated."""
+
+    urls: tuple[str, ...] = ()
+    """Base URLs of running vLLM servers; empty: servers are launched on this machine."""
+    num_servers: int = 1
+    """Number of servers to launch where no URLs are given."""
+    greedy_paths: int = 1
+    """Greedy answers a prompt (0 or 1)."""
+    sampled_paths: int = 1
+    """Sampled answers a prompt; the policy-lag meter needs at least one, at temperature 1 and top_p 1."""
+    temperature: float = 1.0
+    """Sampling temperature of the sampled paths."""
+    top_p: float = 1.0
+    """Nucleus probability of the sampled paths."""
+    max_tokens: int = 256
+    """Longest answer, in tokens."""
+    max_model_len: int = 1024
+    """Context of the server, prompt + answer, in tokens."""
+    concurrency: int = 128
+    """Requests in flight a server."""
+    shard_size: int = 4096
+    """Samples a sealed shard."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Computing type of the servers; auto: the checkpoint's."""
+    request_timeout: float = 600.0
+    """Time after which an unanswered request counts as failed, in seconds."""
+    start_timeout: float = 600.0
+    """Time a launched server may take to answer, in seconds."""
+    server_args: tuple[str, ...] = ()
+    """Further arguments of the launched vLLM servers, as vLLM spells them."""
+    seed: int = 1234
+    """Seed of the run, from which each answer's seed is derived."""
+
+    def __post_init__(self) -> None:
+        _require(self.greedy_paths in (0, 1), "greedy_paths", "0 or 1", self.greedy_paths, "greedy answers are equal")
+        _require(
+            self.greedy_paths + self.sampled_paths > 0,
+            "greedy_paths + sampled_paths",
+            "at least 1",
+            0,
+            "ask for a path",
+        )
+        _require(self.temperature > 0, "temperature", "> 0", self.temperature, "use greedy_paths for greedy answers")
+        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
+        for name in ("num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size"):
+            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateConfig:
+    """How the teacher scores answers: one packed prefill on megatron-core."""
+
+    top_k: int = 10
+    """Teacher logits kept a response token."""
+    seq_length: int = 2048
+    """Tokens of a packed prefill row."""
+    micro_batch_size: int = 1
+    """Rows of one forward."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share a layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the depth."""
+    bf16: bool = False
+    """Compute in bfloat16 rather than float32."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "top_k",
+            "seq_length",
+            "micro_batch_size",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+        ):
+            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which answers train (METHOD section 3)."""
+
+    filter: Literal["delta_ifd", "none"] = "delta_ifd"
+    """delta_ifd: keep lower <= Delta-IFD <= tau; none: keep every sample with a defined IFD."""
+    lower: float = 0.0
+    """Lower bound of the proximal zone."""
+    tau: float | None = None
+    """Upper bound of the proximal zone; null: the tau_quantile of the first round's Delta-IFD, frozen from then on."""
+    tau_quantile: float = 0.988
+    """Quantile of the first round's Delta-IFD that becomes tau."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.tau_quantile <= 1, "tau_quantile", "in (0, 1]", self.tau_quantile, "0.988 is the default")
+        if self.tau is not None:
+            _require(self.tau >= self.lower, "tau", f">= lower ({self.lower})", self.tau, "swap the bounds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """How kept answers become training rows."""
+
+    seq_length: int = 2048
+    """Tokens of a training row."""
+    segment_align: int = 16
+    """Segments start at multiples of this many tokens; 2 x context-parallel size must divide it."""
+
+    def __post_init__(self) -> None:
+        _require(self.segment_align > 0, "segment_align", "at least 1", self.segment_align, "16 is the default")
+        _require(
+            self.seq_length > 0 and self.seq_length % self.segment_align == 0,
+            "seq_length",
+            f"a positive multiple of segment_align ({self.segment_align})",
+            self.seq_length,
+            "round it up",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run of ``pretrain_npd.py``: SFT (kd_alpha 0) or distillation."""
+
+    hf_model: str = ""
+    """Hugging Face directory of the starting weights, configuration and tokenizer."""
+    data_path: str = ""
+    """A packs directory, or a schedule.jsonl that says which packs train from which row on."""
+    save: str = ""
+    """Directory under which checkpoints iter_0000100/ are written; empty: none."""
+    load: str = ""
+    """Directory to resume from (its newest whole checkpoint); empty: the same as save."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    log_interval: int = 10
+    """Steps between log lines."""
+    train_iters: int = 100
+    """Optimizer steps of the whole run; the learning-rate schedule spans them."""
+    exit_at_iteration: int = 0
+    """Stop, with a checkpoint, after this step, and leave the rest to a later call; 0: go on to train_iters."""
+
+    micro_batch_size: int = 1
+    """Rows of one forward-backward pass a data-parallel rank."""
+    global_batch_size: int = 8
+    """Rows of one optimizer step."""
+    global_batch_tokens: int = 0
+    """Tokens of one optimizer step; where given, it sets global_batch_size = global_batch_tokens / row length."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share a layer."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks along the sequence."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the depth, under the 1F1B schedule."""
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+
+    kd_alpha: float = 0.9
+    """Weight of KD in (1 - kd_alpha) * CE + kd_alpha * KD; 0 is SFT."""
+    kd_mode: KDMode = "tail"
+    """What becomes of the probability outside the teacher's top-k (METHOD section 2)."""
+
+    lr: float = 1e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """AdamW weight decay; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """AdamW first-moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW second-moment decay."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    bf16: bool = False
+    """Train in bfloat16 with float32 main weights rather than in float32."""
+    seed: int = 1234
+    """Seed of the row order (and of dropout, where a model has it)."""
+
+    metrics_path: str = ""
+    """JSONL file of the metrics of each step; empty: metrics.jsonl under save."""
+    tensorboard_dir: str = ""
+    """Directory of TensorBoard event files; empty: none."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty: none. WANDB_MODE=offline works."""
+    wandb_exp_name: str = ""
+    """Weights & Biases run name."""
+    platform: PlatformName = "auto"
+    """Device platform; auto: cuda, npu or cpu, the first that is there."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "train_iters",
+            "micro_batch_size",
+            "global_batch_size",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "log_interval",
+        ):
+            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+        for name in ("save_interval", "exit_at_iteration", "global_batch_tokens", "lr_warmup_iters", "clip_grad"):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name), "0 switches it off")
+        _require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "0 is SFT, 1 is KD alone")
+        _require(self.lr > 0, "lr", "> 0", self.lr, "give a positive learning rate")
+        _require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr, "lower it")
+        _require(
+            self.lr_warmup_iters < self.train_iters,
+            "lr_warmup_iters",
+            f"< train_iters ({self.train_iters})",
+            self.lr_warmup_iters,
+            "shorten the warm-up",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Exact-match accuracy on held-out problems, before the run and after each round."""
+
+    prompts: str = ""
+    """JSONL or Parquet of problems with reference responses; empty: no evaluation."""
+    answer_regex: str = r"####\s*(-?[0-9.,]+)"
+    """Its first group, at its last match, is the answer, in reference and response alike (GSM8K's form by default)."""
+    max_tokens: int = 256
+    """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPDConfig:
+    """A whole near-policy distillation run (METHOD section 1)."""
+
+    run_dir: str = "runs/npd"
+    """Directory of the run; running again there goes on where it stopped."""
+    teacher: str = ""
+    """Hugging Face directory of the teacher."""
+    student: str = ""
+    """Hugging Face directory of the student to start from."""
+    prompts: str = ""
+    """JSONL or Parquet of prompts (messages or prompt, optional response)."""
+    updates: int = 1
+    """Refreshes of the rollout servers, spread evenly over the run; there are updates + 1 rounds."""
+    nproc_per_node: int = 1
+    """Processes of the teacher's and trainer's stages on this machine; 1 runs them inside this process."""
+    platform: PlatformName = "auto"
+    """Device platform; auto: cuda, npu or cpu, the first that is there."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Rollout stage."""
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    """Annotation stage."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Selection stage."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    """Packing stage."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training stage; hf_model, data_path, save and load are set by the run."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.updates >= 0, "updates", "at least 0", self.updates, "1 or 2 are the paper's best")
+        _require(
+            self.updates < self.train.train_iters,
+            "updates",
+            f"< train.train_iters ({self.train.train_iters})",
+            self.updates,
+            "a round needs a training step",
+        )
+        _require(self.nproc_per_node > 0, "nproc_per_node", "at least 1", self.nproc_per_node, "1 is a laptop")
+
+
+Config = TypeVar("Config")
+
+
+def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, description: str = "") -> Config:
+    """Build a frozen configuration from ``--config recipe.yaml`` and overriding flags.
+
+    Args:
+        cls: One of the dataclasses above, or a tool's own; its fields become flags, nested ones ``--train.lr``.
+        argv: Arguments without the program name; default: the process's.
+        description: First lines of ``--help``.
+
+    Raises:
+        UserError: A field breaks its rule.
+    """
+    parser = ArgumentParser(description=description or cls.__doc__, exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML recipe of the fields below; flags override it")
+    parser.add_class_arguments(cls)
+    arguments = _normalise(cls, list(sys.argv[1:] if argv is None else argv))
+    namespace = parser.instantiate_classes(parser.parse_args(arguments))
+    fields = {name: value for name, value in vars(namespace).items() if name != "config"}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def _normalise(cls: type, argv: list[str]) -> list[str]:
+    """Turn dashes in flag names into underscores and give bare boolean flags (``--bf16``) their value."""
+    flags = set(_boolean_flags(cls, ""))
+    result: list[str] = []
+    for position, argument in enumerate(argv):
+        if not argument.startswith("--"):
+            result.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        result.append(f"--{name}{equals}{value}")
+        following = argv[position + 1].lower() if position + 1 < len(argv) else ""
+        if name in flags and not equals and following not in ("true", "false"):
+            result.append("true")
+    return result
+
+
+def _boolean_flags(cls: type, prefix: str) -> typing.Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if hints[item.name] is bool:
+            yield prefix + item.name
+        elif dataclasses.is_dataclass(hints[item.name]):
+            yield from _boolean_flags(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")

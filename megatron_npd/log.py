@@ -1,0 +1,79 @@
+"""Logging, progress bars and the error class that users see without a traceback."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: bad input, configuration or environment.
+
+    The message says ``what must be rule, got value; remedy`` and names file and record. ``run_main`` prints it
+    without a traceback. Our own bugs are ``assert``s and other exceptions, and keep their traceback.
+    """
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        rank = os.environ.get("RANK", "0")
+        where = f" rank {rank}" if rank != "0" else ""
+        level = "" if record.levelno == logging.INFO else f" {record.levelname}"
+        return f"[{time.strftime('%H:%M:%S')}{where}{level}] {record.getMessage()}"
+
+
+def get_logger() -> logging.Logger:
+    """The package's logger: INFO on rank 0, warnings on the others, to stderr."""
+    logger = logging.getLogger("megatron_npd")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Formatter())
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    return logger
+
+
+def progress(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:
+    """A progress bar with rate and time left; silent where stderr is not a terminal or the rank is not 0.
+
+    Args:
+        total: Number of units the work has, or None where it is not known.
+        desc: What is being done.
+        unit: Name of one unit (``"tok"``, ``"sample"``, ``"step"``).
+        initial: Units finished before, by an interrupted attempt.
+    """
+    hidden = not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0"
+    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=hidden, dynamic_ncols=True, leave=False)
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and exit: 0 when it finished, 2 after a user error, 130 after Ctrl-C.
+
+    A full disk is a user error too; other exceptions keep their traceback (exit code 1).
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: the disk must have room, got '{error.strerror}' for {error.filename}; free some space and run "
+            "the same command again, finished work is kept",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code)

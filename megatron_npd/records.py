@@ -1,0 +1,127 @@
+"""What the files between stages hold: Parquet schemas, the teacher's binary record, ids and seeds.
+
+Legend: P prompt tokens, n response tokens, k top-k width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+
+PROMPTS_FILE = "prompts.parquet"
+ROLLOUTS_FILE = "rollouts.parquet"
+SAMPLES_FILE = "samples.parquet"
+SELECTION_FILE = "selection.parquet"
+PACKS_FILE = "packs.parquet"
+QUARANTINE_FILE = "quarantine.jsonl"
+
+_IDS = pa.list_(pa.int32())
+_FLOATS = pa.list_(pa.float32())
+
+# One row a prompt. teacher_prompt_ids is null where the teacher's chat template gives the same ids as the student's;
+# header_len counts the last prompt tokens that open the assistant's turn. extras is the JSON of all other columns.
+PROMPT_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt_ids", _IDS, nullable=False),
+        pa.field("header_len", pa.int32(), nullable=False),
+        pa.field("teacher_prompt_ids", _IDS),
+        pa.field("response", pa.string()),
+        pa.field("response_ids", _IDS),
+        pa.field("extras", pa.string(), nullable=False),
+    ]
+)
+
+# One row a generated answer. logprobs: of the raw, full-vocabulary distribution of the generator at temperature 1.
+ROLLOUT_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("path", pa.int32(), nullable=False),  # 0 is the greedy path where there is one
+        pa.field("prompt_ids", _IDS, nullable=False),
+        pa.field("header_len", pa.int32(), nullable=False),
+        pa.field("teacher_prompt_ids", _IDS),
+        pa.field("response_ids", _IDS, nullable=False),
+        pa.field("logprobs", _FLOATS, nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),  # stop | length
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("temperature", pa.float32(), nullable=False),  # 0 is greedy
+        pa.field("top_p", pa.float32(), nullable=False),
+        pa.field("policy_version", pa.string(), nullable=False),
+    ]
+)
+
+# One row an annotated sample, in the order of the shard's IndexedDataset pair.
+SAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("path", pa.int32(), nullable=False),
+        pa.field("prompt_len", pa.int32(), nullable=False),
+        pa.field("response_len", pa.int32(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("policy_version", pa.string(), nullable=False),
+        pa.field("on_distribution", pa.bool_(), nullable=False),  # sampled at temperature 1, top_p 1: lag is defined
+        pa.field("teacher_loss", pa.float32(), nullable=False),  # L(y|x), mean nats a token
+        pa.field("teacher_loss_alone", pa.float32(), nullable=False),  # L(y)
+        pa.field("student_loss", pa.float32(), nullable=False),
+        pa.field("student_loss_alone", pa.float32(), nullable=False),
+        pa.field("teacher_logprobs", _FLOATS, nullable=False),  # of the response's own tokens, fp32
+    ]
+)
+
+# One row a sample of the store, kept or not.
+SELECTION_SCHEMA = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("ifd_teacher", pa.float32()),
+        pa.field("ifd_student", pa.float32()),
+        pa.field("delta", pa.float32()),
+        pa.field("zone", pa.string(), nullable=False),  # degenerate | proximal | disconnect | undefined
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),  # "" where kept
+    ]
+)
+
+# One row a segment of a training row, sorted by (row, offset). sample_index counts over the store's shards in order.
+PACK_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int32(), nullable=False),
+        pa.field("offset", pa.int32(), nullable=False),
+        pa.field("length", pa.int32(), nullable=False),
+        pa.field("sample_index", pa.int64(), nullable=False),
+        pa.field("sample_id", pa.string(), nullable=False),
+    ]
+)
+
+LOG_TAIL_FLOOR = -30.0  # of log t_p, METHOD section 2
+
+
+def teacher_record_dtype(top_k: int) -> np.dtype:
+    """The fixed record of one response token: ``6 k + 4`` bytes (64 at k = 10), little-endian.
+
+    Fields: ``ids`` int32 [k]; ``logprobs`` fp16 [k], descending, full vocabulary; ``log_tail`` fp16, log of the mass
+    outside the k, floored at -30; ``generator_logprob`` fp16 of the response's own token, NaN where the policy lag
+    is not defined for it.
+    """
+    return np.dtype(
+        [
+            ("ids", "<i4", (top_k,)),
+            ("logprobs", "<f2", (top_k,)),
+            ("log_tail", "<f2"),
+            ("generator_logprob", "<f2"),
+        ]
+    )
+
+
+def sample_id(prompt_id: str, round_index: int, path: int) -> str:
+    """The id of an answer: 16 hex digits of a hash of its prompt, round and path."""
+    return hashlib.sha256(f"{prompt_id}\0{round_index}\0{path}".encode()).hexdigest()[:16]
+
+
+def sample_seed(run_seed: int, round_index: int, prompt_id: str, path: int) -> int:
+    """The sampling seed of an answer, below 2**31, from (run, round, prompt, path)."""
+    digest = hashlib.sha256(f"{run_seed}\0{round_index}\0{prompt_id}\0{path}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
