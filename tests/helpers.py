@@ -1,0 +1,93 @@
+"""Builders of small models and tokenizers for the tests: offline, deterministic, and a second or less each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+VOCAB_SIZE = 304  # of the tiny model; its tokenizer has 300 entries, so a few embedding rows are padding
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CORPUS = (
+    "Tom has 12 apples and buys 7 more. How many apples does he have? He has 12 + 7 = 19 apples. #### 19",
+    "A box holds 6 pens. How many pens are in 4 boxes? There are 6 * 4 = 24 pens. #### 24",
+)
+
+
+def make_tiny_tokenizer(path: str | Path, *, vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    """Write a byte-level BPE tokenizer with a Qwen-like chat template into ``path`` and return it.
+
+    Ids 0, 1, 2 are ``<|endoftext|>`` (padding), ``<|im_start|>`` and ``<|im_end|>`` (end of sequence); any text
+    round-trips.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    assert tokenizer.get_vocab_size() == vocab_size
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+    fast.save_pretrained(str(path))
+    return fast
+
+
+def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, **overrides: Any) -> Path:
+    """Write a small random Hugging Face model with its tokenizer into ``path`` and return the path.
+
+    Two layers, hidden 64, two heads of size 32, one kv head, fp32, tied embeddings. Biases and norm weights are
+    random too, so that a forgotten one shows; weights are large enough for distributions that differ visibly.
+
+    Args:
+        path: Directory to create.
+        family: ``qwen2`` or ``llama``.
+        seed: Seed of the weights.
+        overrides: Fields of the configuration: ``vocab_size=310``, ``tie_word_embeddings=False``, ...
+    """
+    from transformers import AutoModelForCausalLM
+
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.1,
+        "dtype": "float32",
+    }
+    config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[family](**(fields | overrides))
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(0.0, 0.1)
+                elif "norm" in name:
+                    parameter.normal_(1.0, 0.1)
+    finally:
+        torch.random.set_rng_state(state)
+    model.save_pretrained(str(path))
+    make_tiny_tokenizer(path)
+    return Path(path)
