@@ -1,0 +1,45 @@
+"""``schedule.jsonl``: which round's packs and which policy train from which row on.
+
+A line is appended and synced before the first step that uses it, and never changed; a resumed run replays the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from megatron_npd.data.packed_dataset import ScheduleEntry, load_schedule
+from megatron_npd.log import UserError
+from megatron_npd.manifest import fsync_path
+
+
+def round_boundaries(train_iters: int, updates: int) -> list[int]:
+    """The training step after which each round ends: updates are spread evenly over the run (METHOD section 4)."""
+    return [train_iters * (index + 1) // (updates + 1) for index in range(updates + 1)]
+
+
+def append_entry(path: str | Path, entry: ScheduleEntry) -> None:
+    """Append one round to the schedule, durably; a round that stands there already must be the same.
+
+    Raises:
+        UserError: The schedule holds the round with other values, or ends before the round that precedes it.
+    """
+    path = Path(path)
+    entries = load_schedule(path) if path.exists() else []
+    if entry.round < len(entries):
+        if entries[entry.round] != entry:
+            raise UserError(
+                f"{path} must keep what was scheduled for round {entry.round} ({entries[entry.round]}), got {entry}; "
+                "use a new run directory for another configuration"
+            )
+        return
+    if entry.round != len(entries):
+        raise UserError(f"{path} must hold round {len(entries)} next, got round {entry.round}; rerun the earlier round")
+    line = json.dumps(dataclasses.asdict(entry), sort_keys=True) + "\n"
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(line)
+        stream.flush()
+        os.fsync(stream.fileno())
+    fsync_path(path.parent)
