@@ -1,0 +1,315 @@
+"""The loop of METHOD section 1, stage after stage: each stage writes one sealed directory, and resuming is rerunning.
+
+A stage is skipped when its directory is sealed, so the controller may be stopped anywhere and started again. The
+stages run inside this process, or under torchrun where ``nproc_per_node`` asks for several; on a cluster the same
+stages are the commands under ``tools/`` and ``pretrain_npd.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.config import NPDConfig
+from megatron_npd.data.packed_dataset import ScheduleEntry
+from megatron_npd.data.packing import pack_selection
+from megatron_npd.data.prompts import check_vocabularies, load_tokenizer, prepare_prompts
+from megatron_npd.log import UserError, get_logger
+from megatron_npd.loop.report import write_report
+from megatron_npd.loop.schedule import append_entry, round_boundaries
+from megatron_npd.manifest import is_sealed, read_manifest, write_atomic
+from megatron_npd.rollout.evaluate import exact_match
+from megatron_npd.rollout.generate import generate_round
+from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.rollout.refresh import refresh
+from megatron_npd.rollout.server import VLLMServer
+from megatron_npd.selection.select import select_round
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run_npd(cfg: NPDConfig) -> str:
+    """Run near-policy distillation to its end, or go on where an earlier call stopped.
+
+    Args:
+        cfg: Configuration of the whole run.
+
+    Returns:
+        The text table of the report.
+
+    Raises:
+        UserError: The configuration, the models or the prompts cannot be used, or differ from what began the run.
+    """
+    for name in ("teacher", "student"):
+        if not (Path(getattr(cfg, name)) / "config.json").is_file():
+            raise UserError(
+                f"--{name} must be a Hugging Face model directory, got {getattr(cfg, name)!r} without config.json; "
+                "give a directory with config.json, weights and tokenizer"
+            )
+    if not Path(cfg.prompts).exists() or not cfg.prompts:
+        raise UserError(f"--prompts must be a JSONL or Parquet file, got {cfg.prompts!r}; check the path")
+    run = Path(cfg.run_dir)
+    run.mkdir(parents=True, exist_ok=True)
+    with _run_lock(run):
+        _keep_config(run, cfg)
+        return _Loop(run, cfg).run()
+
+
+class _Loop:
+    """One run: the paths of its stages and the servers that it started."""
+
+    def __init__(self, run: Path, cfg: NPDConfig) -> None:
+        self.run_dir = run
+        self.cfg = cfg
+        self.boundaries = round_boundaries(cfg.train.train_iters, cfg.updates)
+        self.server: VLLMServer | None = None
+        self.pool: ServerPool | None = None
+        self.served = -1  # index of the policy on the servers
+
+    def run(self) -> str:
+        try:
+            self._prepare()
+            self._evaluate(0)
+            for index in range(self.cfg.updates + 1):
+                self._round(index)
+                self._evaluate(index + 1)
+        finally:
+            if self.server is not None:
+                self.server.stop()
+        return write_report(self.run_dir)
+
+    def _round(self, index: int) -> None:
+        directory = self.run_dir / "rounds" / f"{index:04d}"
+        rollouts, annotations = directory / "rollouts", directory / "annotations"
+        selection, packs = directory / "selection", directory / "packs"
+        self._stage("rollout", index, rollouts, lambda: self._rollout(index, rollouts))
+        self._stage("annotate", index, annotations, lambda: self._annotate(index, rollouts, annotations))
+        self._stage(
+            "select",
+            index,
+            selection,
+            lambda: select_round(annotations, selection, self.cfg.select, tau=self._frozen_tau(index)),
+        )
+        self._stage("pack", index, packs, lambda: pack_selection(annotations, selection, packs, self.cfg.pack))
+        first_step = self.boundaries[index - 1] if index else 0
+        rows_per_step = (
+            self.cfg.train.global_batch_tokens // self.cfg.pack.seq_length or self.cfg.train.global_batch_size
+        )
+        append_entry(
+            self.run_dir / "schedule.jsonl",
+            ScheduleEntry(
+                from_row=first_step * rows_per_step,
+                packs=str(packs.relative_to(self.run_dir)),
+                round=index,
+                policy_version=_version(index),
+            ),
+        )
+        checkpoint = self.run_dir / "checkpoints" / f"iter_{self.boundaries[index]:07d}"
+        self._stage("train", index, checkpoint, lambda: self._train(index))
+        policy = self._policy(index + 1)
+        self._stage("export", index, policy, lambda: self._export(checkpoint, policy))
+
+    # -- stages ------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        student, teacher = load_tokenizer(self.cfg.student), load_tokenizer(self.cfg.teacher)
+        check_vocabularies(student, teacher)
+        for source, name in ((self.cfg.prompts, "prompts"), (self.cfg.eval.prompts, "eval_prompts")):
+            out = self.run_dir / name
+            if source and not is_sealed(out):
+                prepare_prompts(
+                    source,
+                    out,
+                    tokenizer=student,
+                    teacher_tokenizer=teacher,
+                    max_prompt_len=self.cfg.rollout.max_model_len - 1,
+                )
+
+    def _rollout(self, index: int, out: Path) -> None:
+        generate_round(
+            self.run_dir / "prompts",
+            out,
+            pool=self._serve(index),
+            cfg=self.cfg.rollout,
+            round_index=index,
+            policy_version=_version(index),
+        )
+
+    def _annotate(self, index: int, rollouts: Path, out: Path) -> None:
+        teacher, student = self.cfg.teacher, str(self._policy(index))
+        if self.cfg.nproc_per_node > 1:
+            paths = {"rollouts": rollouts, "out": out, "teacher": teacher, "student": student}
+            self._torchrun("tools/annotate.py", {**paths, **dataclasses.asdict(self.cfg.annotate)})
+            return
+        from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
+
+        annotate_round(rollouts, out, teacher_dir=teacher, student_dir=student, cfg=self.cfg.annotate)
+
+    def _train(self, index: int) -> None:
+        cfg = dataclasses.replace(
+            self.cfg.train,
+            hf_model=self.cfg.student,
+            data_path=str(self.run_dir / "schedule.jsonl"),
+            save=str(self.run_dir / "checkpoints"),
+            load=str(self.run_dir / "checkpoints"),
+            exit_at_iteration=self.boundaries[index],
+            metrics_path=str(self.run_dir / "report" / "metrics.jsonl"),
+            platform=self.cfg.platform,
+        )
+        if self.cfg.nproc_per_node > 1:
+            self._torchrun("pretrain_npd.py", dataclasses.asdict(cfg))
+            return
+        from megatron_npd.training.trainer import train  # after the platform is chosen
+
+        train(cfg)
+
+    def _export(self, checkpoint: Path, policy: Path) -> None:
+        from megatron_npd.models.convert import megatron_to_hf  # after the platform is chosen
+
+        megatron_to_hf(checkpoint, self.cfg.student, policy)
+
+    def _evaluate(self, index: int) -> None:
+        """Accuracy of policy ``index`` (0: before the run), kept in report/accuracy.json."""
+        if not self.cfg.eval.prompts:
+            return
+        path = self.run_dir / "report" / "accuracy.json"
+        known = json.loads(path.read_text()) if path.exists() else {"start": None, "rounds": []}
+        done = known["start"] is not None if index == 0 else len(known["rounds"]) >= index
+        if done:
+            return
+        with self._timed("evaluate", index):
+            result = exact_match(
+                self._serve(index),
+                self.run_dir / "eval_prompts",
+                answer_regex=self.cfg.eval.answer_regex,
+                tokenizer=load_tokenizer(self.cfg.student),
+                max_tokens=self.cfg.eval.max_tokens,
+            )
+        if index == 0:
+            known["start"] = result.accuracy
+        else:
+            known["rounds"].append(result.accuracy)
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps(known, indent=1) + "\n")
+        get_logger().info(f"accuracy of {_version(index)}: {result.accuracy:.1f} % ({result.correct}/{result.total})")
+
+    # -- helpers -----------------------------------------------------------------------------------------------
+
+    def _policy(self, index: int) -> Path:
+        """HF directory of a policy; v0000 is the student as given."""
+        return Path(self.cfg.student) if index == 0 else self.run_dir / "policies" / _version(index)
+
+    def _serve(self, index: int) -> ServerPool:
+        """The servers, launched or found on the first call, with policy ``index`` on them."""
+        version = _version(index)
+        if self.pool is None:
+            urls = list(self.cfg.rollout.urls)
+            if not urls:
+                with self._timed("server start", index):
+                    self.server = VLLMServer.launch(self._policy(index), self.cfg.rollout, version=version)
+                urls = [self.server.url]
+            self.pool = ServerPool(urls, self.cfg.rollout)
+            if not self.cfg.rollout.urls:
+                self.served = index
+        if self.served != index:
+            with self._timed("refresh", index):
+                refresh(self.pool, self._policy(index), version)
+            self.served = index
+        return self.pool
+
+    def _frozen_tau(self, index: int) -> float | None:
+        """tau of the first round, which stays frozen (METHOD section 3)."""
+        if index == 0 or self.cfg.select.tau is not None:
+            return self.cfg.select.tau
+        return read_manifest(self.run_dir / "rounds" / "0000" / "selection", kind="selection").counts["tau"]
+
+    def _stage(self, name: str, index: int, out: Path, work: Callable[[], object]) -> None:
+        """Do a stage unless its directory is sealed already."""
+        if is_sealed(out):
+            return
+        get_logger().info(f"round {index}: {name}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with self._timed(name, index):
+            work()
+        if not is_sealed(out):
+            raise UserError(f"round {index}: {name} must leave a sealed {out}, got none; see the messages above")
+
+    @contextmanager
+    def _timed(self, name: str, index: int) -> Iterator[None]:
+        """Add the seconds of a stage to report/seconds.jsonl, an interrupted attempt's too."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            path = self.run_dir / "report" / "seconds.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "a", encoding="utf-8") as stream:
+                record = {"stage": name, "round": index, "seconds": round(time.monotonic() - start, 3)}
+                stream.write(json.dumps(record) + "\n")
+
+    def _torchrun(self, script: str, fields: dict[str, Any]) -> None:
+        """Run a stage as several processes on this machine; its output goes to ours."""
+        flags = [f"--{name}={_flag_value(value)}" for name, value in fields.items()]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command += [str(self.cfg.nproc_per_node), str(REPOSITORY / script), *flags]
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            raise UserError(f"{script} must exit with 0, got {code}; see its messages above, then run again")
+
+
+def _version(index: int) -> str:
+    return f"v{index:04d}"
+
+
+def _flag_value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def _run_lock(run: Path) -> Iterator[None]:
+    with open(run / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run} must have one controller, got a second; wait for the first or stop it") from None
+        yield
+
+
+def _keep_config(run: Path, cfg: NPDConfig) -> None:
+    """Write the run's configuration, or insist that a resumed run has the same (servers and processes may differ)."""
+    path = run / "config.json"
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    if not path.exists():
+        write_atomic(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
+        return
+    free = {"run_dir", "nproc_per_node", "platform", "rollout.urls", "rollout.num_servers", "rollout.server_args"}
+    free |= {"rollout.concurrency", "rollout.request_timeout", "rollout.start_timeout", "train.log_interval"}
+    then = _flat(json.loads(path.read_text()))
+    changed = [
+        f"{name}: {then.get(name)!r} -> {value!r}"
+        for name, value in _flat(now).items()
+        if name not in free and then.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{run} must go on with the configuration that began it, got {'; '.join(changed)}; "
+            "take the change back or give another --run-dir"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

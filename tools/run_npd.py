@@ -1,0 +1,26 @@
+"""The whole loop in one command: rollouts, annotation, selection, packing, training, sparse update, report.
+
+``python tools/run_npd.py --config examples/quickstart/npd.yaml --teacher DIR --student DIR --prompts FILE``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_npd.platform import get_platform
+
+from megatron_npd.config import NPDConfig, parse_config
+from megatron_npd.log import run_main
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the configuration, run the loop and print the report's table."""
+    cfg = parse_config(NPDConfig, argv)
+    get_platform(cfg.platform)
+    from megatron_npd.loop.controller import run_npd  # after the platform is chosen
+
+    print(run_npd(cfg))
+
+
+if __name__ == "__main__":
+    run_main(main)
