@@ -1,0 +1,11 @@
+"""The model families that are supported, by the architecture that ``config.json`` names."""
+
+from __future__ import annotations
+
+from megatron_npd.models.families.base import Family, ModelSpec, Rule, load_spec
+from megatron_npd.models.families.llama import LLAMA
+from megatron_npd.models.families.qwen2 import QWEN2
+
+FAMILIES = {family.architecture: family for family in (LLAMA, QWEN2)}
+
+__all__ = ["FAMILIES", "Family", "ModelSpec", "Rule", "load_spec"]

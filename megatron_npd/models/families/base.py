@@ -1,0 +1,339 @@
+"""What a model family is, and how a Hugging Face directory's ``config.json`` becomes a checked ``ModelSpec``.
+
+A family is a table: which names its tensors have on either side and by which rule they correspond
+(``models/mapping.py`` interprets the rules), and which configuration values the megatron-core model reproduces. A key
+that may change the maths and is not in the tables is refused by name: no model is ever silently a different one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_npd.log import UserError
+
+RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one megatron-core parameter is made of Hugging Face tensors.
+
+    Attributes:
+        mcore: Name of the megatron-core parameter; ``{i}`` stands for the layer's global index.
+        hf: Names of the Hugging Face tensors, in the order that the kind expects.
+        kind: ``vocab`` (rows split over TP, padded), ``qkv`` (q, k, v interleaved by query group, rows split),
+            ``gate_up`` (each rank holds its rows of gate, then its rows of up), ``row`` (columns split),
+            ``replicated``.
+    """
+
+    mcore: str
+    hf: tuple[str, ...]
+    kind: RuleKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture as tables.
+
+    Attributes:
+        name: Short name, for messages.
+        architecture: The entry in ``architectures`` of ``config.json``.
+        model_type: Its ``model_type``.
+        qkv_bias: Whether the q, k and v projections have a bias.
+        rope_types: Kinds of rotary embedding that are reproduced.
+        neutral: Keys that change the maths unless they have one of these values.
+        harmless: Further keys that do not change the maths.
+        outer_rules: Rules of the parameters outside the layers.
+        layer_rules: Rules of one layer.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    qkv_bias: bool
+    rope_types: tuple[str, ...]
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: tuple[str, ...] = ()
+    outer_rules: tuple[Rule, ...]
+    layer_rules: tuple[Rule, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The shape of one model, read from its ``config.json`` and checked.
+
+    Attributes:
+        path: The Hugging Face directory.
+        family: Its family's tables.
+        architecture: ``family.architecture``.
+        hf_config: ``config.json`` as it stands.
+        num_layers: Transformer layers.
+        hidden_size: Width of the residual stream.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        head_dim: Size of a head.
+        ffn_hidden_size: Width of the gated MLP.
+        vocab_size: Rows of the embedding, without padding.
+        tied: Whether the output layer is the embedding.
+        qkv_bias: Whether the q, k and v projections have a bias.
+        rms_norm_eps: Epsilon of the norms.
+        rope_theta: Base of the rotary embedding.
+        rope_scaling: None for the plain rotary embedding, else its parameters with ``rope_type`` (``llama3``).
+        max_position_embeddings: Context, in tokens.
+        dtype: Type that the configuration gives the weights (float32 where it says nothing, as transformers has it).
+    """
+
+    path: str
+    family: Family
+    architecture: str
+    hf_config: dict[str, Any]
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    tied: bool
+    qkv_bias: bool
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    max_position_embeddings: int
+    dtype: torch.dtype
+
+    def padded_vocab_size(self, tensor_parallel_size: int) -> int:
+        """Rows of the embedding with the padding that ``tensor_parallel_size`` ranks need to own equal shares."""
+        return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_READ = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "layer_types",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "dtype",
+        "torch_dtype",
+    ]
+).union(_SIZES)
+# Values under which a key of any family leaves the maths as it is.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_dropout": (0, None),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+_HARMLESS = frozenset(
+    [
+        "transformers_version",
+        "_name_or_path",
+        "name_or_path",
+        "initializer_range",
+        "use_cache",
+        "return_dict",
+        "is_decoder",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "tokenizer_class",
+        "output_attentions",
+        "output_hidden_states",
+        "chunk_size_feed_forward",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "finetuning_task",
+        "prefix",
+        "task_specific_params",
+        "gradient_checkpointing",
+        "torchscript",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "transformers.js_config",
+        "is_llama_config",
+        "unsloth_fixed",
+        "unsloth_version",
+    ]
+)
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def load_spec(hf_dir: str | Path) -> ModelSpec:
+    """Read and check ``config.json`` of a Hugging Face directory (weights are not looked at).
+
+    Args:
+        hf_dir: Directory with ``config.json``.
+
+    Raises:
+        UserError: The directory or file is missing or malformed, the architecture is not supported, or a key changes
+            the maths (or might: an unknown one); the message names it.
+    """
+    from megatron_npd.models.families import FAMILIES  # the tables import this file
+
+    path = Path(hf_dir)
+    config_file = path / "config.json"
+    config = _read_config(path, config_file)
+    names = config.get("architectures")
+    supported = ", ".join(sorted(FAMILIES))
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+        raise UserError(
+            f"architectures in {config_file} must be one of {supported}, got {names}; this model is not supported"
+        )
+    family = FAMILIES[names[0]]
+    _expect(config.get("model_type") == family.model_type, config_file, "model_type", family.model_type, config)
+    _check_keys(config, config_file, family)
+
+    for key in _SIZES:
+        value = config.get(key)
+        _expect(type(value) is int and value > 0, config_file, key, "a positive integer", config)
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    kv_heads = config.get("num_key_value_heads", heads) or heads
+    _expect(
+        type(kv_heads) is int and kv_heads > 0 and heads % kv_heads == 0,
+        config_file,
+        "num_key_value_heads",
+        f"a divisor of num_attention_heads ({heads})",
+        config,
+    )
+    head_dim = config.get("head_dim")
+    if head_dim is None:
+        _expect(hidden % heads == 0, config_file, "hidden_size", f"a multiple of num_attention_heads ({heads})", config)
+        head_dim = hidden // heads
+    _expect(type(head_dim) is int and head_dim > 0 and head_dim % 2 == 0, config_file, "head_dim", "even", config)
+    eps = config.get("rms_norm_eps", 0.0)
+    _expect(isinstance(eps, float) and 0 < eps < 1, config_file, "rms_norm_eps", "between 0 and 1", config)
+    tied = config.get("tie_word_embeddings", False)
+    _expect(isinstance(tied, bool), config_file, "tie_word_embeddings", "true or false", config)
+    rope_theta, rope_scaling = _parse_rope(config, config_file, family)
+    return ModelSpec(
+        path=str(path),
+        family=family,
+        architecture=family.architecture,
+        hf_config=config,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_hidden_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        tied=tied,
+        qkv_bias=family.qkv_bias,
+        rms_norm_eps=eps,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        max_position_embeddings=config["max_position_embeddings"],
+        dtype=_parse_dtype(config, config_file),
+    )
+
+
+def _read_config(path: Path, config_file: Path) -> dict[str, Any]:
+    if not config_file.is_file():
+        raise UserError(f"{path} must be a Hugging Face model directory, got no config.json in it; check the path")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise UserError(f"{config_file} must be JSON, got {error}; download it again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{config_file} must be a JSON object, got {type(config).__name__}; download it again")
+    return config
+
+
+def _expect(holds: bool, file: Path, key: str, rule: object, config: Mapping[str, Any]) -> None:
+    if not holds:
+        raise UserError(
+            f"{key} in {file} must be {rule}, got {json.dumps(config.get(key))}; this model is not supported"
+        )
+
+
+def _check_keys(config: Mapping[str, Any], file: Path, family: Family) -> None:
+    """Refuse, by name, each key whose value changes the maths and each key that nobody has looked at."""
+    neutral = {**_NEUTRAL, **family.neutral}
+    for key, value in config.items():
+        if key in neutral:
+            allowed = " or ".join(json.dumps(item) for item in neutral[key])
+            # bool is compared by type: JSON's 1 is not true and 0 is not false.
+            same = any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral[key])
+            _expect(same, file, key, f"{allowed} for {family.name} models", config)
+        elif key == "layer_types":
+            full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
+            _expect(value is None or value == full, file, key, "full_attention in every layer", config)
+        elif key not in _READ and key not in _HARMLESS and key not in family.harmless:
+            raise UserError(
+                f"{file} must hold known keys only, got {key} = {json.dumps(value)}, which may change the maths of a "
+                f"{family.name} model; remove the key if it does not"
+            )
+
+
+def _parse_rope(config: Mapping[str, Any], file: Path, family: Family) -> tuple[float, dict[str, Any] | None]:
+    """``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling`` -> theta and scaling or None."""
+    found: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = config.get(key)
+        if given is None:
+            continue
+        _expect(isinstance(given, dict), file, key, "an object or null", config)
+        given = {"rope_type" if name == "type" else name: value for name, value in given.items()}
+        if any(found.get(name, value) != value for name, value in given.items()):
+            raise UserError(
+                f"rope_scaling and rope_parameters in {file} must agree, got {found} and {given}; keep one of them"
+            )
+        found.update(given)
+    theta = found.pop("rope_theta", config.get("rope_theta"))
+    if config.get("rope_theta", theta) != theta:
+        raise UserError(
+            f"rope_theta in {file} must agree with rope_parameters, got {config['rope_theta']} and {theta}; keep one"
+        )
+    theta = 10000.0 if theta is None else theta  # what transformers takes for either family
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise UserError(f"rope_theta in {file} must be a positive number, got {theta}; this model is not supported")
+    kind = found.pop("rope_type", "default")
+    if kind not in family.rope_types:
+        raise UserError(
+            f"rope_type in {file} must be {' or '.join(family.rope_types)} for {family.name} models, got {kind}; this "
+            "rotary embedding is not supported"
+        )
+    if found.get("partial_rotary_factor") in (1, None):
+        found.pop("partial_rotary_factor", None)
+    wanted = _LLAMA3_KEYS if kind == "llama3" else ()
+    if sorted(found) != sorted(wanted) or not all(isinstance(value, int | float) for value in found.values()):
+        raise UserError(
+            f"rotary parameters of type {kind} in {file} must be the numbers {sorted(wanted)}, got {found}; this "
+            "rotary embedding is not supported"
+        )
+    return float(theta), {"rope_type": kind, **found} if wanted else None
+
+
+def _parse_dtype(config: Mapping[str, Any], file: Path) -> torch.dtype:
+    given = {config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None}
+    if len(given) > 1 or not given <= set(_DTYPES):
+        raise UserError(
+            f"dtype in {file} must be one of {', '.join(_DTYPES)}, got {sorted(given)}; convert the weights"
+        )
+    return _DTYPES[given.pop()] if given else torch.float32

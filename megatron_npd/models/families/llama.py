@@ -1,0 +1,39 @@
+"""Llama 3, 3.1 and 3.2: grouped queries, no biases, plain or llama3-scaled rotary embedding, tied or untied."""
+
+from __future__ import annotations
+
+from megatron_npd.models.families.base import Family, Rule
+
+OUTER_RULES = (
+    Rule(mcore="embedding.word_embeddings.weight", hf=("model.embed_tokens.weight",), kind="vocab"),
+    Rule(mcore="decoder.final_layernorm.weight", hf=("model.norm.weight",), kind="replicated"),
+    Rule(mcore="output_layer.weight", hf=("lm_head.weight",), kind="vocab"),
+)
+_MCORE, _HF = "decoder.layers.{i}", "model.layers.{i}"
+LAYER_RULES = (
+    Rule(mcore=f"{_MCORE}.input_layernorm.weight", hf=(f"{_HF}.input_layernorm.weight",), kind="replicated"),
+    Rule(
+        mcore=f"{_MCORE}.self_attention.linear_qkv.weight",
+        hf=tuple(f"{_HF}.self_attn.{name}_proj.weight" for name in "qkv"),
+        kind="qkv",
+    ),
+    Rule(mcore=f"{_MCORE}.self_attention.linear_proj.weight", hf=(f"{_HF}.self_attn.o_proj.weight",), kind="row"),
+    Rule(mcore=f"{_MCORE}.pre_mlp_layernorm.weight", hf=(f"{_HF}.post_attention_layernorm.weight",), kind="replicated"),
+    Rule(
+        mcore=f"{_MCORE}.mlp.linear_fc1.weight",
+        hf=(f"{_HF}.mlp.gate_proj.weight", f"{_HF}.mlp.up_proj.weight"),
+        kind="gate_up",
+    ),
+    Rule(mcore=f"{_MCORE}.mlp.linear_fc2.weight", hf=(f"{_HF}.mlp.down_proj.weight",), kind="row"),
+)
+
+LLAMA = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    qkv_bias=False,
+    rope_types=("default", "llama3"),
+    neutral={"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,)},
+    outer_rules=OUTER_RULES,
+    layer_rules=LAYER_RULES,
+)

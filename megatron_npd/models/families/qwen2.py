@@ -1,0 +1,24 @@
+"""Qwen2 and Qwen2.5: Llama's names with a bias on q, k and v; small models tie the output layer to the embedding."""
+
+from __future__ import annotations
+
+from megatron_npd.models.families.base import Family, Rule
+from megatron_npd.models.families.llama import LAYER_RULES, OUTER_RULES
+
+_QKV_BIAS = Rule(
+    mcore="decoder.layers.{i}.self_attention.linear_qkv.bias",
+    hf=tuple(f"model.layers.{{i}}.self_attn.{name}_proj.bias" for name in "qkv"),
+    kind="qkv",
+)
+
+QWEN2 = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    qkv_bias=True,
+    rope_types=("default",),
+    neutral={"use_sliding_window": (False,), "use_mrope": (False,)},
+    harmless=("sliding_window", "max_window_layers"),  # without effect where use_sliding_window is false
+    outer_rules=OUTER_RULES,
+    layer_rules=(*LAYER_RULES, _QKV_BIAS),
+)
