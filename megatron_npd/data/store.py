@@ -1,0 +1,266 @@
+"""The annotation store: what the teacher left for every sample, as Megatron IndexedDataset pairs keyed by sample.
+
+A store is a sealed directory of kind ``annotations`` with sealed shards ``shard-00000/`` of kind ``annotations-shard``:
+
+- ``tokens.bin/.idx``: int32, prompt + response, one sequence a sample, in sample order;
+- ``teacher.bin/.idx``: uint16 view of ``records.teacher_record_dtype(top_k)``, one record a *response* token; absent
+  where ``top_k`` is 0 (supervised data);
+- ``samples.parquet``: ``records.SAMPLE_SCHEMA``, one row a sample in the same order.
+
+The directory's provenance names ``top_k``, ``vocab_size``, ``round`` and ``policy_version``.
+
+Legend: P prompt tokens, n response tokens, k top-k width, N samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.log import UserError
+from megatron_npd.manifest import MANIFEST, Manifest, read_manifest
+from megatron_npd.platform import get_platform
+from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLE_SCHEMA, SAMPLES_FILE, teacher_record_dtype
+
+STORE_KIND = "annotations"
+SHARD_KIND = "annotations-shard"
+MASS_TOLERANCE = 1e-3
+_FP16_RELATIVE = 2.0**-11  # half a unit in the last place
+_ROUNDING = 1e-5  # what fp32 may leave above log 1 = 0
+
+
+def _indexed_dataset():
+    get_platform()  # the CPU platform prepares the process before megatron.core is imported
+    from megatron.core.datasets import indexed_dataset
+
+    return indexed_dataset
+
+
+def check_token_ids(tokens: npt.NDArray[np.integer], vocab_size: int, where: str) -> None:
+    """Refuse token ids outside ``0 .. vocab_size - 1``.
+
+    Raises:
+        UserError: An id is out of range; ``where`` names file and record.
+    """
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+        bad = tokens[(tokens < 0) | (tokens >= vocab_size)].flat[0]
+        raise UserError(f"{where} must hold token ids in 0..{vocab_size - 1}, got {bad}; use the student's tokenizer")
+
+
+def check_teacher_records(records: np.ndarray, vocab_size: int, where: str) -> None:
+    """Refuse teacher records that no probability distribution could have left.
+
+    Ids are in range and distinct; log-probabilities finite, at most 0 and descending; ``log_tail`` in [-30, 0); the
+    mass of the k and of the tail sum to 1 within 1e-3 and the rounding of fp16.
+
+    Args:
+        records: ``teacher_record_dtype(k)`` [n].
+        vocab_size: V*.
+        where: Names file and record in the message.
+
+    Raises:
+        UserError: A rule is broken.
+    """
+    remedy = "annotate again"
+    ids_nK, logprobs_nK = records["ids"], records["logprobs"].astype(np.float64)
+    log_tail_n = records["log_tail"].astype(np.float64)
+    generator_n = records["generator_logprob"].astype(np.float32)
+    check_token_ids(ids_nK, vocab_size, f"{where}: teacher ids")
+    if np.any(np.diff(np.sort(ids_nK, axis=1), axis=1) == 0):
+        raise UserError(f"{where}: teacher ids must be distinct, got the same id twice in a record; {remedy}")
+    if not np.isfinite(logprobs_nK).all() or np.any(logprobs_nK > _ROUNDING):
+        raise UserError(f"{where}: teacher log-probs must be finite and <= 0, got {logprobs_nK.max()}; {remedy}")
+    if np.any(np.diff(logprobs_nK, axis=1) > 0):
+        raise UserError(f"{where}: teacher log-probs must be descending, got a rise; {remedy}")
+    if not np.all((log_tail_n >= LOG_TAIL_FLOOR) & (log_tail_n < 0)):
+        raise UserError(f"{where}: log_tail must be in [{LOG_TAIL_FLOOR:g}, 0), got another value; {remedy}")
+    if np.any(generator_n > _ROUNDING) or np.any(np.isinf(generator_n)):
+        raise UserError(f"{where}: generator log-probs must be <= 0 or NaN, got another value; {remedy}")
+    logs_nK1 = np.concatenate([logprobs_nK, log_tail_n[:, None]], axis=1)
+    mass_nK1 = np.exp(logs_nK1)
+    excess_n = np.abs(mass_nK1.sum(axis=1) - 1.0)
+    tolerance_n = MASS_TOLERANCE + _FP16_RELATIVE * (mass_nK1 * np.abs(logs_nK1)).sum(axis=1)
+    if np.any(excess_n > tolerance_n):
+        worst = int(np.argmax(excess_n - tolerance_n))
+        raise UserError(
+            f"{where}: top-k mass + tail mass must be 1 within {MASS_TOLERANCE:g}, got {mass_nK1[worst].sum():.6f} "
+            f"at response token {worst}; {remedy}"
+        )
+
+
+class StoreShardWriter:
+    """Writes the IndexedDataset pairs of one shard with megatron-core's own builder.
+
+    The caller writes ``samples.parquet`` beside them and seals the directory; a killed attempt is written anew.
+
+    Args:
+        path: The shard's directory (it exists, held with ``manifest.writing``).
+        top_k: Width of the teacher records; 0: tokens only.
+        vocab_size: V*, the student's vocabulary; every id is below it.
+    """
+
+    def __init__(self, path: str | Path, top_k: int, *, vocab_size: int) -> None:
+        if not 0 <= top_k <= vocab_size:
+            raise UserError(f"top_k must be in 0..{vocab_size} (the vocabulary), got {top_k}; lower it")
+        self.path, self.top_k, self.vocab_size, self.num_samples = Path(path), top_k, vocab_size, 0
+        self._mcore = _indexed_dataset()
+        self._dtype = teacher_record_dtype(top_k)
+        self._tokens = self._builder("tokens", np.int32)
+        self._teacher = self._builder("teacher", np.uint16) if top_k else None
+
+    def _builder(self, name: str, dtype: type):
+        return self._mcore.IndexedDatasetBuilder(str(self.path / f"{name}.bin"), dtype=dtype)
+
+    def add(self, tokens: npt.NDArray[np.integer], teacher: np.ndarray | None = None) -> None:
+        """Append one sample.
+
+        Args:
+            tokens: Prompt + response ids [P + n], P >= 1 and n >= 1.
+            teacher: ``teacher_record_dtype(top_k)`` [n]; None exactly where ``top_k`` is 0.
+
+        Raises:
+            UserError: The sample breaks a rule of the format; nothing of it is written.
+        """
+        where = f"{self.path} sample {self.num_samples}"
+        tokens = np.asarray(tokens)
+        assert tokens.ndim == 1 and (teacher is None) == (self._teacher is None), where
+        if tokens.size < 2:
+            raise UserError(f"{where} must have a prompt and a response, got {tokens.size} tokens; drop it before")
+        check_token_ids(tokens, self.vocab_size, where)
+        if teacher is not None and self._teacher is not None:
+            assert teacher.dtype == self._dtype, f"{where}: {teacher.dtype} is not {self._dtype}"
+            if not 1 <= len(teacher) < tokens.size:
+                raise UserError(
+                    f"{where} must have a record a response token and a prompt of 1 token or more, got {len(teacher)} "
+                    f"records for {tokens.size} tokens; annotate again"
+                )
+            check_teacher_records(teacher, self.vocab_size, where)
+            flat = np.ascontiguousarray(teacher).view(np.uint8).view(np.uint16)
+            if flat.size > np.iinfo(np.int32).max:
+                raise UserError(f"{where} must have less than 2**31 numbers, got {flat.size}; lower top_k")
+            self._teacher.add_document(flat, [flat.size])
+        self._tokens.add_document(tokens.astype(np.int32), [tokens.size])
+        self.num_samples += 1
+
+    def finalize(self) -> None:
+        """Close the data files and write their indices."""
+        self._tokens.finalize(str(self.path / "tokens.idx"))
+        if self._teacher is not None:
+            self._teacher.finalize(str(self.path / "teacher.idx"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    tokens: npt.NDArray[np.int32]  # all samples one after another
+    token_starts: npt.NDArray[np.int64]  # [N + 1]
+    teacher: np.ndarray | None  # records of all response tokens
+    teacher_starts: npt.NDArray[np.int64]  # [N + 1]
+
+
+class AnnotationStore:
+    """Reads all shards of a sealed store, memory-mapped; samples are numbered over the shards in order.
+
+    Args:
+        path: The store's directory.
+        verify: Hash every file against the manifests (once a process) before use.
+
+    Attributes:
+        top_k: Width of the teacher records, 0 where there are none.
+        vocab_size: V*.
+        manifest: The directory's manifest.
+        prompt_lens: int32 [N].
+        response_lens: int32 [N].
+
+    Raises:
+        UserError: The store is not sealed, damaged, or its parts do not fit together.
+    """
+
+    def __init__(self, path: str | Path, *, verify: bool = True) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path, kind=STORE_KIND, verify=verify)
+        self.top_k = self._provenance_int("top_k", 0)
+        self.vocab_size = self._provenance_int("vocab_size", 1)
+        names = (PurePosixPath(name) for name in self.manifest.files)
+        self._shard_paths = sorted(self.path / name.parent for name in names if name.name == MANIFEST)
+        self._shards: list[_Shard] = []
+        lens_N2: list[npt.NDArray[np.int32]] = [np.zeros((0, 2), np.int32)]
+        for shard_path in self._shard_paths:
+            read_manifest(shard_path, kind=SHARD_KIND, verify=verify)
+            table = self._read_samples(shard_path, ("prompt_len", "response_len"))
+            shard_lens_N2 = np.stack([column.to_numpy() for column in table.columns], axis=1)
+            self._shards.append(self._open_shard(shard_path, shard_lens_N2))
+            lens_N2.append(shard_lens_N2)
+        self.prompt_lens, self.response_lens = np.concatenate(lens_N2).T.copy()
+        self._bounds = np.cumsum([0, *(len(shard.token_starts) - 1 for shard in self._shards)])
+
+    def _provenance_int(self, name: str, least: int) -> int:
+        value = self.manifest.provenance.get(name)
+        if not isinstance(value, int) or value < least:
+            raise UserError(
+                f"{self.path / MANIFEST} must name {name} >= {least} in its provenance, got {value}; annotate again"
+            )
+        return value
+
+    def _read_samples(self, shard_path: Path, columns: tuple[str, ...]) -> pa.Table:
+        table = pq.read_table(shard_path / SAMPLES_FILE, columns=list(columns))
+        expected = pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
+        if not table.schema.equals(expected):
+            raise UserError(f"{shard_path / SAMPLES_FILE} must have the columns {expected}, got {table.schema}")
+        return table
+
+    def _open_shard(self, shard_path: Path, lens_N2: npt.NDArray[np.int32]) -> _Shard:
+        if len(lens_N2) and lens_N2.min() < 1:
+            raise UserError(f"{shard_path} must have prompts and responses of 1 token or more, got 0; annotate again")
+        tokens, token_starts = self._open_pair(shard_path / "tokens", np.dtype("<i4"), 1, lens_N2.sum(axis=1))
+        if not self.top_k:
+            return _Shard(tokens=tokens, token_starts=token_starts, teacher=None, teacher_starts=token_starts)
+        dtype = teacher_record_dtype(self.top_k)
+        teacher, starts = self._open_pair(shard_path / "teacher", dtype, dtype.itemsize // 2, lens_N2[:, 1])
+        return _Shard(tokens=tokens, token_starts=token_starts, teacher=teacher, teacher_starts=starts)
+
+    def _open_pair(
+        self, prefix: Path, dtype: np.dtype, numbers_per_item: int, lens_N: npt.NDArray[np.integer]
+    ) -> tuple[np.ndarray, npt.NDArray[np.int64]]:
+        """Map a pair as one flat array of items; returns it and the first item of each sample [N + 1]."""
+        starts = np.concatenate([[0], np.cumsum(lens_N, dtype=np.int64)])
+        if not len(lens_N):  # an empty file cannot be mapped
+            return np.zeros(0, dtype), starts
+        dataset = _indexed_dataset().IndexedDataset(str(prefix))
+        code, lengths = np.dtype(dataset.index.dtype), np.array(dataset.sequence_lengths)
+        bin_file = prefix.with_suffix(".bin")
+        if code.itemsize * numbers_per_item != dtype.itemsize or not np.array_equal(lengths, lens_N * numbers_per_item):
+            raise UserError(f"{prefix}.idx must agree with {SAMPLES_FILE} beside it, got other lengths; annotate again")
+        if bin_file.stat().st_size != starts[-1] * dtype.itemsize:
+            raise UserError(f"{bin_file} must have {starts[-1] * dtype.itemsize} bytes, got another size")
+        # Mapped here rather than through the dataset, which unmaps on deletion while slices may still be in use.
+        return np.asarray(np.memmap(bin_file, dtype=dtype, mode="r")), starts
+
+    def __len__(self) -> int:
+        return len(self.prompt_lens)
+
+    def metadata(self, *columns: str) -> pa.Table:
+        """The named columns of ``records.SAMPLE_SCHEMA`` for all samples, in order."""
+        expected = pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
+        tables = [self._read_samples(path, columns) for path in self._shard_paths]
+        return pa.concat_tables(tables) if tables else expected.empty_table()
+
+    def _locate(self, index: int) -> tuple[_Shard, int]:
+        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
+        shard = int(np.searchsorted(self._bounds, index, side="right")) - 1
+        return self._shards[shard], index - int(self._bounds[shard])
+
+    def tokens(self, index: int) -> npt.NDArray[np.int32]:
+        """Prompt + response ids of a sample, int32 [P + n], a read-only view."""
+        shard, local = self._locate(index)
+        return shard.tokens[shard.token_starts[local] : shard.token_starts[local + 1]]
+
+    def teacher(self, index: int) -> np.ndarray:
+        """Teacher records of a sample, ``teacher_record_dtype(top_k)`` [n], a read-only view; needs ``top_k > 0``."""
+        shard, local = self._locate(index)
+        assert shard.teacher is not None, f"{self.path} holds no teacher records"
+        return shard.teacher[shard.teacher_starts[local] : shard.teacher_starts[local + 1]]
