@@ -1,0 +1,46 @@
+"""Turn a JSONL or Parquet file of prompts into a sealed directory of token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_npd.config import parse_config
+from megatron_npd.log import UserError, run_main
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparePromptsConfig:
+    """Turn a JSONL or Parquet file of prompts into a sealed directory of token ids."""
+
+    prompts: str
+    """JSONL or Parquet of prompts (messages or prompt, optional response)."""
+    out: str
+    """Directory to seal."""
+    student: str
+    """Hugging Face directory whose tokenizer and chat template are used."""
+    teacher: str = ""
+    """Hugging Face directory of the teacher, whose vocabulary is compared and whose chat template may differ."""
+    max_prompt_len: int = 1024
+    """Longest prompt, in tokens; longer ones are quarantined."""
+
+    def __post_init__(self) -> None:
+        if self.max_prompt_len <= 0:
+            raise UserError(f"max_prompt_len must be at least 1, got {self.max_prompt_len}; give a positive number")
+
+
+def main() -> None:
+    config = parse_config(PreparePromptsConfig, description=__doc__ or "")
+    from megatron_npd.data.prompts import prepare_prompts
+    from megatron_npd.data.tokenizer import load_tokenizer
+
+    prepare_prompts(
+        config.prompts,
+        config.out,
+        tokenizer=load_tokenizer(config.student),
+        teacher_tokenizer=load_tokenizer(config.teacher) if config.teacher else None,
+        max_prompt_len=config.max_prompt_len,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
