@@ -18,6 +18,7 @@ import torch
 from megatron_npd.log import UserError
 
 RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
+Dim = Literal["vocab", "hidden", "query", "kv", "ffn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +27,14 @@ class Rule:
 
     Attributes:
         mcore: Name of the megatron-core parameter; ``{i}`` stands for the layer's global index.
-        hf: Names of the Hugging Face tensors, in the order that the kind expects.
+        hf: Names and dimensions of the Hugging Face tensors, in the order that the kind expects.
         kind: ``vocab`` (rows split over TP, padded), ``qkv`` (q, k, v interleaved by query group, rows split),
             ``gate_up`` (each rank holds its rows of gate, then its rows of up), ``row`` (columns split),
             ``replicated``.
     """
 
     mcore: str
-    hf: tuple[str, ...]
+    hf: Mapping[str, tuple[Dim, ...]]
     kind: RuleKind
 
 

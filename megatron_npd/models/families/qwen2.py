@@ -7,7 +7,11 @@ from megatron_npd.models.families.llama import LAYER_RULES, OUTER_RULES
 
 _QKV_BIAS = Rule(
     mcore="decoder.layers.{i}.self_attention.linear_qkv.bias",
-    hf=tuple(f"model.layers.{{i}}.self_attn.{name}_proj.bias" for name in "qkv"),
+    hf={
+        "model.layers.{i}.self_attn.q_proj.bias": ("query",),
+        "model.layers.{i}.self_attn.k_proj.bias": ("kv",),
+        "model.layers.{i}.self_attn.v_proj.bias": ("kv",),
+    },
     kind="qkv",
 )
 

@@ -1,0 +1,169 @@
+"""config.json -> ModelSpec: what is read, both spellings, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from megatron_npd.log import UserError
+from megatron_npd.models.families import FAMILIES, load_spec
+
+# As published (transformers 4): Qwen2.5-7B-Instruct and Llama-3.2-1B.
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.1",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+LLAMA32_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+LLAMA3_SCALING = LLAMA32_1B["rope_scaling"]
+DROP = object()
+
+
+def write(path: Path, config: object) -> Path:
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_published_qwen25_config(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, QWEN25_7B))
+    assert spec.family is FAMILIES["Qwen2ForCausalLM"]
+    assert (spec.num_layers, spec.hidden_size, spec.ffn_hidden_size, spec.vocab_size) == (28, 3584, 18944, 152064)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (28, 4, 128)
+    assert (spec.tied, spec.qkv_bias, spec.dtype) == (False, True, torch.bfloat16)
+    assert (spec.rope_theta, spec.rope_scaling, spec.rms_norm_eps) == (1e6, None, 1e-6)
+    assert spec.max_position_embeddings == 32768
+    assert spec.hf_config == QWEN25_7B
+
+
+def test_published_llama32_config(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, LLAMA32_1B))
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (32, 8, 64)
+    assert (spec.tied, spec.qkv_bias, spec.rope_theta) == (True, False, 5e5)
+    assert spec.rope_scaling == LLAMA3_SCALING
+
+
+@pytest.mark.parametrize(
+    ("old", "config_class"), [(QWEN25_7B, Qwen2Config), (LLAMA32_1B, LlamaConfig)], ids=["qwen2", "llama"]
+)
+def test_the_spelling_of_transformers_5_gives_the_same_spec(tmp_path: Path, old: dict, config_class: type) -> None:
+    before = load_spec(write(tmp_path, old))
+    new_dir = tmp_path / "new"
+    config_class.from_pretrained(tmp_path).save_pretrained(new_dir)
+    written = json.loads((new_dir / "config.json").read_text())
+    assert "rope_parameters" in written and "dtype" in written  # else this test compares a file with itself
+    after = load_spec(new_dir)
+    for name in set(vars(before)) - {"path", "hf_config"}:
+        assert getattr(before, name) == getattr(after, name), name
+
+
+def test_padding_is_to_a_multiple_of_tp_only(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, QWEN25_7B | {"vocab_size": 301}))
+    assert [spec.padded_vocab_size(size) for size in (1, 2, 4, 7)] == [301, 302, 304, 301]
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "named"),
+    [
+        (QWEN25_7B, {"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
+        (LLAMA32_1B, {"architectures": ["PanguEmbeddedForCausalLM"]}, "PanguEmbeddedForCausalLM"),
+        (QWEN25_7B, {"architectures": DROP}, "architectures"),
+        (QWEN25_7B, {"model_type": "qwen3"}, "model_type"),
+        (QWEN25_7B, {"use_sliding_window": True}, "use_sliding_window"),
+        (QWEN25_7B, {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "layer_types"),
+        (QWEN25_7B, {"hidden_act": "gelu"}, "hidden_act"),
+        (QWEN25_7B, {"attention_dropout": 0.1}, "attention_dropout"),
+        (QWEN25_7B, {"attention_bias": True}, "attention_bias"),
+        (LLAMA32_1B, {"attention_bias": True}, "attention_bias"),
+        (LLAMA32_1B, {"mlp_bias": True}, "mlp_bias"),
+        (LLAMA32_1B, {"pretraining_tp": 2}, "pretraining_tp"),
+        (LLAMA32_1B, {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        (LLAMA32_1B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        (LLAMA32_1B, {"rope_scaling": {"type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        (LLAMA32_1B, {"rope_scaling": LLAMA3_SCALING | {"attention_factor": 2.0}}, "attention_factor"),
+        (LLAMA32_1B, {"rope_parameters": LLAMA3_SCALING | {"factor": 8.0}}, "rope_parameters"),
+        (LLAMA32_1B, {"rope_parameters": LLAMA3_SCALING | {"rope_theta": 1e4}}, "rope_theta"),
+        (QWEN25_7B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        (QWEN25_7B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (QWEN25_7B, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (QWEN25_7B, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (QWEN25_7B, {"logit_scale": 0.5}, "logit_scale"),
+        (QWEN25_7B, {"hidden_size": DROP}, "hidden_size"),
+        (QWEN25_7B, {"num_hidden_layers": "28"}, "num_hidden_layers"),
+        (QWEN25_7B, {"num_key_value_heads": 5}, "num_key_value_heads"),
+        (QWEN25_7B, {"hidden_size": 3585}, "hidden_size"),
+        (QWEN25_7B, {"head_dim": 33}, "head_dim"),
+        (QWEN25_7B, {"rms_norm_eps": DROP}, "rms_norm_eps"),
+        (QWEN25_7B, {"torch_dtype": "int8"}, "int8"),
+    ],
+)
+def test_what_changes_the_maths_is_refused_by_name(tmp_path: Path, base: dict, changes: dict, named: str) -> None:
+    config = {name: value for name, value in (base | changes).items() if value is not DROP}
+    with pytest.raises(UserError, match=named):
+        load_spec(write(tmp_path, config))
+
+
+def test_config_files_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_spec(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="must be JSON"):
+        load_spec(tmp_path)
+    write(tmp_path, [])
+    with pytest.raises(UserError, match="JSON object"):
+        load_spec(tmp_path)
