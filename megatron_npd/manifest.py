@@ -114,6 +114,25 @@ def read_manifest(path: str | Path, *, kind: str | None = None, verify: bool = T
     return manifest
 
 
+def sealed_from(path: str | Path, *, kind: str, provenance: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of a directory that is sealed already from the same input, or None where it is not sealed.
+
+    Raises:
+        UserError: It is sealed, but its kind or provenance differs.
+    """
+    if not is_sealed(path):
+        return None
+    manifest = read_manifest(path, kind=kind)
+    if config_hash(dict(manifest.provenance)) != config_hash(dict(provenance)):
+        then, now = dict(manifest.provenance), dict(provenance)
+        changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        raise UserError(
+            f"{path} must come from the same input as before, got other {', '.join(changed)}; "
+            "remove it to make it anew, or give another directory"
+        )
+    return manifest
+
+
 def _verify_files(path: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         file = path / name

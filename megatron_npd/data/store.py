@@ -143,8 +143,8 @@ class StoreShardWriter:
             flat = np.ascontiguousarray(teacher).view(np.uint8).view(np.uint16)
             if flat.size > np.iinfo(np.int32).max:
                 raise UserError(f"{where} must have less than 2**31 numbers, got {flat.size}; lower top_k")
-            self._teacher.add_document(flat, [flat.size])
-        self._tokens.add_document(tokens.astype(np.int32), [tokens.size])
+            self._teacher.add_document(flat, [flat.size])  # pyright: ignore[reportArgumentType]  (it takes arrays)
+        self._tokens.add_document(tokens.astype(np.int32), [tokens.size])  # pyright: ignore[reportArgumentType]
         self.num_samples += 1
 
     def finalize(self) -> None:
@@ -172,6 +172,8 @@ class AnnotationStore:
     Attributes:
         top_k: Width of the teacher records, 0 where there are none.
         vocab_size: V*.
+        round: Index of the round.
+        policy_version: Of the policy that generated the responses.
         manifest: The directory's manifest.
         prompt_lens: int32 [N].
         response_lens: int32 [N].
@@ -185,6 +187,10 @@ class AnnotationStore:
         self.manifest: Manifest = read_manifest(self.path, kind=STORE_KIND, verify=verify)
         self.top_k = self._provenance_int("top_k", 0)
         self.vocab_size = self._provenance_int("vocab_size", 1)
+        self.round = self._provenance_int("round", 0)
+        self.policy_version = str(self.manifest.provenance.get("policy_version", ""))
+        if not self.policy_version:
+            raise UserError(f"{self.path / MANIFEST} must name policy_version, got none; annotate again")
         names = (PurePosixPath(name) for name in self.manifest.files)
         self._shard_paths = sorted(self.path / name.parent for name in names if name.name == MANIFEST)
         self._shards: list[_Shard] = []
@@ -201,9 +207,7 @@ class AnnotationStore:
     def _provenance_int(self, name: str, least: int) -> int:
         value = self.manifest.provenance.get(name)
         if not isinstance(value, int) or value < least:
-            raise UserError(
-                f"{self.path / MANIFEST} must name {name} >= {least} in its provenance, got {value}; annotate again"
-            )
+            raise UserError(f"{self.path / MANIFEST} must name {name} >= {least}, got {value}; annotate again")
         return value
 
     def _read_samples(self, shard_path: Path, columns: tuple[str, ...]) -> pa.Table:

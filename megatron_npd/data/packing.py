@@ -1,0 +1,276 @@
+"""Packing: kept samples into training rows, as an index over the store.
+
+Packs are a sealed directory of kind ``packs`` with ``packs.parquet`` (``records.PACK_SCHEMA``), byte-identical as a
+function of its inputs. Supervised data goes the same way: a store of tokens alone, then packs over it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.config import PackConfig
+from megatron_npd.data.packed_dataset import PACKS_KIND
+from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore, StoreShardWriter
+from megatron_npd.log import UserError, get_logger, progress
+from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
+from megatron_npd.records import (
+    PACK_SCHEMA,
+    PACKS_FILE,
+    PROMPTS_FILE,
+    QUARANTINE_FILE,
+    SAMPLE_SCHEMA,
+    SAMPLES_FILE,
+    SELECTION_FILE,
+    sample_id,
+)
+
+DATA_POLICY = "data"  # policy version of responses that come from a data set
+_BATCH = 1024  # prompts read at a time
+
+
+def pack_lengths(
+    lengths_N: npt.ArrayLike, seq_length: int, align: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Best-fit decreasing: longest first, each into the fullest row that still has room; deterministic.
+
+    Equal lengths and equally full rows are handled as groups, found through one integer used as a bitset of the
+    spaces that some row has left, so that the work grows with the number of distinct (length, space) pairs.
+
+    Args:
+        lengths_N: Tokens of each sample, 1 .. ``seq_length``.
+        seq_length: Tokens of a row, a multiple of ``align``.
+        align: Segments start at multiples of it.
+
+    Returns:
+        Row and offset of each sample, int32 [N] each.
+    """
+    lengths_N = np.asarray(lengths_N, dtype=np.int64)
+    assert seq_length % align == 0 and (not lengths_N.size or 1 <= lengths_N.min() <= lengths_N.max() <= seq_length)
+    capacity = seq_length // align  # from here on, all lengths count in units of align
+    sizes_N = -(-lengths_N // align)
+    key = (capacity - sizes_N).astype(np.uint16 if capacity < 2**16 else np.int64)  # 16 bits: a radix sort
+    order_N = np.argsort(key, kind="stable")
+    counts = np.bincount(sizes_N, minlength=1)
+    rows_with: list[list[tuple[int, int]]] = [[] for _ in range(capacity + 1)]  # space -> (first row, rows)
+    spaces = 0  # bit s: some row has s left
+    opened = 0
+    moves: list[tuple[int, int, int, int, int]] = []  # samples placed, first row, samples a row, space before, size
+    for size in np.nonzero(counts)[0][::-1].tolist():
+        left = int(counts[size])
+        while left:
+            fitting = spaces >> size
+            if fitting:
+                space = size + (fitting & -fitting).bit_length() - 1
+                first, rows = rows_with[space].pop()
+                if not rows_with[space]:
+                    spaces ^= 1 << space
+            else:
+                space, first = capacity, opened
+                rows = -(-left // (capacity // size))
+                opened += rows
+            # A row that takes one is then the fullest that fits: it takes as many of this size as it can.
+            per_row = space // size
+            full = min(rows, left // per_row)
+            taken = [(full, per_row)] if full else []
+            if full < rows and left > full * per_row:
+                taken.append((1, left - full * per_row))
+            untouched = rows
+            for number, each in taken:
+                moves.append((number * each, first, each, space, size))
+                rest = space - each * size
+                rows_with[rest].append((first, number))
+                spaces |= (1 << rest) & ~1  # rows without space are done
+                first, untouched, left = first + number, untouched - number, left - number * each
+            if untouched:
+                rows_with[space].append((first, untouched))
+                spaces |= 1 << space
+    rows_N, offsets_N = np.empty(len(lengths_N), np.int32), np.empty(len(lengths_N), np.int32)
+    placed, first, each, space, size = np.array(moves, dtype=np.int64).reshape(-1, 5).T
+    within_N = np.arange(len(lengths_N)) - np.repeat(np.cumsum(placed) - placed, placed)
+    each_N = np.repeat(each, placed)
+    rows_N[order_N] = np.repeat(first, placed) + within_N // each_N
+    offsets_N[order_N] = align * (capacity - np.repeat(space, placed) + within_N % each_N * np.repeat(size, placed))
+    return rows_N, offsets_N
+
+
+def pack_selection(
+    annotations_dir: str | Path, selection_dir: str | Path, out_dir: str | Path, cfg: PackConfig
+) -> Manifest:
+    """Pack the kept samples of a selection and seal ``out_dir``; a directory sealed from the same input is left.
+
+    Args:
+        annotations_dir: The store.
+        selection_dir: Sealed directory of kind ``selection``, made from that store.
+        out_dir: Directory to seal with kind ``packs``.
+        cfg: Row length and alignment.
+
+    Returns:
+        The manifest. Counts: the books over the kept samples (``too_long`` are quarantined), ``rows``, ``tokens`` and
+        ``fill``, the share of the rows' tokens that is no padding.
+
+    Raises:
+        UserError: The selection is of another store, nothing is left to pack, or ``out_dir`` is sealed from others.
+    """
+    store = AnnotationStore(annotations_dir)
+    read_manifest(selection_dir, kind="selection")
+    table = pq.read_table(Path(selection_dir) / SELECTION_FILE, columns=["sample_id", "kept"])
+    if not table["sample_id"].equals(store.metadata("sample_id")["sample_id"]):
+        raise UserError(f"{selection_dir} must be selected from {annotations_dir}, got other samples; select again")
+    source = {"selection_sha256": file_sha256(Path(selection_dir) / MANIFEST)}
+    return _write_packs(store, np.nonzero(table["kept"].to_numpy())[0], Path(out_dir), cfg, source)
+
+
+def pack_prompts(prompts_dir: str | Path, out_dir: str | Path, cfg: PackConfig, *, vocab_size: int) -> Manifest:
+    """Pack prompts with their responses for supervised training.
+
+    Writes ``out_dir/store`` (tokens alone, ``top_k`` 0; prompts without a response are quarantined) and
+    ``out_dir/packs``; what is sealed from the same input is left.
+
+    Args:
+        prompts_dir: Sealed directory of kind ``prompts``.
+        out_dir: Parent of both directories.
+        cfg: Row length and alignment.
+        vocab_size: V* of the model that will train.
+
+    Returns:
+        The manifest of ``out_dir/packs``.
+
+    Raises:
+        UserError: No prompt has a response, a token id is not the model's, or a directory is sealed from others.
+    """
+    prompts_dir, out_dir = Path(prompts_dir), Path(out_dir)
+    read_manifest(prompts_dir, kind="prompts")
+    provenance = {
+        "top_k": 0,
+        "vocab_size": vocab_size,
+        "round": 0,
+        "policy_version": DATA_POLICY,
+        "prompts_sha256": file_sha256(prompts_dir / MANIFEST),
+    }
+    if not sealed_from(out_dir / "store", kind=STORE_KIND, provenance=provenance):
+        with writing(out_dir / "store") as store_dir:
+            counts = _write_prompt_store(prompts_dir, store_dir, vocab_size)
+            seal(store_dir, kind=STORE_KIND, provenance=provenance, counts=counts)
+    store = AnnotationStore(out_dir / "store")
+    return _write_packs(store, np.arange(len(store)), out_dir / "packs", cfg, {})
+
+
+def _write_prompt_store(prompts_dir: Path, store_dir: Path, vocab_size: int) -> dict[str, Any]:
+    reasons: Counter[str] = Counter()
+    kept = total = 0
+    shard = store_dir / "shard-00000"
+    with (
+        writing(shard),
+        pq.ParquetFile(prompts_dir / PROMPTS_FILE) as prompts,
+        pq.ParquetWriter(shard / SAMPLES_FILE, SAMPLE_SCHEMA) as samples,
+        open(store_dir / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine,
+        progress(prompts.metadata.num_rows, "store", "sample") as bar,
+    ):
+        writer = StoreShardWriter(shard, 0, vocab_size=vocab_size)
+        for batch in prompts.iter_batches(_BATCH, columns=["prompt_id", "prompt_ids", "response_ids"]):
+            rows = []
+            for prompt in batch.to_pylist():
+                if not prompt["response_ids"]:
+                    reasons["no_response"] += 1
+                    entry = {"prompt_id": prompt["prompt_id"], "reason": "no_response"}
+                    quarantine.write(json.dumps(entry) + "\n")
+                    continue
+                writer.add(np.array(prompt["prompt_ids"] + prompt["response_ids"]))
+                rows.append(_data_sample(prompt))
+            samples.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
+            kept, total = kept + len(rows), total + batch.num_rows
+            bar.update(batch.num_rows)
+        writer.finalize()
+        samples.close()
+        if not kept:
+            raise UserError(f"{prompts_dir} must hold prompts with responses, got none; give response in the prompts")
+        seal(shard, kind=SHARD_KIND, provenance={"top_k": 0, "vocab_size": vocab_size}, counts={"samples": kept})
+    return {"in": total, "kept": kept, "quarantined": dict(reasons), "pending": 0}
+
+
+def _data_sample(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    nan = float("nan")
+    return {
+        "sample_id": sample_id(prompt["prompt_id"], 0, 0),
+        "prompt_id": prompt["prompt_id"],
+        "path": 0,
+        "prompt_len": len(prompt["prompt_ids"]),
+        "response_len": len(prompt["response_ids"]),
+        "finish_reason": "stop",
+        "policy_version": DATA_POLICY,
+        "on_distribution": False,
+        "teacher_loss": nan,
+        "teacher_loss_alone": nan,
+        "student_loss": nan,
+        "student_loss_alone": nan,
+        "teacher_logprobs": [],
+    }
+
+
+def _write_packs(
+    store: AnnotationStore, kept_M: npt.NDArray[np.int64], out_dir: Path, cfg: PackConfig, source: Mapping[str, str]
+) -> Manifest:
+    provenance = {
+        "seq_length": cfg.seq_length,
+        "segment_align": cfg.segment_align,
+        "store": os.path.relpath(store.path.resolve(), out_dir.resolve()),
+        "store_sha256": file_sha256(store.path / MANIFEST),
+        "top_k": store.top_k,
+        "vocab_size": store.vocab_size,
+        "round": store.round,
+        "policy_version": store.policy_version,
+        **source,
+    }
+    if manifest := sealed_from(out_dir, kind=PACKS_KIND, provenance=provenance):
+        return manifest
+    lengths_M = (store.prompt_lens + store.response_lens)[kept_M]
+    fits_M = lengths_M <= cfg.seq_length
+    samples, lengths, too_long = kept_M[fits_M], lengths_M[fits_M], kept_M[~fits_M]
+    if not len(samples):
+        raise UserError(
+            f"{store.path} must leave samples to pack, got {len(kept_M)} kept of {len(store)}, {len(too_long)} of them "
+            f"longer than seq_length {cfg.seq_length}; loosen the selection or raise seq_length"
+        )
+    rows, offsets = pack_lengths(lengths, cfg.seq_length, cfg.segment_align)
+    order = np.lexsort((offsets, rows))
+    ids = store.metadata("sample_id")["sample_id"].combine_chunks()
+    columns = [rows[order], offsets[order], lengths[order], samples[order], ids.take(pa.array(samples[order]))]
+    num_rows = int(rows.max()) + 1
+    counts = {
+        "in": len(kept_M),
+        "kept": len(samples),
+        "quarantined": {"too_long": len(too_long)} if len(too_long) else {},
+        "pending": 0,
+        "rows": num_rows,
+        "tokens": int(lengths.sum()),
+        "fill": round(float(lengths.sum()) / (num_rows * cfg.seq_length), 6),
+    }
+    with writing(out_dir):
+        pq.write_table(
+            pa.Table.from_arrays([pa.array(column) for column in columns], schema=PACK_SCHEMA), out_dir / PACKS_FILE
+        )
+        if len(too_long):
+            with open(out_dir / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine:
+                for index in too_long.tolist():
+                    quarantine.write(json.dumps({"sample_id": ids[index].as_py(), "reason": "too_long"}) + "\n")
+        manifest = seal(out_dir, kind=PACKS_KIND, provenance=provenance, counts=counts)
+    note = f"; {len(too_long)} longer than a row are left out" if len(too_long) else ""
+    get_logger().info(
+        "%d samples packed into %d rows of %d tokens, %.2f %% filled%s",
+        len(samples),
+        num_rows,
+        cfg.seq_length,
+        100 * counts["fill"],
+        note,
+    )
+    return manifest
