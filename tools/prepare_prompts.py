@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_npd.config import parse_config
@@ -28,8 +29,9 @@ class PreparePromptsConfig:
             raise UserError(f"max_prompt_len must be at least 1, got {self.max_prompt_len}; give a positive number")
 
 
-def main() -> None:
-    config = parse_config(PreparePromptsConfig, description=__doc__ or "")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the configuration and prepare the prompts."""
+    config = parse_config(PreparePromptsConfig, argv)
     from megatron_npd.data.prompts import prepare_prompts
     from megatron_npd.data.tokenizer import load_tokenizer
 

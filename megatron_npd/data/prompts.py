@@ -30,7 +30,7 @@ from megatron_npd.data.tokenizer import (
     turn_header,
 )
 from megatron_npd.log import UserError, get_logger, progress
-from megatron_npd.manifest import Manifest, config_hash, file_sha256, is_sealed, read_manifest, seal, writing
+from megatron_npd.manifest import Manifest, config_hash, file_sha256, seal, sealed_from, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE
 
 __all__ = ["check_vocabularies", "prepare_prompts"]
@@ -116,13 +116,7 @@ def prepare_prompts(
         "teacher_tokenizer_hash": tokenizer_hash(teacher_tokenizer) if teacher_tokenizer else None,
         "max_prompt_len": max_prompt_len,
     }
-    if is_sealed(out_dir):
-        manifest = read_manifest(out_dir, kind="prompts")
-        if dict(manifest.provenance) != provenance:
-            raise UserError(
-                f"{out_dir} must come from {source} with this tokenizer and max_prompt_len, got prompts made from "
-                "other input; remove it or choose another directory"
-            )
+    if manifest := sealed_from(out_dir, kind="prompts", provenance=provenance):
         return manifest
     with writing(out_dir):
         counts = _write(source, out_dir, tokenizer, teacher_tokenizer, max_prompt_len)

@@ -201,7 +201,7 @@ def test_a_second_call_keeps_the_sealed_prompts_and_refuses_others(tmp_path: Pat
     before = (tmp_path / "prompts" / "manifest.json").stat().st_mtime_ns
     assert prepare(source, tokenizer)[2] == first
     assert (tmp_path / "prompts" / "manifest.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="other input"):
+    with pytest.raises(UserError, match="other max_prompt_len"):
         prepare(source, tokenizer, max_prompt_len=100)
 
 

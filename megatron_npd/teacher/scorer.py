@@ -1,0 +1,261 @@
+"""Scores given tokens with a megatron-core model: one packed prefill, no decoding.
+
+Sequences are packed into fixed rows with attention and positions of their own; only the hidden states that predict
+response tokens reach the output layer. Tensor- and pipeline-parallel ranks call together with the same sequences.
+
+Legend: T tokens of a micro-batch, H hidden, R response tokens, K top-k width, N sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_npd.data.batch import PackedBatch
+from megatron_npd.data.packing import pack_lengths
+from megatron_npd.models.build import build_model, load_spec, packed_params
+from megatron_npd.models.convert import load_hf_weights
+from megatron_npd.ops.topk import topk_logprobs
+from megatron_npd.records import LOG_TAIL_FLOOR
+
+_HEAD_ROWS = 1024  # rows of logits that exist at a time: 0.6 GB of fp32 at a vocabulary of 152k
+
+Ids = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a model says of the response tokens of all sequences, one after another.
+
+    Attributes:
+        starts_N: int64 [N + 1], first response token of each sequence.
+        sampled_logprobs_R: float32 [R], log-probability of each response token, over the full vocabulary.
+        ids_RK: int32 [R, K], most likely tokens first; None where none were asked for.
+        logprobs_RK: float32 [R, K], full-vocabulary log-probabilities of ``ids_RK``; None with it.
+        log_tail_R: float32 [R], log of the mass outside the K, floored at -30; None with it.
+    """
+
+    starts_N: npt.NDArray[np.int64]
+    sampled_logprobs_R: npt.NDArray[np.float32]
+    ids_RK: npt.NDArray[np.int32] | None
+    logprobs_RK: npt.NDArray[np.float32] | None
+    log_tail_R: npt.NDArray[np.float32] | None
+
+    def losses(self) -> npt.NDArray[np.float32]:
+        """L of each sequence: mean over its response tokens of -log p, nats a token, float32 [N] (METHOD section 3)."""
+        return mean_loss(self.sampled_logprobs_R, self.starts_N)
+
+
+def mean_loss(logprobs_R: npt.NDArray[np.float32], starts_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Mean of ``-logprobs_R`` over each sequence (at least one token each), float32 [N], summed in float64."""
+    if len(starts_N) == 1:
+        return np.zeros(0, np.float32)
+    sums_N = np.add.reduceat(logprobs_R.astype(np.float64), starts_N[:-1])
+    return (-sums_N / np.diff(starts_N)).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MicroBatch:
+    batch: PackedBatch
+    places_R: npt.NDArray[np.int64]  # where its response tokens belong in Scores
+    tokens: int  # without padding
+
+
+class Scorer:
+    """A model on this rank's share of the layout, ready to score.
+
+    Args:
+        hf_dir: Hugging Face directory of a supported family.
+        seq_length: Tokens of a packed row.
+        micro_batch_size: Rows of one forward.
+        bf16: Compute in bfloat16 rather than float32.
+        vocab_size: V*, the student's vocabulary: columns from V* on are outside the softmax and the top-k. None: the
+            model's own.
+
+    Attributes:
+        spec: The model's shape.
+        columns: Tokens that have a probability: the smaller of V* and the model's vocabulary.
+
+    Raises:
+        UserError: The directory, its architecture or the parallel layout is refused.
+    """
+
+    def __init__(
+        self, hf_dir: str | Path, *, seq_length: int, micro_batch_size: int, bf16: bool, vocab_size: int | None = None
+    ) -> None:
+        self.spec = load_spec(hf_dir)
+        self.columns = min(vocab_size or self.spec.vocab_size, self.spec.vocab_size)
+        self.seq_length, self.micro_batch_size = seq_length, micro_batch_size
+        self.model = build_model(self.spec, bf16=bf16)
+        load_hf_weights(self.model, self.spec)
+        self.model.eval().requires_grad_(False)
+        self.device = next(self.model.parameters()).device
+        self._head_weight = None
+        if self.model.post_process:
+            if self.model.share_embeddings_and_output_weights:
+                self._head_weight = self.model.shared_embedding_or_output_weight()
+            # The forward then ends in hidden states, and the output layer sees response positions only.
+            self.model.post_process = False
+
+    def score(
+        self,
+        prefixes: Sequence[Ids],
+        responses: Sequence[Ids],
+        *,
+        top_k: int = 0,
+        on_tokens: Callable[[int], object] | None = None,
+    ) -> Scores | None:
+        """Score each response after its prefix.
+
+        Args:
+            prefixes: Token ids [P >= 1] of each sequence.
+            responses: Token ids [n >= 1] of each; P + n - 1 <= ``seq_length`` (the last token is predicted only).
+            top_k: Most likely tokens kept a response token, at most ``columns``; 0: none.
+            on_tokens: Called after each forward with the number of tokens scored, padding excluded.
+
+        Returns:
+            The scores on ranks of the last pipeline stage, None on the others.
+        """
+        assert top_k <= self.columns
+        lens_N = np.array([len(response) for response in responses], np.int64)
+        inputs_N = np.array([len(prefix) for prefix in prefixes], np.int64) + lens_N - 1
+        starts_N = np.concatenate([[0], np.cumsum(lens_N)])
+        rows_N, offsets_N = pack_lengths(inputs_N, self.seq_length, 1)
+        num_rows = int(rows_N.max(initial=-1)) + 1
+        num_micro_batches = -(-num_rows // self.micro_batch_size)
+        last = parallel_state.is_pipeline_last_stage()
+        scores = _empty_scores(starts_N, top_k) if last else None
+        if not num_micro_batches:
+            return scores
+        order = np.lexsort((offsets_N, rows_N))
+        bounds = np.searchsorted(rows_N[order], np.arange(num_micro_batches + 1) * self.micro_batch_size)
+        micro_batches = (
+            _micro_batch(
+                order[first:end],
+                (rows_N[order[first:end]] % self.micro_batch_size) * self.seq_length + offsets_N[order[first:end]],
+                self.seq_length * self.micro_batch_size,
+                prefixes,
+                responses,
+                starts_N,
+            )
+            for first, end in pairwise(bounds)
+        )
+
+        def forward_step(data: Iterator[_MicroBatch], model: Any) -> tuple[Tensor, Callable[..., None]]:
+            micro = next(data)
+            batch = micro.batch.to(self.device)
+            hidden_T1H = model(
+                input_ids=batch.tokens,
+                position_ids=batch.position_ids,
+                attention_mask=None,
+                packed_seq_params=packed_params(batch.cu_seqlens),
+            )
+            if on_tokens is not None:
+                on_tokens(micro.tokens)
+            return hidden_T1H, partial(self._collect, micro.places_R, batch, scores, top_k)
+
+        with torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=micro_batches,
+                model=self.model,
+                num_microbatches=num_micro_batches,
+                seq_length=self.seq_length * self.micro_batch_size,
+                micro_batch_size=1,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        return scores
+
+    def _collect(
+        self,
+        places_R: npt.NDArray[np.int64],
+        batch: PackedBatch,
+        scores: Scores | None,
+        top_k: int,
+        hidden_T1H: Tensor,
+        non_loss_data: bool,
+    ) -> None:
+        """Output layer and top-k of one micro-batch, into ``scores``; runs on the last pipeline stage."""
+        assert scores is not None and batch.loss_mask is not None and batch.labels is not None
+        positions_R = batch.loss_mask[0].nonzero()[:, 0]
+        group = parallel_state.get_tensor_model_parallel_group()
+        for first in range(0, len(positions_R), _HEAD_ROWS):
+            rows = positions_R[first : first + _HEAD_ROWS]
+            places = places_R[first : first + _HEAD_ROWS]
+            logits_R1V, _ = self.model.output_layer(hidden_T1H[rows], weight=self._head_weight)
+            top = topk_logprobs(
+                logits_R1V[:, 0],
+                max(top_k, 1),
+                vocab_size=self.columns,
+                sampled_ids_T=batch.labels[0, rows],
+                group=group if group.size() > 1 else None,
+            )
+            assert top.sampled_logprobs_T is not None
+            scores.sampled_logprobs_R[places] = top.sampled_logprobs_T.cpu().numpy()
+            if scores.ids_RK is not None and scores.logprobs_RK is not None and scores.log_tail_R is not None:
+                scores.ids_RK[places] = top.ids_TK.cpu().numpy()
+                scores.logprobs_RK[places] = top.logprobs_TK.cpu().numpy()
+                scores.log_tail_R[places] = top.log_tail_T.clamp(min=LOG_TAIL_FLOOR).cpu().numpy()
+
+
+def _empty_scores(starts_N: npt.NDArray[np.int64], top_k: int) -> Scores:
+    size = int(starts_N[-1])
+    return Scores(
+        starts_N=starts_N,
+        sampled_logprobs_R=np.empty(size, np.float32),
+        ids_RK=np.empty((size, top_k), np.int32) if top_k else None,
+        logprobs_RK=np.empty((size, top_k), np.float32) if top_k else None,
+        log_tail_R=np.empty(size, np.float32) if top_k else None,
+    )
+
+
+def _micro_batch(
+    samples: npt.NDArray[np.integer],
+    offsets: npt.NDArray[np.integer],
+    length: int,
+    prefixes: Sequence[Ids],
+    responses: Sequence[Ids],
+    starts_N: npt.NDArray[np.int64],
+) -> _MicroBatch:
+    """Lay sequences into ``length`` tokens at ascending ``offsets``; what lies between them is padding."""
+    tokens_T, labels_T = np.zeros(length, np.int64), np.zeros(length, np.int64)
+    positions_T, mask_T = np.arange(length), np.zeros(length, np.float32)
+    cuts, places, used = [0], [], 0
+    for sample, offset in zip(samples.tolist(), offsets.tolist(), strict=True):
+        prefix, response = prefixes[sample], responses[sample]
+        begin = offset + len(prefix)  # of the response
+        end = begin + len(response) - 1
+        tokens_T[offset:begin] = prefix
+        tokens_T[begin:end] = response[:-1]
+        labels_T[begin - 1 : end] = response
+        mask_T[begin - 1 : end] = 1.0
+        positions_T[offset:end] -= offset
+        cuts += [offset, end]
+        places.append(np.arange(starts_N[sample], starts_N[sample + 1]))
+        used += end - offset
+    cu_seqlens = np.unique(np.array([*cuts, length], np.int32))
+    batch = PackedBatch(
+        tokens=torch.from_numpy(tokens_T)[None],
+        position_ids=torch.from_numpy(positions_T)[None],
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        labels=torch.from_numpy(labels_T)[None],
+        loss_mask=torch.from_numpy(mask_T)[None],
+        teacher_ids=None,
+        teacher_logprobs=None,
+        teacher_log_tail=None,
+        generator_logprobs=None,
+    )
+    return _MicroBatch(batch=batch, places_R=np.concatenate(places), tokens=used)

@@ -1,0 +1,48 @@
+"""Score a round of rollouts with the teacher, alone or under torchrun.
+
+``torchrun --nproc-per-node 8 tools/annotate.py --rollouts DIR --out DIR --teacher DIR --student DIR``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from megatron_npd.config import AnnotateConfig, PlatformName, parse_config
+from megatron_npd.log import run_main
+from megatron_npd.platform import get_platform
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateCommand(AnnotateConfig):
+    """Score a round of rollouts with the teacher, alone or under torchrun."""
+
+    rollouts: str
+    """Sealed directory of rollouts."""
+    out: str
+    """Directory to seal: the annotation store."""
+    teacher: str
+    """Hugging Face directory of the teacher."""
+    student: str
+    """Hugging Face directory of the student that generated the rollouts."""
+    platform: PlatformName = "auto"
+    """Device platform; auto: cuda, npu or cpu, the first that is there."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the configuration and annotate."""
+    command = parse_config(AnnotateCommand, argv)
+    get_platform(command.platform)
+    from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
+
+    annotate_round(
+        command.rollouts,
+        command.out,
+        teacher_dir=command.teacher,
+        student_dir=command.student,
+        cfg=AnnotateConfig(**{field.name: getattr(command, field.name) for field in fields(AnnotateConfig)}),
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
