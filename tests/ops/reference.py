@@ -1,0 +1,104 @@
+"""The formulas of METHOD section 2 as they are written, in fp64 with autograd, and cases to compare with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """Arguments of ``distill_loss`` for one comparison; logits cover the whole vocabulary."""
+
+    logits_TV: Tensor
+    labels_T: Tensor
+    teacher: dict[str, Tensor]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.logits_TV.shape[1]
+
+
+def make_case(num_tokens: int, vocab_size: int, top_k: int, *, seed: int = 0, scale: float = 2.0) -> Case:
+    """Random student and teacher; labels are in the teacher's top-k at even tokens and outside it at odd ones."""
+    generator = torch.Generator().manual_seed(seed)
+    student_TV = torch.randn(num_tokens, vocab_size, generator=generator) * scale
+    teacher_TV = student_TV + torch.randn(num_tokens, vocab_size, generator=generator)
+    log_p_TV = teacher_TV.double().log_softmax(1)
+    order_TV = log_p_TV.argsort(1, descending=True)
+    rank_T = torch.randint(0, top_k, (num_tokens,), generator=generator)
+    if top_k < vocab_size:
+        outside_T = torch.randint(top_k, vocab_size, (num_tokens,), generator=generator)
+        rank_T = torch.where(torch.arange(num_tokens) % 2 == 0, rank_T, outside_T)
+    teacher = {
+        "teacher_ids_TK": order_TV[:, :top_k],
+        "teacher_logprobs_TK": log_p_TV.gather(1, order_TV[:, :top_k]).float(),
+    }
+    if top_k < vocab_size:
+        outside_TV = log_p_TV.gather(1, order_TV[:, top_k:])
+        teacher["teacher_log_tail_T"] = outside_TV.logsumexp(1).float()
+    return Case(student_TV, order_TV.gather(1, rank_T[:, None])[:, 0], teacher)
+
+
+def reference_parts(
+    logits_TV: Tensor, labels_T: Tensor, teacher: dict[str, Tensor], mode: str, temperature: float
+) -> dict[str, Tensor]:
+    """CE, KD and the metrics of each token from fp64 logits of the whole vocabulary, differentiable."""
+    log_q_TV = logits_TV.log_softmax(1)
+    ce_T = -log_q_TV.gather(1, labels_T[:, None])[:, 0]
+    if not teacher:
+        return {"ce_T": ce_T, "label_logprob_T": -ce_T}
+    ids_TK = teacher["teacher_ids_TK"]
+    log_p_TK = teacher["teacher_logprobs_TK"].double()
+    outside_TV = torch.ones_like(logits_TV, dtype=torch.bool).scatter_(1, ids_TK, False)
+    z_TK = logits_TV.gather(1, ids_TK)
+    if mode in ("tail", "truncated"):
+        log_q_TK = log_q_TV.gather(1, ids_TK)
+        kd_T = (log_p_TK.exp() * (log_p_TK - log_q_TK)).sum(1)
+        if mode == "tail" and "teacher_log_tail_T" in teacher:
+            log_tp_T = teacher["teacher_log_tail_T"].double()
+            log_tq_T = log_q_TV.masked_fill(~outside_TV, -torch.inf).logsumexp(1)
+            kd_T = kd_T + log_tp_T.exp() * (log_tp_T - log_tq_T)
+    else:
+        log_p_TK = (log_p_TK / temperature).log_softmax(1)
+        tempered_TV = logits_TV / temperature
+        log_q_TK = (z_TK / temperature).log_softmax(1)
+        if mode == "renorm_teacher":
+            log_q_TK = tempered_TV.log_softmax(1).gather(1, ids_TK)
+        kd_T = (log_p_TK.exp() * (log_p_TK - log_q_TK)).sum(1) * temperature**2
+    return {
+        "ce_T": ce_T,
+        "kd_T": kd_T,
+        "teacher_mass_T": teacher["teacher_logprobs_TK"].double().exp().sum(1),
+        "student_mass_T": log_q_TV.gather(1, ids_TK).exp().sum(1),
+        "top1_agreement_T": (z_TK[:, 0] >= logits_TV.amax(1)).double(),
+        "label_logprob_T": -ce_T,
+    }
+
+
+def reference(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    teacher: dict[str, Tensor],
+    *,
+    mask_T: Tensor | None = None,
+    weights_T: Tensor | None = None,
+    alpha: float = 0.9,
+    mode: str = "tail",
+    temperature: float = 1.0,
+    grad_T: Tensor | None = None,
+) -> dict[str, Any]:
+    """Loss, parts and the gradient of ``(loss_T * grad_T).sum()`` with respect to the logits, all fp64."""
+    logits_TV = logits_TV.detach().double().requires_grad_()
+    parts = reference_parts(logits_TV, labels_T, teacher, mode, temperature)
+    loss_T = (1 - alpha) * parts["ce_T"]
+    if alpha:
+        loss_T = loss_T + alpha * parts["kd_T"]
+    if weights_T is not None:
+        loss_T = loss_T * weights_T
+    counts_T = torch.ones(len(labels_T), dtype=torch.bool) if mask_T is None else mask_T != 0
+    result = {name: torch.where(counts_T, part, 0.0).detach() for name, part in parts.items()}
+    loss_T = torch.where(counts_T, loss_T, 0.0)
+    (loss_T if grad_T is None else loss_T * grad_T).sum().backward()
+    return result | {"loss_T": loss_T.detach(), "grad_TV": logits_TV.grad}
