@@ -1,0 +1,33 @@
+"""IFD and Delta-IFD from the losses that the annotator left (METHOD section 3; Li et al. 2024).
+
+Legend: N samples.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+LEAST_LOSS_ALONE = 1e-6  # nats a token; below it the ratio says nothing
+
+
+def ifd(loss_N: npt.NDArray[np.float32], loss_alone_N: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """How much the prompt helps to write the response: L(y|x) / L(y).
+
+    Args:
+        loss_N: L(y|x), mean nats a response token [N].
+        loss_alone_N: L(y), the same without the prompt [N].
+
+    Returns:
+        IFD [N]; NaN where L(y) is below 1e-6 or a loss is not finite.
+    """
+    defined_N = np.isfinite(loss_N) & np.isfinite(loss_alone_N) & (loss_alone_N >= LEAST_LOSS_ALONE)
+    ratio_N = np.full(len(loss_N), np.nan, np.float32)
+    return np.divide(loss_N, loss_alone_N, out=ratio_N, where=defined_N)
+
+
+def delta_ifd(
+    ifd_teacher_N: npt.NDArray[np.float32], ifd_student_N: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """IFD of the teacher less that of the student who wrote the response [N]; NaN where one is undefined."""
+    return ifd_teacher_N - ifd_student_N

@@ -1,0 +1,281 @@
+"""The packed data set against a slow reference, its order, its streams, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_npd.config import PackConfig
+from megatron_npd.data.packed_dataset import (
+    PackedDataset,
+    PackedRows,
+    RowSchedule,
+    ScheduleEntry,
+    Streams,
+    decode_teacher,
+    load_schedule,
+    make_batch,
+    microbatch_positions,
+)
+from megatron_npd.data.packing import pack_prompts, pack_selection
+from megatron_npd.data.store import AnnotationStore
+from megatron_npd.log import UserError
+from megatron_npd.records import PACKS_FILE
+from tests.data.make_store import VOCAB_SIZE, make_records, make_store
+from tests.data.test_packing import make_prompts, make_selection
+
+LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (4, 12), (1, 1), (30, 2), (6, 6), (1, 63), (7, 4), (2, 11)]
+CFG = PackConfig(seq_length=64, segment_align=8)
+ALL, NO_TEACHER = Streams(), Streams(teacher=False)
+
+
+def make_packs(root: Path, *, top_k: int = 4, seed: int = 0, cfg: PackConfig = CFG, lengths=LENGTHS) -> Path:
+    store = make_store(root / "annotations", lengths, top_k=top_k, seed=seed)
+    selection = make_selection(root / "selection", store, [True] * len(lengths))
+    pack_selection(store, selection, root / "packs", cfg)
+    return root / "packs"
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 4, VOCAB_SIZE])
+def test_a_batch_equals_a_reference_built_token_by_token(tmp_path: Path, top_k: int) -> None:
+    packs = PackedRows(make_packs(tmp_path, top_k=top_k), streams=ALL)
+    store = AnnotationStore(tmp_path / "annotations")
+    seen = []
+    for row in range(len(packs)):
+        batch = make_batch([(packs, row)])
+        assert batch.tokens is not None and batch.labels is not None and batch.loss_mask is not None
+        assert batch.teacher_ids is not None and batch.teacher_logprobs is not None
+        assert batch.teacher_log_tail is not None and batch.generator_logprobs is not None
+        assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == batch.position_ids.shape == (1, 64)
+        assert batch.teacher_ids.shape == batch.teacher_logprobs.shape == (64, top_k)
+        assert (batch.tokens.dtype, batch.teacher_ids.dtype, batch.cu_seqlens.dtype) == (torch.int64,) * 2 + (
+            torch.int32,
+        )
+        mask = torch.zeros(64)
+        starts = []
+        for offset, _, sample in packs.segments(row):
+            seen.append(sample)
+            starts.append(offset)
+            prompt_len, response_len = LENGTHS[sample]
+            tokens, records = store.tokens(sample), store.teacher(sample)
+            for place, token in enumerate(tokens):
+                assert batch.tokens[0, offset + place] == token
+                assert batch.position_ids[0, offset + place] == place
+            for i in range(response_len):
+                at = offset + prompt_len - 1 + i
+                mask[at] = 1
+                assert batch.labels[0, at] == tokens[prompt_len + i]
+                assert batch.teacher_ids[at].tolist() == records["ids"][i].tolist()
+                stored = torch.from_numpy(records["logprobs"][i].astype(np.float64)).softmax(0).log()
+                kept = np.log(-np.expm1(np.float64(records["log_tail"][i])))
+                torch.testing.assert_close(batch.teacher_logprobs[at].double(), stored + kept, atol=2e-6, rtol=1e-6)
+                assert batch.teacher_log_tail[at] == np.float32(records["log_tail"][i])
+                assert batch.generator_logprobs[at] == np.float32(records["generator_logprob"][i])
+        assert torch.equal(batch.loss_mask[0], mask)
+        _check_segments(batch.cu_seqlens, batch.max_seqlen, batch.position_ids, starts)
+        unused = batch.loss_mask[0] == 0
+        assert torch.all(batch.labels[0, unused] == 0) and torch.all(batch.generator_logprobs[unused].isnan())
+        assert all(len(set(ids)) == top_k for ids in batch.teacher_ids.tolist())
+        mass = batch.teacher_logprobs.double().exp().sum(1) + batch.teacher_log_tail.double().exp()
+        torch.testing.assert_close(mass, torch.ones(64, dtype=torch.float64), atol=1e-5, rtol=0)
+        assert packs.response_tokens(row) == int(mask.sum())
+    assert sorted(seen) == list(range(len(LENGTHS)))
+
+
+def _check_segments(cu_seqlens: torch.Tensor, max_seqlen: int, positions: torch.Tensor, starts: list[int]) -> None:
+    """All T is covered, samples start segments at aligned places, positions count from 0 in each segment."""
+    bounds = cu_seqlens.tolist()
+    assert bounds[0] == 0 and bounds[-1] == positions.numel() and all(bound % 8 == 0 for bound in bounds)
+    assert starts == bounds[: len(starts)] and len(bounds) - len(starts) in (1, 2)
+    lengths = torch.diff(cu_seqlens)
+    assert int(lengths.min()) > 0 and max_seqlen == int(lengths.max())
+    expected = torch.cat([torch.arange(int(length)) for length in lengths])
+    assert torch.equal(positions[0], expected)
+
+
+def test_a_micro_batch_is_its_rows_end_to_end(tmp_path: Path) -> None:
+    packs = PackedRows(make_packs(tmp_path), streams=ALL)
+    one, two, both = make_batch([(packs, 1)]), make_batch([(packs, 0)]), make_batch([(packs, 1), (packs, 0)])
+
+    for name in ("tokens", "labels", "loss_mask", "position_ids"):
+        assert torch.equal(getattr(both, name), torch.cat([getattr(one, name), getattr(two, name)], dim=1)), name
+    for name in ("teacher_ids", "teacher_logprobs", "teacher_log_tail"):
+        torch.testing.assert_close(getattr(both, name), torch.cat([getattr(one, name), getattr(two, name)]))
+    assert both.cu_seqlens.tolist() == one.cu_seqlens.tolist() + (64 + two.cu_seqlens[1:]).tolist()
+    assert both.max_seqlen == max(one.max_seqlen, two.max_seqlen)
+
+
+def test_streams_leave_out_what_a_stage_does_not_need(tmp_path: Path) -> None:
+    path = make_packs(tmp_path)
+    full = make_batch([(PackedRows(path, streams=ALL), 0)])
+    first = make_batch([(PackedRows(path, streams=Streams(targets=False, teacher=False)), 0)])
+    middle = make_batch([(PackedRows(path, streams=Streams(tokens=False, targets=False, teacher=False)), 0)])
+    last = make_batch([(PackedRows(path, streams=Streams(tokens=False)), 0)])
+
+    for batch in (first, middle, last):
+        assert torch.equal(batch.position_ids, full.position_ids) and torch.equal(batch.cu_seqlens, full.cu_seqlens)
+    assert torch.equal(first.tokens, full.tokens) and first.labels is first.loss_mask is first.teacher_ids is None
+    assert middle.tokens is middle.labels is middle.teacher_logprobs is middle.generator_logprobs is None
+    assert last.tokens is None and torch.equal(last.labels, full.labels)
+    assert torch.equal(last.teacher_ids, full.teacher_ids)
+
+
+def test_a_batch_moves_but_its_cu_seqlens_stay(tmp_path: Path) -> None:
+    batch = make_batch([(PackedRows(make_packs(tmp_path), streams=NO_TEACHER), 0)]).to("meta")
+    assert batch.tokens.device.type == batch.loss_mask.device.type == "meta"
+    assert batch.cu_seqlens.device.type == "cpu" and batch.teacher_ids is None
+
+
+def test_decoding_rescales_and_refuses_what_is_no_distribution() -> None:
+    records = make_records(np.random.default_rng(0), 9000, 10)  # more than one chunk
+    ids, logprobs, log_tail, _ = decode_teacher(records, VOCAB_SIZE)
+    mass = logprobs.double().exp().sum(1)
+    torch.testing.assert_close(mass, -torch.expm1(log_tail.double()), atol=1e-6, rtol=1e-6)
+    np.testing.assert_array_equal(ids.numpy(), records["ids"])
+    np.testing.assert_allclose(logprobs.numpy(), records["logprobs"].astype(np.float32), atol=1e-2)
+    for field, value in (("ids", VOCAB_SIZE), ("ids", -1), ("logprobs", np.nan), ("log_tail", 0.0)):
+        broken = records.copy()
+        broken[field][8000] = value
+        with pytest.raises(UserError, match=r"annotate again|token ids"):
+            decode_teacher(broken, VOCAB_SIZE)
+
+
+def test_tokens_only_stores_train_without_a_teacher(tmp_path: Path) -> None:
+    prompts = make_prompts(tmp_path / "prompts", [([1, 2, 3], [4, 5]), ([7], [8, 9, 10])])
+    pack_prompts(prompts, tmp_path, CFG, vocab_size=50)
+    batch = PackedDataset(tmp_path / "packs", seed=0, streams=NO_TEACHER).batch([0])
+    assert batch.tokens[0, :6].tolist() == [1, 2, 3, 4, 5, 0] and batch.labels[0, 2:4].tolist() == [4, 5]
+    assert batch.loss_mask[0].nonzero().flatten().tolist() == [2, 3, 8, 9, 10]
+    with pytest.raises(UserError, match="kd_alpha"):
+        PackedDataset(tmp_path / "packs", seed=0, streams=ALL)
+
+
+def entry(from_row: int, packs: str = "p", round_index: int = 0) -> ScheduleEntry:
+    return ScheduleEntry(from_row=from_row, packs=packs, round=round_index, policy_version="v")
+
+
+def test_the_order_is_a_permutation_an_epoch_and_a_function_of_the_position() -> None:
+    entries, rows = [entry(0), entry(25)], [10, 7]
+    schedule = RowSchedule(entries, rows, seed=5)
+    order = [schedule.locate(position) for position in range(60)]
+
+    assert [place for place, _ in order] == [0] * 25 + [1] * 35
+    first = [row for _, row in order[:25]]
+    assert sorted(first[:10]) == sorted(first[10:20]) == list(range(10)) and first[:10] != first[10:20]
+    second = [row for _, row in order[25:]]
+    assert all(sorted(second[start : start + 7]) == list(range(7)) for start in range(0, 35, 7))
+    again = RowSchedule(entries, rows, seed=5)
+    assert [again.locate(position) for position in reversed(range(60))] == order[::-1]
+    assert [RowSchedule(entries, rows, seed=6).locate(position) for position in range(60)] != order
+    assert (
+        RowSchedule([*entries, entry(40)], [*rows, 3], seed=5).locate(39) == order[39]
+    )  # a later round changes nothing
+    assert schedule.epoch(10) == 1.0 and schedule.epoch(25) == 0.0
+
+
+def test_the_order_never_changes_between_releases() -> None:
+    schedule = RowSchedule([entry(0)], [8], seed=1234)
+    assert [schedule.locate(position)[1] for position in range(16)] == [5, 6, 3, 7, 4, 1, 2, 0, 7, 3, 0, 2, 4, 6, 5, 1]
+
+
+@pytest.mark.parametrize(("micro_batch_size", "dp_size"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2)])
+def test_every_layout_trains_on_the_same_global_batch(micro_batch_size: int, dp_size: int) -> None:
+    positions = [
+        microbatch_positions(40, global_batch_size=8, micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size)
+        for rank in range(dp_size)
+    ]
+    assert all(len(batch) == micro_batch_size for rank in positions for batch in rank)
+    in_order = [row for step in zip(*positions, strict=True) for batch in step for row in batch]
+    assert in_order == list(range(40, 48))
+
+
+def test_a_global_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match="global_batch_size must be a multiple"):
+        microbatch_positions(0, global_batch_size=6, micro_batch_size=2, dp_rank=0, dp_size=2)
+
+
+def write_schedule(path: Path, entries: list[ScheduleEntry]) -> Path:
+    path.write_text("".join(json.dumps(vars(item)) + "\n" for item in entries))
+    return path
+
+
+def test_a_schedule_switches_rounds_at_its_row_and_resumes_anywhere(tmp_path: Path) -> None:
+    for index in range(2):
+        make_packs(tmp_path / f"rounds/{index}", seed=index)
+    path = write_schedule(tmp_path / "schedule.jsonl", [entry(0, "rounds/0/packs"), entry(7, "rounds/1/packs", 1)])
+    dataset = PackedDataset(path, seed=3, streams=ALL)
+    rows = [PackedRows(tmp_path / f"rounds/{index}/packs", streams=ALL) for index in range(2)]
+
+    for start in (0, 5, 6, 8, 11):  # 6: the two rows come from different rounds
+        batch = PackedDataset(path, seed=3, streams=ALL).batch([start, start + 1])
+        located = [dataset.schedule.locate(position) for position in (start, start + 1)]
+        assert [place for place, _ in located] == [int(position >= 7) for position in (start, start + 1)]
+        expected = make_batch([(rows[place], row) for place, row in located])
+        assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.teacher_ids, expected.teacher_ids)
+        assert dataset.response_tokens([start, start + 1]) == int(batch.loss_mask.sum())
+
+
+def test_a_packs_directory_is_a_schedule_of_its_own(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path)
+    assert load_schedule(packs) == [ScheduleEntry(from_row=0, packs=".", round=0, policy_version="v0000")]
+    dataset = PackedDataset(packs, seed=3, streams=ALL)
+    assert (dataset.seq_length, dataset.top_k, dataset.vocab_size) == (64, 4, VOCAB_SIZE)
+    assert dataset.batch([0, 9, 100]).position_ids.shape == (1, 192)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "rising from 0"),
+        ('{"from_row": 0, "packs": "a", "round": 0', "line 1 must be JSON"),
+        ('{"from_row": 0, "packs": "a", "round": 0}', "line 1 must have the fields"),
+        ('{"from_row": "0", "packs": "a", "round": 0, "policy_version": "v"}', "line 1 must have the fields"),
+        ("[1]", "line 1 must have the fields"),
+        ('{"from_row": 4, "packs": "a", "round": 0, "policy_version": "v"}', "rising from 0"),
+        (2 * '{"from_row": 0, "packs": "a", "round": 0, "policy_version": "v"}\n', "rising from 0"),
+    ],
+)
+def test_a_broken_schedule_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "schedule.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_schedule(tmp_path / "schedule.jsonl")
+
+
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data_path must be"):
+        load_schedule(tmp_path / "nowhere")
+
+
+def test_rounds_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    make_packs(tmp_path / "0")
+    make_packs(tmp_path / "1", top_k=3)
+    path = write_schedule(tmp_path / "schedule.jsonl", [entry(0, "0/packs"), entry(1, "1/packs", 1)])
+    with pytest.raises(UserError, match="all packs must have"):
+        PackedDataset(path, seed=0, streams=ALL)
+
+
+def test_damaged_packs_and_a_store_made_anew_are_refused(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path / "a")
+    other = make_store(tmp_path / "b/annotations", LENGTHS, seed=9)
+    (tmp_path / "a/annotations").rename(tmp_path / "a/old")
+    other.rename(tmp_path / "a/annotations")
+    with pytest.raises(UserError, match="pack again"):
+        PackedRows(packs, streams=ALL)
+
+    packs = make_packs(tmp_path / "c")
+    content = bytearray((packs / PACKS_FILE).read_bytes())
+    content[len(content) // 2] ^= 4
+    (packs / PACKS_FILE).write_bytes(content)
+    with pytest.raises(UserError, match="sha256"):
+        PackedRows(packs, streams=ALL)
+
+
+def test_a_moved_run_still_finds_its_store(tmp_path: Path) -> None:
+    before = make_batch([(PackedRows(make_packs(tmp_path / "run"), streams=ALL), 0)])
+    (tmp_path / "run").rename(tmp_path / "moved")
+    after = make_batch([(PackedRows(tmp_path / "moved/packs", streams=ALL), 0)])
+    assert torch.equal(before.tokens, after.tokens)

@@ -1,0 +1,221 @@
+"""Packing: best-fit decreasing against a naive one, the books, bytes as a function of the inputs, supervised data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_npd.config import PackConfig
+from megatron_npd.data.packing import pack_lengths, pack_prompts, pack_selection
+from megatron_npd.data.store import AnnotationStore
+from megatron_npd.log import UserError
+from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest, seal, writing
+from megatron_npd.records import (
+    PACKS_FILE,
+    PROMPT_SCHEMA,
+    PROMPTS_FILE,
+    QUARANTINE_FILE,
+    SELECTION_FILE,
+    SELECTION_SCHEMA,
+)
+from tests.data.make_store import make_store
+from tests.helpers import VOCAB_SIZE
+from tools import pack as pack_tool
+
+LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (8, 60), (4, 12), (1, 1), (30, 2), (6, 6)]
+CFG = PackConfig(seq_length=64, segment_align=8)
+
+
+def naive_best_fit(sizes: list[int], capacity: int) -> list[int]:
+    """Space left in each row, sorted; one sample at a time."""
+    space: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        fitting = [row for row, left in enumerate(space) if left >= size]
+        row = min(fitting, key=lambda row: space[row]) if fitting else len(space)
+        if row == len(space):
+            space.append(capacity)
+        space[row] -= size
+    return sorted(space)
+
+
+def check_layout(lengths: np.ndarray, rows: np.ndarray, offsets: np.ndarray, seq_length: int, align: int) -> None:
+    """Segments are aligned, inside their row and apart."""
+    assert np.all(offsets % align == 0) and np.all(offsets + lengths <= seq_length)
+    assert set(rows.tolist()) == set(range(int(rows.max()) + 1))
+    order = np.lexsort((offsets, rows))
+    same_row = np.diff(rows[order]) == 0
+    ends = (offsets + lengths)[order]
+    assert np.all(offsets[order][1:][same_row] >= ends[:-1][same_row])
+
+
+@pytest.mark.parametrize("align", [1, 4])
+def test_rows_are_those_of_a_naive_best_fit(align: int) -> None:
+    rng = np.random.default_rng(align)
+    for _ in range(150):
+        capacity = int(rng.integers(1, 40))
+        lengths = rng.integers(1, capacity * align + 1, rng.integers(1, 70))
+        rows, offsets = pack_lengths(lengths, capacity * align, align)
+        check_layout(lengths, rows, offsets, capacity * align, align)
+        sizes = -(-lengths // align)
+        space = np.full(int(rows.max()) + 1, capacity)
+        np.subtract.at(space, rows, sizes)
+        assert sorted(space.tolist()) == naive_best_fit(sizes.tolist(), capacity)
+
+
+def test_a_million_lengths_fill_the_rows() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(1500) - 0.32, 0.8, 1_200_000).astype(int), 2, 32768)
+    rows, offsets = pack_lengths(lengths, 32768, 16)
+    check_layout(lengths, rows, offsets, 32768, 16)
+    bound = -(-int((-(-lengths // 16) * 16).sum()) // 32768)
+    assert int(rows.max()) + 1 <= bound * 1.0002
+
+
+def test_nothing_and_whole_rows() -> None:
+    rows, offsets = pack_lengths([], 64, 16)
+    assert len(rows) == len(offsets) == 0
+    rows, offsets = pack_lengths([64, 64, 50], 64, 16)  # 50 takes four units of 16: a row
+    assert rows.tolist() == [0, 1, 2] and offsets.tolist() == [0, 0, 0]
+
+
+def make_selection(path: Path, store: Path, kept: list[bool]) -> Path:
+    ids = AnnotationStore(store).metadata("sample_id")["sample_id"].to_pylist()
+    rows = [
+        {"sample_id": name, "zone": "proximal" if keep else "degenerate", "kept": keep, "reason": "" if keep else "x"}
+        for name, keep in zip(ids, kept, strict=True)
+    ]
+    with writing(path):
+        pq.write_table(pa.Table.from_pylist(rows, schema=SELECTION_SCHEMA), path / SELECTION_FILE)
+        seal(path, kind="selection")
+    return path
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> tuple[Path, Path]:
+    store = make_store(tmp_path / "run/annotations", LENGTHS)
+    kept = [True] * len(LENGTHS)
+    kept[3] = False
+    return store, make_selection(tmp_path / "run/selection", store, kept)
+
+
+def test_kept_samples_are_packed_and_the_books_agree(stages: tuple[Path, Path], tmp_path: Path) -> None:
+    manifest = pack_selection(*stages, tmp_path / "run/packs", CFG)
+
+    table = pq.read_table(tmp_path / "run/packs" / PACKS_FILE).to_pydict()
+    assert sorted(table["sample_index"]) == [0, 1, 2, 5, 6, 7, 8]  # 3 is not selected, 4 has 68 tokens
+    assert table["sample_id"] == [f"s{index:06d}" for index in table["sample_index"]]
+    assert table["length"] == [sum(LENGTHS[index]) for index in table["sample_index"]]
+    assert list(zip(table["row"], table["offset"], strict=True)) == sorted(
+        zip(table["row"], table["offset"], strict=True)
+    )
+    rows, offsets, lengths = (np.array(table[name]) for name in ("row", "offset", "length"))
+    check_layout(lengths, rows, offsets, 64, 8)
+    counts = manifest.counts
+    assert counts["in"] == 8 and counts["kept"] == 7 and counts["quarantined"] == {"too_long": 1}
+    assert counts["tokens"] == sum(table["length"]) and counts["rows"] == max(table["row"]) + 1
+    quarantine = (tmp_path / "run/packs" / QUARANTINE_FILE).read_text().splitlines()
+    assert [json.loads(line) for line in quarantine] == [{"sample_id": "s000004", "reason": "too_long"}]
+    assert manifest.provenance["store"] == "../annotations"
+    assert manifest.provenance["policy_version"] == "v0000" and manifest.provenance["top_k"] == 4
+
+
+def test_bytes_are_a_function_of_the_inputs(stages: tuple[Path, Path], tmp_path: Path) -> None:
+    pack_selection(*stages, tmp_path / "run/packs", CFG)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/packs")
+    pack_selection(tmp_path / "copy/annotations", tmp_path / "copy/selection", tmp_path / "copy/packs", CFG)
+
+    for name in (PACKS_FILE, MANIFEST, QUARANTINE_FILE):
+        assert (tmp_path / "run/packs" / name).read_bytes() == (tmp_path / "copy/packs" / name).read_bytes()
+
+
+def test_a_second_call_changes_nothing_and_another_shape_is_refused(stages: tuple[Path, Path], tmp_path: Path) -> None:
+    first = pack_selection(*stages, tmp_path / "packs", CFG)
+    stamp = (tmp_path / "packs" / PACKS_FILE).stat().st_mtime_ns
+    assert pack_selection(*stages, tmp_path / "packs", CFG) == first
+    assert (tmp_path / "packs" / PACKS_FILE).stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="seq_length"):
+        pack_selection(*stages, tmp_path / "packs", PackConfig(seq_length=128, segment_align=8))
+
+
+def test_a_selection_of_another_store_or_of_nothing_is_refused(stages: tuple[Path, Path], tmp_path: Path) -> None:
+    store, _ = stages
+    other = make_store(tmp_path / "other", LENGTHS[:-1])
+    with pytest.raises(UserError, match="other samples"):
+        pack_selection(store, make_selection(tmp_path / "sel_other", other, [True] * 8), tmp_path / "p", CFG)
+    with pytest.raises(UserError, match="leave samples to pack"):
+        pack_selection(store, make_selection(tmp_path / "sel_none", store, [False] * 9), tmp_path / "p", CFG)
+    assert not is_sealed(tmp_path / "p")
+
+
+def make_prompts(path: Path, prompts: list[tuple[list[int], list[int] | None]]) -> Path:
+    rows: list[dict[str, Any]] = [
+        {"prompt_id": f"p{index}", "prompt_ids": prompt, "header_len": 0, "response_ids": response, "extras": "{}"}
+        for index, (prompt, response) in enumerate(prompts)
+    ]
+    with writing(path):
+        pq.write_table(pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA), path / PROMPTS_FILE)
+        seal(path, kind="prompts")
+    return path
+
+
+def test_supervised_data_becomes_a_store_of_tokens_and_packs(tmp_path: Path) -> None:
+    prompts = make_prompts(tmp_path / "prompts", [([1, 2, 3], [4, 5]), ([6], None), ([7], [8] * 70), ([9], [10])])
+
+    manifest = pack_prompts(prompts, tmp_path / "out", CFG, vocab_size=50)
+
+    store = AnnotationStore(tmp_path / "out/store")
+    assert store.top_k == 0 and store.manifest.counts["quarantined"] == {"no_response": 1}
+    assert [store.tokens(index).tolist() for index in (0, 2)] == [[1, 2, 3, 4, 5], [9, 10]]
+    assert np.isnan(store.metadata("teacher_loss")["teacher_loss"].to_numpy()).all()
+    assert '"p1"' in (tmp_path / "out/store" / QUARANTINE_FILE).read_text()
+    assert manifest.counts["in"] == 3 and manifest.counts["quarantined"] == {"too_long": 1}
+    assert manifest.provenance["store"] == "../store" and manifest.provenance["policy_version"] == "data"
+
+    shutil.rmtree(tmp_path / "out/packs")  # killed between the two directories: the store is not made again
+    stamp = (tmp_path / "out/store" / MANIFEST).stat().st_mtime_ns
+    assert pack_prompts(prompts, tmp_path / "out", CFG, vocab_size=50) == manifest
+    assert (tmp_path / "out/store" / MANIFEST).stat().st_mtime_ns == stamp
+
+
+def test_prompts_without_responses_or_with_foreign_ids_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="prompts with responses"):
+        pack_prompts(make_prompts(tmp_path / "none", [([1], None)]), tmp_path / "a", CFG, vocab_size=50)
+    with pytest.raises(UserError, match="got 50"):
+        pack_prompts(make_prompts(tmp_path / "ids", [([1], [50])]), tmp_path / "b", CFG, vocab_size=50)
+    assert not is_sealed(tmp_path / "a/store") and not is_sealed(tmp_path / "b/store")
+
+
+def test_the_tool_packs_a_file_of_prompts(tmp_path: Path, tiny_model_dir: Path) -> None:
+    source = tmp_path / "problems.jsonl"
+    records = [{"prompt": "How many apples?", "response": "#### 3"}, {"prompt": "And pens?"}]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = [
+        "--prompts",
+        str(source),
+        "--hf-model",
+        str(tiny_model_dir),
+        "--out",
+        str(tmp_path / "out"),
+        "--seq-length",
+        "128",
+    ]
+
+    pack_tool.main(arguments)
+    pack_tool.main(arguments)  # rerunning is fine
+
+    manifest = read_manifest(tmp_path / "out/packs", kind="packs")
+    assert (manifest.counts["kept"], manifest.provenance["vocab_size"]) == (1, VOCAB_SIZE)
+    assert AnnotationStore(tmp_path / "out/store").tokens(0)[-1] == 2  # the answer's stop token
+
+
+def test_the_tool_wants_one_pair_of_inputs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one pair"):
+        pack_tool.main(["--out", str(tmp_path), "--annotations", "a", "--prompts", "p"])
