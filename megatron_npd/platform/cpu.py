@@ -1,0 +1,108 @@
+"""The CPU: megatron-core over gloo, for laptops, tests and conversion.
+
+megatron-core 0.16.1 asks for CUDA by name in many places. ``prepare`` redirects those requests, all of them here;
+each is an error on a machine without a GPU, so nothing that works elsewhere changes its meaning.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_npd.platform.base import (
+    GroupStepAdamW,
+    alias_tensor_type,
+    assert_megatron_not_imported,
+    install_adamw,
+    resident_bytes,
+    silence_import_warnings,
+)
+from megatron_npd.platform.cpu_attention import grouped_attention
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "empty_like")  # those that megatron-core calls with device="cuda"
+
+
+class Device:
+    """See ``base.Platform``."""
+
+    name = "cpu"
+    distributed_backend = "gloo"
+    visible_devices_env = ""
+
+    def check_available(self) -> None:
+        return
+
+    def prepare(self) -> None:
+        assert_megatron_not_imported()
+        silence_import_warnings()
+        _redirect_cuda()
+        from megatron.core.tensor_parallel import random
+
+        random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+        random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+        install_adamw(GroupStepAdamW)
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def set_device(self, local_rank: int) -> None:
+        return
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def synchronize(self) -> None:
+        return
+
+    def max_memory_bytes(self) -> int:
+        return resident_bytes()
+
+    def packed_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    ) -> Tensor:
+        return grouped_attention(q, k, v, cu_seqlens, softmax_scale)
+
+    def adamw(self) -> type[torch.optim.Optimizer]:
+        return GroupStepAdamW
+
+
+def _redirect_cuda() -> None:
+    """Send megatron-core's requests for CUDA to the CPU; before ``megatron.core`` is imported, once a process."""
+    cpu = torch.device("cpu")
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name), cpu))
+    torch.cuda.is_available = lambda: False
+    torch.cuda.device_count = lambda: 0
+    torch.cuda.current_device = lambda: cpu  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    torch.cuda.manual_seed = lambda seed: None if seed is None else _manual_seed(seed)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    alias_tensor_type(
+        {
+            "torch.FloatTensor": "torch.cuda.FloatTensor",
+            "torch.HalfTensor": "torch.cuda.HalfTensor",
+            "torch.BFloat16Tensor": "torch.cuda.BFloat16Tensor",
+        }
+    )
+
+
+def _manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+
+
+def _on_cpu(factory: Callable[..., Tensor], cpu: torch.device) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        if device is None:
+            return factory(*args, **kwargs)
+        if torch.device(device).type == "cuda":
+            device = cpu
+        return factory(*args, device=device, **kwargs)
+
+    return wrapped

@@ -1,0 +1,75 @@
+"""Process groups and seeds: torch.distributed, megatron-core's parallel state and its random streams."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+
+from megatron_npd.log import UserError
+from megatron_npd.platform import get_platform
+from megatron_npd.platform.base import local_rank
+
+
+def initialize_distributed(
+    *, tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, seed: int = 1234
+) -> None:
+    """Set up this process for model-parallel work; call it again at will, with other sizes or another seed.
+
+    Under torchrun the process joins its peers; without torchrun's environment it is a world of its own. The
+    data-parallel size is what remains of the world size. Stages of one process may ask for different sizes one after
+    another: the groups are made anew when the sizes change, and models built before must not be used afterwards.
+
+    Args:
+        tensor_model_parallel_size: Ranks that share a layer.
+        pipeline_model_parallel_size: Ranks that share the depth.
+        seed: Seed of the random streams (the tensor-parallel one differs by rank, as megatron-core has it).
+
+    Raises:
+        UserError: The world size is not a multiple of the two sizes' product.
+    """
+    platform = get_platform()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        platform.set_device(local_rank())
+        _join(platform.distributed_backend)
+    world, model_size = dist.get_world_size(), tensor_model_parallel_size * pipeline_model_parallel_size
+    if world % model_size:
+        raise UserError(
+            f"number of processes must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size = "
+            f"{tensor_model_parallel_size} x {pipeline_model_parallel_size}, got {world}; "
+            "start another number of processes or change the sizes"
+        )
+    if parallel_state.model_parallel_is_initialized():
+        current = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
+        if current != (tensor_model_parallel_size, pipeline_model_parallel_size):
+            parallel_state.destroy_model_parallel()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+        )
+    platform.seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _join(backend: str) -> None:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def shutdown() -> None:
+    """Leave all process groups; ``initialize_distributed`` may be called again afterwards."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,86 @@
+"""Process groups and seeds, and the test harness itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_npd.log import UserError
+from megatron_npd.platform import get_platform
+from megatron_npd.platform.initialize import initialize_distributed, shutdown
+from tests.dist import run_distributed
+
+
+def _sizes_change(rank: int, world_size: int) -> list[tuple[int, int, int]]:
+    from megatron.core import parallel_state
+
+    seen = []
+    for tensor, pipeline in ((1, 1), (1, 1), (2, 1), (1, 2), (1, 1)):
+        initialize_distributed(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+        seen.append(
+            (
+                parallel_state.get_tensor_model_parallel_world_size(),
+                parallel_state.get_pipeline_model_parallel_world_size(),
+                parallel_state.get_data_parallel_world_size(),
+            )
+        )
+        total = torch.ones(1)
+        dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+        assert total.item() == tensor * pipeline
+    return seen
+
+
+def test_sizes_may_change_in_one_process() -> None:
+    assert run_distributed(_sizes_change, 2) == [[(1, 1, 2), (1, 1, 2), (2, 1, 1), (1, 2, 1), (1, 1, 2)]] * 2
+
+
+def _indivisible(rank: int, world_size: int) -> str:
+    with pytest.raises(UserError) as caught:
+        initialize_distributed(tensor_model_parallel_size=3)
+    return str(caught.value)
+
+
+def test_indivisible_world_is_a_user_error() -> None:
+    for message in run_distributed(_indivisible, 2):
+        assert "got 2" in message and "3 x 1" in message
+
+
+def _random_streams(rank: int, world_size: int) -> tuple[float, float]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    initialize_distributed(tensor_model_parallel_size=2, seed=7)
+    first = torch.rand(1).item()
+    with get_cuda_rng_tracker().fork():
+        forked = torch.rand(1).item()
+    initialize_distributed(tensor_model_parallel_size=2, seed=7)
+    assert torch.rand(1).item() == first
+    with get_cuda_rng_tracker().fork():
+        assert torch.rand(1).item() == forked
+    return first, forked
+
+
+def test_random_streams_are_shared_or_by_tensor_rank() -> None:
+    (first0, forked0), (first1, forked1) = run_distributed(_random_streams, 2)
+    assert first0 == first1
+    assert forked0 != forked1
+
+
+def test_single_process_without_torchrun() -> None:
+    get_platform()
+    for _ in range(2):
+        initialize_distributed(seed=3)
+        assert dist.get_world_size() == 1
+        shutdown()
+    assert not dist.is_initialized()
+
+
+def _fails_on_rank_one(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise ValueError("broken on purpose")
+    dist.barrier()
+
+
+def test_harness_reports_a_failing_rank() -> None:
+    with pytest.raises(AssertionError, match="broken on purpose"):
+        run_distributed(_fails_on_rank_one, 2)
