@@ -1,0 +1,129 @@
+"""Attention over packed rows: rotary positions that restart in each segment, then the platform's causal attention.
+
+megatron-core's own rotary embedding for packed rows loops over segments in every layer. Here the angles of a row are
+computed once, on its first layer, and applied to all of its tokens at once.
+
+Legend: T packed tokens, S segments, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_npd.platform import get_platform
+
+
+@dataclass(kw_only=True)
+class PackedRow(PackedSeqParams):
+    """megatron-core's description of a packed row, with what its layers share.
+
+    Attributes:
+        rotary: (cos, sin) [T, 1, D / 2] by (rotary embedding, dtype, device), filled by the first layer.
+    """
+
+    rotary: dict[tuple[Rotary, torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def packed_params(cu_seqlens: Tensor) -> PackedRow:
+    """What the model needs to know of a packed row; make it anew for each row.
+
+    Args:
+        cu_seqlens: int32 [S + 1] on the CPU, from 0 to T: where segments start and end (a padding tail is a segment).
+    """
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.device.type == "cpu", "cu_seqlens is int32 on the CPU"
+    longest = int(cu_seqlens.diff().max())
+    return PackedRow(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+class Rotary:
+    """A rotary embedding: its inverse frequencies, and the factor that some kinds put on cos and sin."""
+
+    def __init__(self, inv_freq: Tensor, scaling: float) -> None:
+        """Args: inv_freq: float32 [D / 2]; scaling: factor on cos and sin."""
+        self.inv_freq = inv_freq
+        self.scaling = scaling
+
+    def of_row(self, row: PackedRow, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, D / 2] of a row's tokens, whose positions count from 0 in each segment."""
+        key = (self, dtype, device)
+        if key not in row.rotary:
+            bounds = row.cu_seqlens_q.long()
+            starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
+            positions = torch.arange(int(bounds[-1])) - starts
+            angles = torch.outer(positions.float(), self.inv_freq).unsqueeze(1)
+            cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
+            row.rotary[key] = (cos.to(device, dtype), sin.to(device, dtype))
+        return row.rotary[key]
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotate the pairs (i, i + D / 2) of each head; the backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, sin, -1.0), None, None
+
+
+def _rotate(x_THD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    first, second = x_THD.chunk(2, dim=-1)
+    out = torch.empty(x_THD.shape, dtype=x_THD.dtype, device=x_THD.device)
+    out_first, out_second = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
+    return out
+
+
+class PackedAttention(MegatronModule):
+    """The core attention of a layer; it has no parameters.
+
+    megatron-core gives it this rank's heads and, with ``qkv_format`` "thd", takes back [T, H * D].
+    """
+
+    def __init__(self, config: TransformerConfig, *, rotary: Rotary, **_: Any) -> None:
+        """Args: config: of the model; rotary: its rotary embedding; the rest of what megatron-core passes is unused."""
+        super().__init__(config=config)
+        assert config.kv_channels is not None
+        self.rotary = rotary
+        self.softmax_scale = config.kv_channels**-0.5
+        self.platform = get_platform()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedRow,
+        **_: Any,
+    ) -> Tensor:
+        """query [T, H, D], key and value [T, H_kv, D] -> [T, H, D]."""
+        row = packed_seq_params
+        cos, sin = self.rotary.of_row(row, query.dtype, query.device)
+        return self.platform.packed_attention(
+            _Rotate.apply(query, cos, sin),
+            _Rotate.apply(key, cos, sin),
+            value,
+            row.cu_seqlens_q,
+            row.max_seqlen_q,
+            self.softmax_scale,
+        )

@@ -1,0 +1,209 @@
+"""From a ``ModelSpec`` to megatron-core's GPTModel, cut to this rank's share of the parallel layout.
+
+The layers are megatron-core's local ones (no Transformer Engine), with RMSNorm and packed attention of this package.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_npd.log import UserError
+from megatron_npd.models.attention import PackedAttention, Rotary, packed_params
+from megatron_npd.models.families.base import ModelSpec, load_spec
+from megatron_npd.platform import get_platform
+from megatron_npd.platform.base import local_rank
+
+__all__ = ["ModelSpec", "build_model", "load_spec", "packed_params"]
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose weight, under sequence parallelism, has its gradient summed over tensor ranks.
+
+    megatron-core's wrapper of torch's norms refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        """Args: config: of the model; hidden_size: size of the last dimension; eps: added to the mean square."""
+        super().__init__()
+        self.eps = eps
+        device = get_platform().device(local_rank())
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (read by megatron-core)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any leading shape; the last dimension is normalised, in x's dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def build_model(
+    spec: ModelSpec,
+    *,
+    bf16: bool = False,
+    sequence_parallel: bool = False,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+) -> GPTModel:
+    """Build this rank's part of the model; its weights are zero (the norms' one) until they are loaded.
+
+    Call it after ``initialize_distributed``, whose tensor and pipeline sizes it takes. Call the model with tokens int64
+    [1, T] as ``model(tokens, positions, None, packed_seq_params=packed_params(cu_seqlens))``; the positions are not
+    read, those that cu_seqlens implies are used. The last stage gives logits [1, T, V / TP], its slice of the
+    vocabulary padded to a multiple of TP; other stages give hidden states [T, 1, H] (T / TP where sequence-parallel).
+
+    Args:
+        spec: The model's shape.
+        bf16: Parameters and computation in bfloat16 rather than float32.
+        sequence_parallel: Split norms and residuals over the tensor-parallel ranks; ignored at TP = 1.
+        pre_process: Whether this rank holds the embedding; None: on the first pipeline stage.
+        post_process: Whether this rank holds the final norm and the output layer; None: on the last stage.
+
+    Raises:
+        UserError: Heads, MLP width or layers do not divide over the parallel layout.
+    """
+    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
+    _check_layout(spec, tensor_size, pipeline_size)
+    config = _transformer_config(
+        spec,
+        tensor_size,
+        pipeline_size,
+        torch.bfloat16 if bf16 else torch.float32,
+        sequence_parallel and tensor_size > 1,
+    )
+    layer = _layer_spec(Rotary(*_inverse_frequencies(spec)))
+    model = GPTModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm),
+        vocab_size=spec.padded_vocab_size(tensor_size),
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process,
+        post_process=parallel_state.is_pipeline_last_stage() if post_process is None else post_process,
+        share_embeddings_and_output_weights=spec.tied,
+        position_embedding_type="none",  # rotary positions are the core attention's
+        parallel_output=True,
+    )
+    return model.to(get_platform().device(local_rank()))
+
+
+def _check_layout(spec: ModelSpec, tensor_size: int, pipeline_size: int) -> None:
+    def must(holds: bool, what: str, size: str, got: int) -> None:
+        if not holds:
+            raise UserError(
+                f"{what} of {spec.path} must be a multiple of {size}, got {got}; choose a parallel size that divides it"
+            )
+
+    tensor, pipeline = f"tensor_model_parallel_size ({tensor_size})", f"pipeline_model_parallel_size ({pipeline_size})"
+    must(spec.num_heads % tensor_size == 0, "attention heads", tensor, spec.num_heads)
+    must(spec.ffn_hidden_size % tensor_size == 0, "MLP width", tensor, spec.ffn_hidden_size)
+    must(spec.hidden_size % tensor_size == 0, "hidden size", tensor, spec.hidden_size)
+    must(spec.num_layers % pipeline_size == 0, "layers", pipeline, spec.num_layers)
+    if spec.num_kv_heads % tensor_size and tensor_size % spec.num_kv_heads:
+        raise UserError(
+            f"key-value heads of {spec.path} must divide {tensor} or be a multiple of it, got {spec.num_kv_heads}; "
+            "choose another tensor-parallel size"
+        )
+
+
+def _transformer_config(
+    spec: ModelSpec, tensor_size: int, pipeline_size: int, dtype: torch.dtype, sequence_parallel: bool
+) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=pipeline_size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Weights are always loaded. megatron-core marks parameters for its gradient norm while it initialises them,
+        # so initialisation stays on, with zeros.
+        init_method=torch.nn.init.zeros_,
+        output_layer_init_method=torch.nn.init.zeros_,
+        embedding_init_method=torch.nn.init.zeros_,
+        calculate_per_token_loss=True,
+        # These fusions would be compiled anew by each process; the CPU has no compiler for them.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        deallocate_pipeline_outputs=False,
+    )
+
+
+def _layer_spec(rotary: Rotary) -> ModuleSpec:
+    bias_dropout_add: Any = get_bias_dropout_add  # megatron-core's annotations allow classes only
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=_with_rotary(rotary),
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=bias_dropout_add,
+        ),
+    )
+
+
+def _with_rotary(rotary: Rotary) -> Any:
+    def core_attention(**options: Any) -> PackedAttention:
+        return PackedAttention(rotary=rotary, **options)
+
+    return core_attention
+
+
+def _inverse_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
+    """float32 [head_dim / 2] and the factor on cos and sin."""
+    if spec.rope_scaling is None:
+        exponents = torch.arange(0, spec.head_dim, 2).float() / spec.head_dim
+        return 1.0 / spec.rope_theta**exponents, 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = SimpleNamespace(
+        rope_parameters={"rope_theta": spec.rope_theta, **spec.rope_scaling},
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_position_embeddings,
+        standardize_rope_params=lambda: None,
+    )
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[spec.rope_scaling["rope_type"]](config, torch.device("cpu"))
+    return inv_freq.float(), scaling
