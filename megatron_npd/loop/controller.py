@@ -21,7 +21,8 @@ from typing import Any
 from megatron_npd.config import NPDConfig
 from megatron_npd.data.packed_dataset import ScheduleEntry
 from megatron_npd.data.packing import pack_selection
-from megatron_npd.data.prompts import check_vocabularies, load_tokenizer, prepare_prompts
+from megatron_npd.data.prompts import prepare_prompts
+from megatron_npd.data.tokenizer import check_vocabularies, load_tokenizer
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.report import write_report
 from megatron_npd.loop.schedule import append_entry, round_boundaries
@@ -30,7 +31,6 @@ from megatron_npd.rollout.evaluate import exact_match
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.refresh import refresh
-from megatron_npd.rollout.server import VLLMServer
 from megatron_npd.selection.select import select_round
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -70,9 +70,8 @@ class _Loop:
         self.run_dir = run
         self.cfg = cfg
         self.boundaries = round_boundaries(cfg.train.train_iters, cfg.updates)
-        self.server: VLLMServer | None = None
         self.pool: ServerPool | None = None
-        self.served = -1  # index of the policy on the servers
+        self.served: int | None = None  # index of the policy on the servers
 
     def run(self) -> str:
         try:
@@ -82,8 +81,8 @@ class _Loop:
                 self._round(index)
                 self._evaluate(index + 1)
         finally:
-            if self.server is not None:
-                self.server.stop()
+            if self.pool is not None:
+                self.pool.close()
         return write_report(self.run_dir)
 
     def _round(self, index: int) -> None:
@@ -185,7 +184,7 @@ class _Loop:
         done = known["start"] is not None if index == 0 else len(known["rounds"]) >= index
         if done:
             return
-        with self._timed("evaluate", index):
+        with timed(self.run_dir, "evaluate", index):
             result = exact_match(
                 self._serve(index),
                 self.run_dir / "eval_prompts",
@@ -211,16 +210,12 @@ class _Loop:
         """The servers, launched or found on the first call, with policy ``index`` on them."""
         version = _version(index)
         if self.pool is None:
-            urls = list(self.cfg.rollout.urls)
-            if not urls:
-                with self._timed("server start", index):
-                    self.server = VLLMServer.launch(self._policy(index), self.cfg.rollout, version=version)
-                urls = [self.server.url]
-            self.pool = ServerPool(urls, self.cfg.rollout)
-            if not self.cfg.rollout.urls:
+            with timed(self.run_dir, "server start", index):
+                self.pool = ServerPool.open(self._policy(index), self.cfg.rollout, version=version)
+            if not self.cfg.rollout.urls:  # given servers may hold another run's weights under the same version
                 self.served = index
         if self.served != index:
-            with self._timed("refresh", index):
+            with timed(self.run_dir, "refresh", index):
                 refresh(self.pool, self._policy(index), version)
             self.served = index
         return self.pool
@@ -237,23 +232,10 @@ class _Loop:
             return
         get_logger().info(f"round {index}: {name}")
         out.parent.mkdir(parents=True, exist_ok=True)
-        with self._timed(name, index):
+        with timed(self.run_dir, name, index):
             work()
         if not is_sealed(out):
             raise UserError(f"round {index}: {name} must leave a sealed {out}, got none; see the messages above")
-
-    @contextmanager
-    def _timed(self, name: str, index: int) -> Iterator[None]:
-        """Add the seconds of a stage to report/seconds.jsonl, an interrupted attempt's too."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            path = self.run_dir / "report" / "seconds.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            with open(path, "a", encoding="utf-8") as stream:
-                record = {"stage": name, "round": index, "seconds": round(time.monotonic() - start, 3)}
-                stream.write(json.dumps(record) + "\n")
 
     def _torchrun(self, script: str, fields: dict[str, Any]) -> None:
         """Run a stage as several processes on this machine; its output goes to ours."""
@@ -263,6 +245,20 @@ class _Loop:
         code = subprocess.run(command, check=False).returncode
         if code:
             raise UserError(f"{script} must exit with 0, got {code}; see its messages above, then run again")
+
+
+@contextmanager
+def timed(run_dir: str | Path, stage: str, round_index: int | None = None) -> Iterator[None]:
+    """Append the wall seconds of a stage, finished or interrupted, to ``report/seconds.jsonl`` of a run."""
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        path = Path(run_dir) / "report" / "seconds.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as stream:
+            record = {"stage": stage, "round": round_index, "seconds": round(time.monotonic() - start, 3)}
+            stream.write(json.dumps(record) + "\n")
 
 
 def _version(index: int) -> str:

@@ -1,0 +1,208 @@
+"""The quickstart: train a teacher and a small student from scratch, then distill, on this machine's CPU.
+
+    python examples/quickstart/run.py [--work-dir runs/quickstart]
+
+Every step is skipped when its result is there, so that stopping and starting again is safe:
+
+1. problems, tokenizer, randomly initialised teacher and student;
+2. the teacher: SFT on 12 000 labelled problems;
+3. the student: SFT on 500 labelled problems until it stops getting better;
+4. near-policy distillation on 3 000 other problems without answers: two rounds, one update;
+5. the same number of further SFT steps on the student's own 500 problems, for comparison;
+6. the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # problems.py and models.py; pretrain_npd.py
+
+from models import write_models  # noqa: E402
+from problems import write_splits  # noqa: E402
+
+from megatron_npd.config import NPDConfig, TrainConfig, parse_config  # noqa: E402
+from megatron_npd.log import get_logger, run_main  # noqa: E402
+from megatron_npd.manifest import is_sealed, write_atomic  # noqa: E402
+from megatron_npd.platform import get_platform  # noqa: E402
+
+get_platform("cpu")  # before anything imports megatron.core
+
+from megatron_npd.data.packing import pack_prompts  # noqa: E402
+from megatron_npd.data.prompts import prepare_prompts  # noqa: E402
+from megatron_npd.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_npd.loop.controller import run_npd, timed  # noqa: E402
+from megatron_npd.loop.report import write_report  # noqa: E402
+from megatron_npd.models.convert import megatron_to_hf  # noqa: E402
+from megatron_npd.models.families import load_spec  # noqa: E402
+from megatron_npd.rollout.evaluate import exact_match  # noqa: E402
+from megatron_npd.rollout.pool import ServerPool  # noqa: E402
+from megatron_npd.rollout.refresh import refresh  # noqa: E402
+from pretrain_npd import pretrain  # noqa: E402
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Two models from scratch, then near-policy distillation."""
+
+    work_dir: str = "runs/quickstart"
+    """Directory of everything that is made."""
+    teacher_config: str = str(HERE / "teacher_sft.yaml")
+    """Recipe of the teacher's SFT."""
+    student_config: str = str(HERE / "student_sft.yaml")
+    """Recipe of the student's SFT: train_iters is its longest, save_interval the steps between two evaluations."""
+    npd_config: str = str(HERE / "npd.yaml")
+    """Recipe of the distillation."""
+    patience: int = 3
+    """Evaluations in a row that bring less than one point and so end the student's SFT."""
+
+
+class Quickstart:
+    """The steps, and the vLLM server that plays the student in all of them."""
+
+    def __init__(self, cfg: QuickstartConfig) -> None:
+        self.cfg = cfg
+        self.work = Path(cfg.work_dir)
+        self.npd = parse_config(NPDConfig, ["--config", cfg.npd_config])
+        self.npd_dir = self.work / "npd"
+        self.pool: ServerPool | None = None
+
+    def run(self) -> str:
+        """Do what is left to do and return the report's table."""
+        try:
+            with timed(self.npd_dir, "problems and models"):
+                write_splits(self.work / "data")
+                write_models(self.work / "models")
+            with timed(self.npd_dir, "teacher SFT"):
+                teacher = self._teacher()
+            with timed(self.npd_dir, "student SFT"):
+                student = self._student()
+            data = self.work / "data"
+            run_npd(
+                dataclasses.replace(
+                    self.npd,
+                    run_dir=str(self.npd_dir),
+                    teacher=str(teacher),
+                    student=str(student),
+                    prompts=str(data / "npd.jsonl"),
+                    platform="cpu",
+                    eval=dataclasses.replace(self.npd.eval, prompts=str(data / "test.jsonl")),
+                    rollout=dataclasses.replace(self.npd.rollout, urls=tuple(self._serve(student, "student").urls)),
+                )
+            )
+            with timed(self.npd_dir, "further SFT"):
+                self._further_sft(student)
+        finally:
+            if self.pool is not None:
+                self.pool.close()
+        return write_report(self.npd_dir)
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def _data_and_models(self) -> None:
+        if (self.work / "models" / ".done").exists():
+            return
+        write_problems(self.work / "data")
+        for name in ("teacher", "student"):
+            make_model(name, self.work / "models" / name)
+        (self.work / "models" / ".done").touch()
+
+    def _sft(self, name: str, recipe: TrainConfig, *, problems: str, start: Path, until: int) -> Path:
+        """Train with ``pretrain_npd.py`` up to a step, and export to an HF directory, which is returned."""
+        out = self.work / name / f"hf-{until:05d}"
+        if is_sealed(out):
+            return out
+        data = self.work / name / "data"
+        if not is_sealed(data / "packs"):
+            self._prepare(self.work / "data" / f"{problems}.jsonl", data / "prompts", start)
+            pack_prompts(data / "prompts", data, self.npd.pack, vocab_size=load_spec(start).vocab_size)
+        save = self.work / name / "checkpoints"
+        cfg = dataclasses.replace(
+            recipe, hf_model=str(start), data_path=str(data / "packs"), save=str(save), exit_at_iteration=until
+        )
+        pretrain(cfg)
+        megatron_to_hf(save / f"iter_{until:07d}", start, out)
+        return out
+
+    def _teacher(self) -> Path:
+        recipe = parse_config(TrainConfig, ["--config", self.cfg.teacher_config])
+        start = self.work / "models" / "teacher"
+        model = self._sft("teacher", recipe, problems="teacher", start=start, until=recipe.train_iters)
+        result = self.work / "teacher" / "accuracy.json"
+        if not result.exists():
+            with ServerPool.open(model, self.npd.rollout, version="teacher", log_dir=self.work / "logs") as pool:
+                accuracy = self._accuracy(pool, model)
+            write_atomic(result, json.dumps({"accuracy": accuracy}) + "\n")
+            get_logger().info(f"teacher: {accuracy:.1f} % of the held-out problems")
+        return model
+
+    def _student(self) -> Path:
+        """SFT on the few labelled problems until ``patience`` evaluations in a row bring less than one point."""
+        recipe = parse_config(TrainConfig, ["--config", self.cfg.student_config])
+        start = self.work / "models" / "student"
+        path = self.work / "student" / "accuracy.json"
+        known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        steps, best, stale = 0, 0.0, 0
+        while stale < self.cfg.patience and steps < recipe.train_iters:
+            steps = min(steps + recipe.save_interval, recipe.train_iters)
+            model = self._sft("student", recipe, problems="student", start=start, until=steps)
+            if str(steps) not in known:
+                known[str(steps)] = self._accuracy(self._serve(model, f"sft-{steps}"), model)
+                write_atomic(path, json.dumps(known) + "\n")
+                get_logger().info(f"student after {steps} steps: {known[str(steps)]:.1f} % of the held-out problems")
+            stale = 0 if known[str(steps)] >= best + 1.0 else stale + 1
+            best = max(best, known[str(steps)])
+        return self.work / "student" / f"hf-{steps:05d}"
+
+    def _further_sft(self, student: Path) -> None:
+        """As many further SFT steps on the labelled problems as the distillation took, with its other settings."""
+        path = self.npd_dir / "report" / "accuracy.json"
+        known = json.loads(path.read_text())
+        if "further_sft" in known:
+            return
+        recipe = dataclasses.replace(self.npd.train, kd_alpha=0.0)
+        model = self._sft("further", recipe, problems="student", start=student, until=recipe.train_iters)
+        known["further_sft"] = self._accuracy(self._serve(model, "further"), model)
+        write_atomic(path, json.dumps(known, indent=1) + "\n")
+
+    # -- the student's server ----------------------------------------------------------------------------------
+
+    def _serve(self, model: Path, version: str) -> ServerPool:
+        """The student's server with this model on it: launched once, refreshed afterwards."""
+        if self.pool is None:
+            self.pool = ServerPool.open(model, self.npd.rollout, version=version, log_dir=self.work / "logs")
+        elif self.pool.version(self.pool.urls[0]) != version:
+            refresh(self.pool, model, version)
+        return self.pool
+
+    def _accuracy(self, pool: ServerPool, model: Path) -> float:
+        """Percent of the held-out problems that the served model answers rightly, greedily."""
+        settings = self.npd.eval
+        problems = self._prepare(self.work / "data" / "test.jsonl", self.work / "test", model)
+        return exact_match(
+            pool,
+            problems,
+            answer_regex=settings.answer_regex,
+            tokenizer=load_tokenizer(model),
+            max_tokens=settings.max_tokens,
+        ).accuracy
+
+    def _prepare(self, source: Path, out: Path, model: Path) -> Path:
+        if not is_sealed(out):
+            longest = self.npd.rollout.max_model_len - 1
+            prepare_prompts(source, out, tokenizer=load_tokenizer(model), max_prompt_len=longest)
+        return out
+
+
+def main() -> None:
+    """Run the quickstart and print the report's table as the last lines."""
+    print(Quickstart(parse_config(QuickstartConfig, description=__doc__ or "")).run())
+
+
+if __name__ == "__main__":
+    run_main(main)
