@@ -14,6 +14,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tens
     (T,), K = records_T.shape, records_T.dtype["ids"].shape[0]
     ids_TK, logprobs_TK = torch.empty(T, K, dtype=torch.int64), torch.empty(T, K)
     ones_K = torch.ones(K)
-    log_tail_T = torch.from_numpy(records_T["log_tail"].astype(np.float32))
+    log_tail_T, generator_T = (_contiguous(records_T[name]).float() for name in ("log_tail", "generator_logprob"))
     log_kept_T = torch.log(-torch.expm1(log_tail_T))
     for start in range(0, T, _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -179,11 +180,16 @@ def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tens
         check_token_ids(raw_ids, vocab_size, "the store's teacher records")
         ids_TK[part] = torch.from_numpy(raw_ids)
         logprobs = logprobs_TK[part]
-        logprobs.copy_(torch.from_numpy(np.ascontiguousarray(records_T["logprobs"][part])))
+        logprobs.copy_(_contiguous(records_T["logprobs"][part]))
         logprobs += (log_kept_T[part] - torch.log(logprobs.exp() @ ones_K))[:, None]
     if not torch.isfinite(logprobs_TK.sum()):
         raise UserError("the store's teacher records must be finite, got inf or NaN; annotate again")
-    return ids_TK, logprobs_TK, log_tail_T, torch.from_numpy(records_T["generator_logprob"].astype(np.float32))
+    return ids_TK, logprobs_TK, log_tail_T, generator_T
+
+
+def _contiguous(field: np.ndarray) -> Tensor:
+    """A field of the records by itself: torch takes no strides that are odd multiples of 2 bytes, as with odd K."""
+    return torch.from_numpy(np.ascontiguousarray(field))
 
 
 class PackedRows:
@@ -270,7 +276,7 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]]) -> PackedBatch:
     dtype = teacher_record_dtype(packs.top_k)
     records_T = np.empty(T if streams.teacher else 0, dtype)
     record_bytes = records_T.view(np.uint8)
-    filler_bytes = np.tile(_filler(packs.top_k).view(np.uint8), packs.seq_length if streams.teacher else 0)
+    filler_bytes = _filler_bytes(packs.top_k, packs.seq_length if streams.teacher else 0)
     size, starts, written = dtype.itemsize, [], 0  # written: first token without a teacher record
     for index, (source, row) in enumerate(rows):
         assert (source.seq_length, source.top_k, source.streams) == (packs.seq_length, packs.top_k, streams)
@@ -318,12 +324,13 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]]) -> PackedBatch:
     )
 
 
-def _filler(top_k: int) -> np.ndarray:
-    """A valid record for positions that the mask leaves out: uniform over the first ``top_k`` ids."""
-    record = np.zeros(1, teacher_record_dtype(top_k))
-    record["ids"], record["logprobs"] = np.arange(top_k), -np.log(max(top_k, 1))
-    record["log_tail"], record["generator_logprob"] = LOG_TAIL_FLOOR, np.nan
-    return record
+@lru_cache(maxsize=2)
+def _filler_bytes(top_k: int, count: int) -> npt.NDArray[np.uint8]:
+    """Valid records for positions that the mask leaves out: uniform over the first ``top_k`` ids."""
+    records = np.zeros(count, teacher_record_dtype(top_k))
+    records["ids"], records["logprobs"] = np.arange(top_k), -np.log(max(top_k, 1))
+    records["log_tail"], records["generator_logprob"] = LOG_TAIL_FLOOR, np.nan
+    return records.view(np.uint8)
 
 
 class PackedDataset:

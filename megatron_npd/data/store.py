@@ -14,7 +14,9 @@ Legend: P prompt tokens, n response tokens, k top-k width, N samples.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -202,7 +204,7 @@ class AnnotationStore:
             self._shards.append(self._open_shard(shard_path, shard_lens_N2))
             lens_N2.append(shard_lens_N2)
         self.prompt_lens, self.response_lens = np.concatenate(lens_N2).T.copy()
-        self._bounds = np.cumsum([0, *(len(shard.token_starts) - 1 for shard in self._shards)])
+        self._bounds = [0, *accumulate(len(shard.token_starts) - 1 for shard in self._shards)]
 
     def _provenance_int(self, name: str, least: int) -> int:
         value = self.manifest.provenance.get(name)
@@ -255,8 +257,8 @@ class AnnotationStore:
 
     def _locate(self, index: int) -> tuple[_Shard, int]:
         assert 0 <= index < len(self), f"sample {index} of {len(self)}"
-        shard = int(np.searchsorted(self._bounds, index, side="right")) - 1
-        return self._shards[shard], index - int(self._bounds[shard])
+        shard = bisect_right(self._bounds, index) - 1
+        return self._shards[shard], index - self._bounds[shard]
 
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
         """Prompt + response ids of a sample, int32 [P + n], a read-only view."""
