@@ -7,9 +7,10 @@ overridden on the command line, with dashes or underscores (``--tensor-model-par
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -320,6 +321,13 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, descri
     namespace = parser.instantiate_classes(parser.parse_args(arguments))
     fields = {name: value for name, value in vars(namespace).items() if name != "config"}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def command_flags(fields: Mapping[str, object]) -> list[str]:
+    """The flags that give a flat configuration's fields to another process: ``--lr=0.001``."""
+    return [
+        f"--{name}={json.dumps(value) if isinstance(value, bool | tuple) else value}" for name, value in fields.items()
+    ]
 
 
 def _normalise(cls: type, argv: list[str]) -> list[str]:

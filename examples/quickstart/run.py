@@ -26,24 +26,25 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # problems.py and models.py; p
 from models import write_models  # noqa: E402
 from problems import write_splits  # noqa: E402
 
-from megatron_npd.config import NPDConfig, TrainConfig, parse_config  # noqa: E402
+import pretrain_npd  # noqa: E402
+from megatron_npd.config import NPDConfig, TrainConfig, command_flags, parse_config  # noqa: E402
 from megatron_npd.log import get_logger, run_main  # noqa: E402
 from megatron_npd.manifest import is_sealed, write_atomic  # noqa: E402
 from megatron_npd.platform import get_platform  # noqa: E402
 
 get_platform("cpu")  # before anything imports megatron.core
 
+from megatron_npd.loop.report import write_report  # noqa: E402
+from megatron_npd.rollout.evaluate import exact_match  # noqa: E402
+from megatron_npd.rollout.refresh import refresh  # noqa: E402
+
 from megatron_npd.data.packing import pack_prompts  # noqa: E402
 from megatron_npd.data.prompts import prepare_prompts  # noqa: E402
 from megatron_npd.data.tokenizer import load_tokenizer  # noqa: E402
 from megatron_npd.loop.controller import run_npd, timed  # noqa: E402
-from megatron_npd.loop.report import write_report  # noqa: E402
 from megatron_npd.models.convert import megatron_to_hf  # noqa: E402
 from megatron_npd.models.families import load_spec  # noqa: E402
-from megatron_npd.rollout.evaluate import exact_match  # noqa: E402
 from megatron_npd.rollout.pool import ServerPool  # noqa: E402
-from megatron_npd.rollout.refresh import refresh  # noqa: E402
-from pretrain_npd import pretrain  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +105,6 @@ class Quickstart:
 
     # -- steps -------------------------------------------------------------------------------------------------
 
-    def _data_and_models(self) -> None:
-        if (self.work / "models" / ".done").exists():
-            return
-        write_problems(self.work / "data")
-        for name in ("teacher", "student"):
-            make_model(name, self.work / "models" / name)
-        (self.work / "models" / ".done").touch()
-
     def _sft(self, name: str, recipe: TrainConfig, *, problems: str, start: Path, until: int) -> Path:
         """Train with ``pretrain_npd.py`` up to a step, and export to an HF directory, which is returned."""
         out = self.work / name / f"hf-{until:05d}"
@@ -125,7 +118,7 @@ class Quickstart:
         cfg = dataclasses.replace(
             recipe, hf_model=str(start), data_path=str(data / "packs"), save=str(save), exit_at_iteration=until
         )
-        pretrain(cfg)
+        pretrain_npd.main(command_flags(dataclasses.asdict(cfg)))
         megatron_to_hf(save / f"iter_{until:07d}", start, out)
         return out
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.config import NPDConfig
+from megatron_npd.config import NPDConfig, command_flags
 from megatron_npd.data.packed_dataset import ScheduleEntry
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts
@@ -239,9 +239,8 @@ class _Loop:
 
     def _torchrun(self, script: str, fields: dict[str, Any]) -> None:
         """Run a stage as several processes on this machine; its output goes to ours."""
-        flags = [f"--{name}={_flag_value(value)}" for name, value in fields.items()]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command += [str(self.cfg.nproc_per_node), str(REPOSITORY / script), *flags]
+        command += [str(self.cfg.nproc_per_node), str(REPOSITORY / script), *command_flags(fields)]
         code = subprocess.run(command, check=False).returncode
         if code:
             raise UserError(f"{script} must exit with 0, got {code}; see its messages above, then run again")
@@ -263,10 +262,6 @@ def timed(run_dir: str | Path, stage: str, round_index: int | None = None) -> It
 
 def _version(index: int) -> str:
     return f"v{index:04d}"
-
-
-def _flag_value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @contextmanager
