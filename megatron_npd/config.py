@@ -318,7 +318,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, descri
     parser.add_argument("--config", action="config", help="YAML recipe of the fields below; flags override it")
     parser.add_class_arguments(cls)
     arguments = _normalise(cls, list(sys.argv[1:] if argv is None else argv))
-    namespace = parser.instantiate_classes(parser.parse_args(arguments))
+    namespace = parser.instantiate(parser.parse_args(arguments))
     fields = {name: value for name, value in vars(namespace).items() if name != "config"}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 

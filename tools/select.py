@@ -22,6 +22,7 @@ else:
 
     from megatron_npd.config import PlatformName, SelectConfig, parse_config
     from megatron_npd.log import run_main
+    from megatron_npd.manifest import read_manifest
     from megatron_npd.platform import get_platform
 
     @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ else:
         """Sealed annotations directory."""
         out: str
         """Directory to seal."""
+        tau_of: str = ""
+        """Selection of the first round, whose tau stays frozen; empty: tau or tau_quantile decide."""
         platform: PlatformName = "auto"
         """Device platform; auto: cuda, npu or cpu, the first that is there."""
 
@@ -40,16 +43,15 @@ else:
         get_platform(config.platform)
         from megatron_npd.selection.select import select_round
 
-        counts = select_round(config.annotations, config.out, config).counts
+        tau = read_manifest(config.tau_of, kind="selection").counts["tau"] if config.tau_of else None
+        counts = select_round(config.annotations, config.out, config, tau).counts
         print(f"{'zone':<12} {'samples':>9} {'share':>8}")
         for zone, row in counts["zones"].items():
             print(f"{zone:<12} {row['count']:>9} {100 * row['share']:>6.2f} %")
         print(f"{'kept':<12} {counts['kept']:>9} {100 * counts['kept_share']:>6.2f} %")
         for reason, number in counts["quarantined"].items():
             print(f"dropped as {reason}: {number}")
-        print(
-            f"lower {counts['lower']:g}, tau {counts['tau']:.9g} (give --tau {counts['tau']:.9g} to the later rounds)"
-        )
+        print(f"lower {counts['lower']:g}, tau {counts['tau']:.9g} (later rounds take it with --tau-of {config.out})")
 
     if __name__ == "__main__":
         run_main(main)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from megatron_npd.data.packed_dataset import ScheduleEntry, load_schedule
 from megatron_npd.log import UserError
-from megatron_npd.manifest import fsync_path
+from megatron_npd.manifest import write_atomic
 
 
 def round_boundaries(train_iters: int, updates: int) -> list[int]:
@@ -37,9 +36,5 @@ def append_entry(path: str | Path, entry: ScheduleEntry) -> None:
         return
     if entry.round != len(entries):
         raise UserError(f"{path} must hold round {len(entries)} next, got round {entry.round}; rerun the earlier round")
-    line = json.dumps(dataclasses.asdict(entry), sort_keys=True) + "\n"
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.write(line)
-        stream.flush()
-        os.fsync(stream.fileno())
-    fsync_path(path.parent)
+    lines = "".join(json.dumps(dataclasses.asdict(item), sort_keys=True) + "\n" for item in [*entries, entry])
+    write_atomic(path, lines)  # the old lines and the new one, or the old ones: never a torn line
