@@ -1,0 +1,142 @@
+"""The whole loop on real engines, small: stop it anywhere, start it again, and the result is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_npd.config import NPDConfig, parse_config
+from megatron_npd.log import UserError
+from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.platform import get_platform
+from tests.helpers import make_tiny_model
+
+get_platform("cpu")
+
+from megatron_npd.loop import controller  # noqa: E402
+
+STAGES = ("generate_round", "select_round", "pack_selection")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, vllm_server_url: str) -> NPDConfig:
+    root = tmp_path_factory.mktemp("loop")
+    teacher = make_tiny_model(root / "teacher", seed=1, num_hidden_layers=3)
+    for name, count, first in (("prompts", 12, 0), ("test", 4, 50)):
+        lines = [
+            {"prompt": f"Tom has {n} apples and buys 7 more. How many?", "response": f"#### {n + 7}"}
+            for n in range(first, first + count)
+        ]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = {
+        "run_dir": root / "undisturbed",
+        "teacher": teacher,
+        "student": tiny_model_dir,
+        "prompts": root / "prompts.jsonl",
+        "eval.prompts": root / "test.jsonl",
+        "eval.max_tokens": 8,
+        "rollout.urls": json.dumps([vllm_server_url]),
+        "rollout.max_tokens": 12,
+        "rollout.max_model_len": 128,
+        "rollout.shard_size": 16,
+        "annotate.seq_length": 256,
+        "annotate.top_k": 4,
+        "select.filter": "none",
+        "pack.seq_length": 256,
+        "train.train_iters": 4,
+        "train.global_batch_size": 2,
+        "train.lr": 1e-3,
+        "platform": "cpu",
+    }
+    return parse_config(NPDConfig, [f"--{name}={value}" for name, value in flags.items()])
+
+
+def weights(run: Path, version: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "policies" / version / "model.safetensors")
+
+
+def test_two_rounds_and_a_report(recipe: NPDConfig) -> None:
+    table = controller.run_npd(recipe)
+    run = Path(recipe.run_dir)
+    for index in (0, 1):
+        for stage in ("rollouts", "annotations", "selection", "packs"):
+            manifest = read_manifest(run / "rounds" / f"{index:04d}" / stage)
+            books = manifest.counts
+            assert books["in"] == books["kept"] + sum(books["quarantined"].values()) + books.get("pending", 0), stage
+        rollouts = read_manifest(run / "rounds" / f"{index:04d}" / "rollouts")
+        assert rollouts.provenance["policy_version"] == f"v{index:04d}"
+    assert [json.loads(line)["from_row"] for line in (run / "schedule.jsonl").read_text().splitlines()] == [0, 4]
+    metrics = [json.loads(line) for line in (run / "report" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in metrics] == [1, 2, 3, 4]
+    assert [line["round"] for line in metrics] == [0, 0, 1, 1]
+    assert all(line["lag_k3"] is not None for line in metrics)
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    assert summary["accuracy"]["start"] is not None and len(summary["accuracy"]["rounds"]) == 2
+    assert (run / "report" / "report.html").stat().st_size > 10_000
+    assert table.strip()
+    assert not torch.equal(
+        weights(run, "v0001")["model.norm.weight"],
+        load_file(Path(recipe.student) / "model.safetensors")["model.norm.weight"],
+    )
+
+
+def test_a_finished_run_repeats_nothing(recipe: NPDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished stage was repeated")
+
+    for name in (*STAGES, "exact_match"):
+        monkeypatch.setattr(controller, name, forbidden)
+    controller.run_npd(recipe)
+
+
+@pytest.mark.parametrize("stage", ["_annotate", "_train", "_export"])
+def test_a_run_stopped_in_its_second_round_ends_the_same(
+    recipe: NPDConfig, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Path(recipe.run_dir)
+    cfg = dataclasses.replace(recipe, run_dir=str(undisturbed.with_name(f"stopped{stage}")))
+    original = getattr(controller._Loop, stage)
+    calls = []
+
+    def stopped(self: Any, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(controller._Loop, stage, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            controller.run_npd(cfg)
+    assert not is_sealed(Path(cfg.run_dir) / "policies" / "v0002")
+    controller.run_npd(cfg)
+    expected, got = weights(undisturbed, "v0002"), weights(Path(cfg.run_dir), "v0002")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_another_configuration_is_refused(recipe: NPDConfig) -> None:
+    changed = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, lr=2e-3))
+    with pytest.raises(UserError, match=r"train\.lr: 0\.001 -> 0\.002"):
+        controller.run_npd(changed)
+
+
+@pytest.mark.parametrize(("field", "match"), [("teacher", "--teacher must be"), ("prompts", "--prompts must be")])
+def test_missing_inputs_are_named(recipe: NPDConfig, field: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        controller.run_npd(dataclasses.replace(recipe, **{field: "/nowhere"}))
+
+
+def test_models_of_other_vocabularies_are_refused(recipe: NPDConfig, tmp_path: Path) -> None:
+    from tests.helpers import make_tiny_tokenizer
+
+    other = make_tiny_model(tmp_path / "other")
+    make_tiny_tokenizer(other, vocab_size=290)
+    with pytest.raises(UserError, match="vocabular"):
+        controller.run_npd(dataclasses.replace(recipe, teacher=str(other), run_dir=str(tmp_path / "run")))
