@@ -1,0 +1,114 @@
+"""The journal of a round: finished answers on disk as they arrive, so that a killed round asks only for the rest.
+
+A line is ``crc32 of the rest, a space, a JSON array``. The first holds the settings that the answers depend on, each
+other one an answer: sample index, finish reason, base64 of int32 token ids, base64 of float32 log-probabilities. A
+line that was cut by a kill, and whatever follows it, is dropped.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_npd.log import UserError, get_logger
+
+_SYNC_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A finished answer of n tokens: ``token_ids`` int32 [n], ``logprobs`` float32 [n]."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: str
+
+
+class Journal:
+    """The journal of one round, open for appending.
+
+    Args:
+        path: The file; created where it is missing.
+        settings: What the answers depend on.
+
+    Attributes:
+        answers: Sample index -> answer, of what the file held when it was opened.
+
+    Raises:
+        UserError: The file was written with other settings.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
+        self.answers: dict[int, Recorded] = {}
+        path = Path(path)
+        good_bytes = self._read(path, settings) if path.exists() else 0
+        self._stream = open(path, "ab")  # noqa: SIM115
+        self._stream.truncate(good_bytes)
+        self._synced = time.monotonic()
+        if not good_bytes:
+            self._write(settings)
+            os.fsync(self._stream.fileno())
+
+    def append(self, index: int, answer: Recorded) -> None:
+        """Write one answer; it survives a kill of this process at once, of the machine about a second later."""
+        ids, logprobs = (base64.b64encode(x).decode() for x in (answer.token_ids.data, answer.logprobs.data))
+        self._write([index, answer.finish_reason, ids, logprobs])
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._stream.fileno())
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Flush to the disk and close."""
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, value: Any) -> None:
+        text = json.dumps(value, separators=(",", ":")).encode()
+        self._stream.write(b"%08x %s\n" % (binascii.crc32(text), text))
+        self._stream.flush()
+
+    def _read(self, path: Path, settings: dict[str, Any]) -> int:
+        """Fill ``answers``; the number of bytes up to the first bad line."""
+        good_bytes = 0
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream):
+                if len(line) < 10 or line[-1:] != b"\n" or line[:8] != b"%08x" % binascii.crc32(line[9:-1]):
+                    get_logger().warning(
+                        "%s: line %d was cut, it and what follows is asked for again", path, number + 1
+                    )
+                    break
+                value = json.loads(line[9:])
+                if number == 0:
+                    _check_settings(path, value, settings)
+                else:
+                    index, finish_reason, ids, logprobs = value
+                    self.answers[index] = Recorded(
+                        token_ids=np.frombuffer(base64.b64decode(ids), np.int32),
+                        logprobs=np.frombuffer(base64.b64decode(logprobs), np.float32),
+                        finish_reason=finish_reason,
+                    )
+                good_bytes += len(line)
+        return good_bytes
+
+
+def _check_settings(path: Path, written: dict[str, Any], settings: dict[str, Any]) -> None:
+    for name in settings.keys() | written.keys():
+        if written.get(name) != settings.get(name):
+            raise UserError(
+                f"{name} must be what {path.parent} was begun with ({written.get(name)}), got {settings.get(name)}; "
+                f"change it back, or remove {path.parent} to begin anew"
+            )

