@@ -1,0 +1,154 @@
+"""Where the numbers of a training run go: JSON lines every step; console, TensorBoard and wandb every interval."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.config import TrainConfig
+from megatron_npd.log import get_logger, progress
+from megatron_npd.manifest import write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+# Quantities that an interval's line averages over its steps; the others are those of its last step.
+AVERAGED = (
+    "loss",
+    "ce",
+    "kd",
+    "teacher_mass",
+    "student_mass",
+    "top1_agreement",
+    "lag_k1",
+    "lag_k3",
+    "grad_norm",
+    "tokens_per_second",
+    "step_seconds",
+    "data_wait_seconds",
+)
+
+
+def metrics_file(cfg: TrainConfig) -> Path | None:
+    """The run's JSONL file, or None where neither ``metrics_path`` nor ``save`` is given."""
+    if cfg.metrics_path:
+        return Path(cfg.metrics_path)
+    return Path(cfg.save) / METRICS_FILE if cfg.save else None
+
+
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Drop the lines of steps after ``iteration``, and a last line cut short by a kill, so that none is repeated."""
+    if not path.is_file():
+        return
+    kept: list[str] = []
+    for line in path.read_text().splitlines():
+        try:
+            step = json.loads(line)["iteration"]
+        except (ValueError, KeyError, TypeError):
+            break
+        if step <= iteration:
+            kept.append(line + "\n")
+    write_atomic(path, "".join(kept))
+
+
+def average(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record for several steps: the last one, with the means of the ``AVERAGED`` that are defined."""
+    result = dict(records[-1])
+    for name in AVERAGED:
+        values = [record[name] for record in records if record[name] is not None]
+        result[name] = sum(values) / len(values) if values else None
+    return result
+
+
+def console_line(record: Mapping[str, Any], train_iters: int) -> str:
+    """An interval's means in one line, with units; quantities that are not defined are left out."""
+
+    def items() -> Iterator[str]:
+        yield f"step {record['iteration']}/{train_iters}"
+        for name, label in (("loss", "loss"), ("ce", "CE"), ("kd", "KD")):
+            if record[name] is not None:
+                yield f"{label} {record[name]:.4f}"
+        if record["teacher_mass"] is not None:
+            yield f"top-k mass teacher {record['teacher_mass']:.3f} student {record['student_mass']:.3f}"
+        yield f"grad norm {record['grad_norm']:.3f}"
+        yield f"lr {record['lr']:.2e}"
+        if record["lag_k3"] is not None:
+            yield f"lag k3 {record['lag_k3']:.4f} nats"
+        yield f"{record['tokens_per_second']:.0f} tok/s"
+        yield f"{1e3 * record['step_seconds']:.1f} ms/step (data {1e3 * record['data_wait_seconds']:.1f})"
+        yield f"{record['rows_consumed']} rows"
+
+    return ", ".join(items())
+
+
+class MetricsWriter:
+    """Writes the records of one call of ``train``; used on rank 0 only, closed when the call ends.
+
+    Args:
+        cfg: Names the outputs; TensorBoard and wandb are imported only where asked for.
+        iteration: Steps done before; later lines of an interrupted attempt are dropped from the JSONL file.
+        stop: Step at which this call ends, for the progress bar.
+    """
+
+    def __init__(self, cfg: TrainConfig, *, iteration: int, stop: int) -> None:
+        self._cfg, self._stop = cfg, stop
+        self._pending: list[dict[str, Any]] = []
+        self._jsonl = self._tensorboard = self._wandb = None
+        path = metrics_file(cfg)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            truncate_metrics(path, iteration)
+            self._jsonl = path.open("a", buffering=1)
+        if cfg.tensorboard_dir:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._tensorboard = SummaryWriter(cfg.tensorboard_dir, purge_step=iteration + 1)
+        if cfg.wandb_project:
+            import wandb
+
+            # The same directory is the same run: a restart goes on in it.
+            where = str(Path(cfg.save or cfg.metrics_path or cfg.wandb_exp_name).resolve())
+            self._wandb = wandb.init(
+                project=cfg.wandb_project,
+                name=cfg.wandb_exp_name or None,
+                id=hashlib.sha256(where.encode()).hexdigest()[:16],
+                resume="allow",
+                dir=cfg.save or None,
+                config=dict(vars(cfg)),
+            )
+        self._bar = progress(cfg.train_iters, "train", "step", initial=iteration)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._jsonl is not None:
+            self._jsonl.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one step's record: keys as ``step.SUMS`` and ``trainer`` name them, None where undefined."""
+        if self._jsonl is not None:
+            self._jsonl.write(json.dumps(record) + "\n")
+        self._bar.update()
+        self._pending.append(record)
+        step = record["iteration"]
+        if step % self._cfg.log_interval and step != self._stop:
+            return
+        means = average(self._pending)
+        self._pending.clear()
+        self._bar.clear()
+        get_logger().info(console_line(means, self._cfg.train_iters))
+        self._bar.refresh()
+        scalars = {name: value for name, value in means.items() if isinstance(value, int | float)}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                if name != "iteration":
+                    self._tensorboard.add_scalar(f"train/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)

@@ -1,0 +1,214 @@
+"""One optimizer step on megatron-core: DDP, optimizer, schedules, and the forward-backward over a global batch.
+
+Legend: T tokens of a micro-batch, V this rank's slice of the vocabulary, M metrics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_npd.config import TrainConfig
+from megatron_npd.data.batch import PackedBatch
+from megatron_npd.log import UserError
+from megatron_npd.models.build import packed_params
+from megatron_npd.ops.distill_loss import DistillLoss
+from megatron_npd.training.lag import lag_sums
+from megatron_npd.training.objectives import OBJECTIVES, objective_name
+
+# What a step reports, in the order of the vector that is reduced: sums over the global batch's response tokens.
+SUMS = (
+    "loss",
+    "ce",
+    "kd",
+    "teacher_mass",
+    "student_mass",
+    "top1_agreement",
+    "lag_k1",
+    "lag_k3",
+    "lag_tokens",
+    "response_tokens",
+)
+DISTILL_ONLY = ("kd", "teacher_mass", "student_mass", "top1_agreement")
+
+
+class TrainStep:
+    """The model under DDP with its optimizer and learning-rate schedule.
+
+    Every response token of a global batch has the same weight, 1 / (their number over all micro-batches and
+    data-parallel ranks), however they are packed: the loss is a sum, and ``finalize_model_grads`` divides the summed
+    gradient once.
+
+    Args:
+        cfg: Optimizer, schedule and objective.
+        model: This rank's GPTModel with its starting weights (the optimizer copies them as its main weights).
+        vocab_size: V*, without the padded columns.
+        micro_batch_tokens: Tokens T of a micro-batch.
+        num_micro_batches: Micro-batches of a step on each data-parallel rank.
+
+    Attributes:
+        model: ``model`` under DDP.
+        optimizer: megatron-core's optimizer.
+        scheduler: Learning-rate and weight-decay schedule, counted in steps.
+    """
+
+    def __init__(
+        self, cfg: TrainConfig, model: GPTModel, *, vocab_size: int, micro_batch_tokens: int, num_micro_batches: int
+    ) -> None:
+        self._cfg, self._vocab_size = cfg, vocab_size
+        self._micro_batch_tokens, self._num_micro_batches = micro_batch_tokens, num_micro_batches
+        self._objective = OBJECTIVES[objective_name(cfg)]
+        self._distills = self._objective is not OBJECTIVES["sft"]
+        self._device = next(model.parameters()).device
+        config: Any = model.config
+        config.calculate_per_token_loss = True
+        config.finalize_model_grads_func = finalize_model_grads
+        self.model = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=cfg.use_distributed_optimizer
+            ),
+            model,
+        )
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                lr=cfg.lr,
+                min_lr=cfg.min_lr,
+                weight_decay=cfg.weight_decay,
+                bf16=cfg.bf16,
+                params_dtype=torch.bfloat16 if cfg.bf16 else torch.float32,
+                adam_beta1=cfg.adam_beta1,
+                adam_beta2=cfg.adam_beta2,
+                adam_eps=cfg.adam_eps,
+                use_distributed_optimizer=cfg.use_distributed_optimizer,
+                clip_grad=cfg.clip_grad,
+            ),
+            [self.model],
+            use_gloo_process_groups=False,
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=cfg.lr,
+            min_lr=cfg.min_lr,
+            lr_warmup_steps=cfg.lr_warmup_iters,
+            lr_decay_steps=cfg.train_iters,
+            lr_decay_style=cfg.lr_decay_style,
+            start_wd=cfg.weight_decay,
+            end_wd=cfg.weight_decay,
+            wd_incr_steps=cfg.train_iters,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,  # the configuration holds, not what a checkpoint says
+        )
+        self._forward_backward = get_forward_backward_func()
+        # Every tensor-parallel rank of the last stage has the same sums: one of them speaks.
+        self._reports = (
+            parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+
+    def use_settings(self) -> None:
+        """Put the configuration's optimizer settings in force again after a checkpoint was loaded over them."""
+        cfg = self._cfg
+        for group in self.optimizer.param_groups:
+            group.update(max_lr=cfg.lr, min_lr=cfg.min_lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
+        self.scheduler.step(0)
+
+    def run(self, batches: Iterator[PackedBatch], iteration: int) -> dict[str, float | None]:
+        """One step over the next global batch.
+
+        Args:
+            batches: This rank's micro-batches on its device; ``num_micro_batches`` of them are taken.
+            iteration: Number of the step, from 1, for messages.
+
+        Returns:
+            On every rank: the means over response tokens (None where undefined), ``lag_tokens``,
+            ``response_tokens``, ``grad_norm`` before clipping, and the ``lr`` of this step.
+
+        Raises:
+            UserError: No response token in the batch, or a loss or gradient norm that is not finite.
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums_M = self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=batches,
+            model=self.model,
+            num_microbatches=self._num_micro_batches,
+            seq_length=self._micro_batch_tokens,
+            micro_batch_size=1,  # rows lie end to end: to the model a micro-batch is one long row
+        )
+        means = self._reduce(sums_M)
+        if means["loss"] is None:
+            raise UserError(f"the batch of step {iteration} must have response tokens, got none; check the packs")
+        _check_finite("loss", means["loss"], iteration)
+        means["lr"] = get_canonical_lr_for_logging(self.optimizer.param_groups)
+        _, grad_norm, _ = self.optimizer.step()
+        _check_finite("gradient norm", grad_norm, iteration)
+        means["grad_norm"] = grad_norm
+        self.scheduler.step(1)
+        return means
+
+    def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        output = model(
+            input_ids=batch.tokens,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            packed_seq_params=packed_params(batch.cu_seqlens),
+        )
+        return output, partial(self._loss, batch)
+
+    def _loss(self, batch: PackedBatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """megatron-core's triple for a loss by token: sum to differentiate, int token count, what to report."""
+        assert batch.loss_mask is not None
+        logits_TV, mask_T = logits.squeeze(0), batch.loss_mask[0]
+        loss = self._objective(logits_TV, batch, self._cfg, self._vocab_size)
+        return loss.loss_T.sum(), mask_T.sum().int(), self._sums(batch, loss, mask_T)
+
+    def _sums(self, batch: PackedBatch, loss: DistillLoss, mask_T: Tensor) -> Tensor:
+        """``SUMS`` of one micro-batch, fp32 [M], without a synchronisation."""
+        parts = [loss.loss_T.detach(), loss.ce_T]
+        if self._distills:
+            parts += [loss.kd_T, loss.teacher_mass_T, loss.student_mass_T, loss.top1_agreement_T]
+        sums = torch.stack(parts) @ mask_T
+        if not self._distills:
+            sums = torch.cat([sums, sums.new_zeros(len(DISTILL_ONLY))])
+        if batch.generator_logprobs is None:
+            lag = sums.new_zeros(3)
+        else:
+            lag = lag_sums(loss.label_logprob_T, batch.generator_logprobs, mask_T)
+        return torch.cat([sums, lag, mask_T.sum().reshape(1)])
+
+    def _reduce(self, sums_M: list[Tensor]) -> dict[str, float | None]:
+        """Means over the global batch, on every rank."""
+        total_M = torch.stack(sums_M).sum(0) if self._reports else torch.zeros(len(SUMS), device=self._device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total_M)
+        values: dict[str, float | None] = dict(zip(SUMS, total_M.tolist(), strict=True))
+        for name in SUMS[:-2]:
+            value, count = values[name], values["lag_tokens" if name.startswith("lag") else "response_tokens"]
+            defined = count and (self._distills or name not in DISTILL_ONLY)
+            values[name] = value / count if defined and value is not None else None
+        return values | {name: int(values[name] or 0) for name in SUMS[-2:]}
+
+
+def _check_finite(what: str, value: float, iteration: int) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"the {what} of step {iteration} must be finite, got {value}; nothing was saved since the last checkpoint: "
+            "lower lr, or start from it with other settings"
+        )

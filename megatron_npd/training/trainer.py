@@ -1,0 +1,251 @@
+"""The training run: checks, model, data, the loop over steps, metrics and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_npd.config import TrainConfig
+from megatron_npd.data.batch import PackedBatch
+from megatron_npd.data.packed_dataset import PackedDataset, ScheduleEntry, Streams, microbatch_positions
+from megatron_npd.log import UserError, get_logger
+from megatron_npd.models.build import ModelSpec, build_model, load_spec
+from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_npd.models.convert import load_hf_weights
+from megatron_npd.platform import get_platform
+from megatron_npd.platform.base import local_rank
+from megatron_npd.platform.initialize import initialize_distributed
+from megatron_npd.training.metrics import MetricsWriter, metrics_file
+from megatron_npd.training.step import TrainStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Where a call of ``train`` ended.
+
+    Attributes:
+        iteration: Steps done since the run's start.
+        rows_consumed: Rows trained on since then, over all ranks.
+        finished: Whether ``train_iters`` is reached.
+        metrics_path: JSONL file of the metrics, if there is one.
+    """
+
+    iteration: int
+    rows_consumed: int
+    finished: bool
+    metrics_path: Path | None
+
+
+def train(cfg: TrainConfig) -> TrainResult:
+    """Train to ``train_iters`` or ``exit_at_iteration``, from the newest checkpoint on where there is one.
+
+    Runs in a single process or as one rank of torchrun, several times in one process if need be. A call whose goal an
+    earlier one reached returns at once.
+
+    Raises:
+        UserError: Configuration, model, data or checkpoint do not fit together, or the loss is not finite.
+    """
+    platform = get_platform(cfg.platform)
+    _check_paths(cfg)
+    stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
+    checkpoint = _newest_checkpoint(cfg)
+    state = {"iteration": 0, "rows_consumed": 0} if checkpoint is None else _saved_state(checkpoint)
+    if state["iteration"] >= stop:
+        get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
+        return _result(cfg, state)
+    initialize_distributed(
+        tensor_model_parallel_size=cfg.tensor_model_parallel_size,
+        pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
+        seed=cfg.seed,
+    )
+    spec = load_spec(cfg.hf_model)
+    data = _open_data(cfg, spec)
+    rows_per_step = _rows_per_step(cfg, data.seq_length)
+    dp_size = parallel_state.get_data_parallel_world_size()
+    model = build_model(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel)
+    if checkpoint is None:
+        load_hf_weights(model, spec)
+    step = TrainStep(
+        cfg,
+        model,
+        vocab_size=spec.vocab_size,
+        micro_batch_tokens=cfg.micro_batch_size * data.seq_length,
+        num_micro_batches=rows_per_step // (cfg.micro_batch_size * dp_size),
+    )
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model=model, optimizer=step.optimizer, scheduler=step.scheduler)
+        if state["seed"] != cfg.seed:
+            raise UserError(
+                f"seed must be {state['seed']}, with which {checkpoint} was trained, got {cfg.seed}: another one would "
+                "repeat some rows and leave others out; give the old seed"
+            )
+        step.use_settings()
+        get_logger().info("resumed from %s after %d rows", checkpoint, state["rows_consumed"])
+    get_logger().info(
+        "training %s to step %d of %d: %d rows of %d tokens a step, TP %d, PP %d, DP %d",
+        "bf16" if cfg.bf16 else "fp32",
+        stop,
+        cfg.train_iters,
+        rows_per_step,
+        data.seq_length,
+        cfg.tensor_model_parallel_size,
+        cfg.pipeline_model_parallel_size,
+        dp_size,
+    )
+    feed = _Feed(data, cfg, rows_per_step, platform.device(local_rank()), state["rows_consumed"])
+    iteration = state["iteration"]
+    with MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer:
+        while iteration < stop:
+            start, entry = time.perf_counter(), feed.entry()
+            values = step.run(feed, iteration + 1)
+            iteration += 1
+            seconds = time.perf_counter() - start
+            tokens = rows_per_step * data.seq_length
+            if writer is not None:
+                writer.write(
+                    {
+                        "iteration": iteration,
+                        "rows_consumed": feed.rows_consumed,
+                        "round": entry.round,
+                        "policy_version": entry.policy_version,
+                        **values,
+                        "tokens": tokens,
+                        "tokens_per_second": tokens / seconds,
+                        "step_seconds": seconds,
+                        "data_wait_seconds": feed.take_wait(),
+                    }
+                )
+            if cfg.save and (iteration == stop or (cfg.save_interval and iteration % cfg.save_interval == 0)):
+                state = {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed}
+                save_checkpoint(
+                    cfg.save,
+                    iteration,
+                    model=model,
+                    optimizer=step.optimizer,
+                    scheduler=step.scheduler,
+                    state=state,
+                )
+    return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
+
+
+def _result(cfg: TrainConfig, state: Mapping[str, Any]) -> TrainResult:
+    return TrainResult(
+        iteration=state["iteration"],
+        rows_consumed=state["rows_consumed"],
+        finished=state["iteration"] >= cfg.train_iters,
+        metrics_path=metrics_file(cfg),
+    )
+
+
+def _check_paths(cfg: TrainConfig) -> None:
+    if not cfg.hf_model or not Path(cfg.hf_model).is_dir():
+        raise UserError(f"hf_model must be a Hugging Face model directory, got {cfg.hf_model!r}; check the path")
+    if not cfg.data_path or not Path(cfg.data_path).exists():
+        raise UserError(f"data_path must be a packs directory or a schedule.jsonl, got {cfg.data_path!r}; pack first")
+    if cfg.exit_at_iteration and not cfg.save:
+        raise UserError("save must be given with exit_at_iteration, got none; the steps done would be lost")
+
+
+def _newest_checkpoint(cfg: TrainConfig) -> Path | None:
+    """What the run goes on from: its own newest checkpoint, else that of ``load``."""
+    for root in filter(None, (cfg.save, cfg.load)):
+        checkpoint = latest_checkpoint(root)
+        if checkpoint is not None:
+            return checkpoint
+    if cfg.load and cfg.load != cfg.save:
+        raise UserError(f"load must hold a checkpoint, got none in {cfg.load}; leave it out to start from hf_model")
+    return None
+
+
+def _saved_state(checkpoint: Path) -> dict[str, Any]:
+    """The position alone, without tensors; ``load_checkpoint`` verifies and gives the same."""
+    return json.loads((checkpoint / "state.json").read_text())["state"]
+
+
+def _open_data(cfg: TrainConfig, spec: ModelSpec) -> PackedDataset:
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    streams = Streams(
+        tokens=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
+        targets=last,
+        teacher=last and cfg.kd_alpha > 0,
+    )
+    # One process of a machine hashes the files; a failure there ends the job.
+    data = PackedDataset(cfg.data_path, seed=cfg.seed, streams=streams, verify=local_rank() == 0)
+    if data.vocab_size != spec.vocab_size:
+        raise UserError(
+            f"{cfg.data_path} must be made for the model's vocabulary of {spec.vocab_size} tokens, got "
+            f"{data.vocab_size}; annotate and pack for {cfg.hf_model}"
+        )
+    if cfg.kd_alpha > 0 and not data.top_k:
+        raise UserError(f"{cfg.data_path} must hold teacher rows for kd_alpha {cfg.kd_alpha}, got none; 0 trains SFT")
+    tp_size = cfg.tensor_model_parallel_size
+    if cfg.sequence_parallel and cfg.micro_batch_size * data.seq_length % tp_size:
+        raise UserError(
+            f"seq_length x micro_batch_size must be a multiple of tensor_model_parallel_size ({tp_size}) with "
+            f"sequence_parallel, got {data.seq_length} x {cfg.micro_batch_size}; pack rows of another length"
+        )
+    return data
+
+
+def _rows_per_step(cfg: TrainConfig, seq_length: int) -> int:
+    """Rows of a global batch, checked against the layout."""
+    rows = cfg.global_batch_size
+    if cfg.global_batch_tokens:
+        rows, rest = divmod(cfg.global_batch_tokens, seq_length)
+        if rest:
+            raise UserError(
+                f"global_batch_tokens must be a multiple of the packs' row length {seq_length}, got "
+                f"{cfg.global_batch_tokens}; give {max(rows, 1) * seq_length}"
+            )
+    dp_size = parallel_state.get_data_parallel_world_size()
+    microbatch_positions(0, global_batch_size=rows, micro_batch_size=cfg.micro_batch_size, dp_rank=0, dp_size=dp_size)
+    return rows
+
+
+class _Feed(Iterator[PackedBatch]):
+    """This rank's micro-batches, one global batch after another, and the time spent on waiting for them.
+
+    Attributes:
+        rows_consumed: Rows handed out over all ranks, counted when a global batch begins.
+    """
+
+    def __init__(
+        self, data: PackedDataset, cfg: TrainConfig, rows_per_step: int, device: torch.device, rows_consumed: int
+    ) -> None:
+        self.rows_consumed = rows_consumed
+        self._data, self._device, self._rows_per_step = data, device, rows_per_step
+        self._layout = {
+            "global_batch_size": rows_per_step,
+            "micro_batch_size": cfg.micro_batch_size,
+            "dp_rank": parallel_state.get_data_parallel_rank(),
+            "dp_size": parallel_state.get_data_parallel_world_size(),
+        }
+        self._pending: list[list[int]] = []
+        self._wait = 0.0
+
+    def entry(self) -> ScheduleEntry:
+        """The schedule's entry of the next global batch's first row."""
+        return self._data.entries[self._data.schedule.locate(self.rows_consumed)[0]]
+
+    def __next__(self) -> PackedBatch:
+        start = time.perf_counter()
+        if not self._pending:
+            self._pending = microbatch_positions(self.rows_consumed, **self._layout)
+            self.rows_consumed += self._rows_per_step
+        batch = self._data.batch(self._pending.pop(0)).to(self._device)
+        self._wait += time.perf_counter() - start
+        return batch
+
+    def take_wait(self) -> float:
+        """Seconds waited since the last call."""
+        wait, self._wait = self._wait, 0.0
+        return wait

@@ -1,0 +1,29 @@
+"""Train a model: SFT or near-policy distillation on packed rows. In one process, or under torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_npd.config import TrainConfig, parse_config
+from megatron_npd.log import run_main
+from megatron_npd.platform import get_platform
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says; ``argv`` without the program's name, default: the process's."""
+    cfg = parse_config(TrainConfig, argv, description=__doc__ or "")
+    get_platform(cfg.platform)  # before megatron.core is imported
+    from megatron_npd.training.trainer import train
+
+    train(cfg)
+
+
+def _main() -> None:
+    main()
+    from megatron_npd.platform.initialize import shutdown
+
+    shutdown()
+
+
+if __name__ == "__main__":
+    run_main(_main)

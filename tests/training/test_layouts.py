@@ -1,0 +1,98 @@
+"""The same run in every parallel layout: losses, gradients, weights, and checkpoints that move between layouts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_npd.config import TrainConfig
+from megatron_npd.models.build import build_model, load_spec
+from megatron_npd.models.checkpoint import load_checkpoint
+from megatron_npd.training.step import TrainStep
+from megatron_npd.training.trainer import train
+from tests.dist import run_distributed
+from tests.training.make_run import SEQ_LENGTH, column, config, make_packs
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tensor_model_parallel_size": 2},
+    "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "dp2": {},
+    "dp2-mbs2": {"micro_batch_size": 2, "use_distributed_optimizer": False},
+}
+TOLERANCE = 1e-4
+
+
+def _train_all(rank: int, world_size: int, configs: list[TrainConfig]) -> None:
+    for cfg in configs:
+        assert train(cfg).finished
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The root of the runs ``tp1`` (this process), one a layout (two processes), and two that changed the layout."""
+    root = tmp_path_factory.mktemp("layouts")
+    packs = make_packs(root)
+
+    def layout(name: str, **fields: Any) -> TrainConfig:
+        return config(tiny_model_dir, packs, root / name, save_interval=10, **fields)
+
+    train(layout("tp1"))
+    shutil.copytree(root / "tp1/iter_0000010", root / "tp1-to-tp2/iter_0000010")
+    moved = layout("tp1-to-tp2", **LAYOUTS["tp2-sp"])
+    run_distributed(_train_all, 2, [*(layout(name, **fields) for name, fields in LAYOUTS.items()), moved])
+    shutil.copytree(root / "dp2/iter_0000010", root / "dp2-to-tp1/iter_0000010")
+    train(layout("dp2-to-tp1"))
+    return root
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_losses_and_gradient_norms_are_those_of_one_process(runs: Path, name: str) -> None:
+    for quantity in ("loss", "ce", "kd", "grad_norm", "student_mass", "lag_k1", "response_tokens", "lr"):
+        expected, got = (column(runs / run / "metrics.jsonl", quantity) for run in ("tp1", name))
+        assert len(got) == 20
+        assert got == pytest.approx(expected, abs=TOLERANCE, rel=TOLERANCE), quantity
+    assert expected[0] == 0.0 and expected[3] == 1e-3  # the warm-up
+
+
+def _final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Tensor]:
+    """Weights and Adam's moments of a checkpoint, loaded into one process."""
+    spec = load_spec(model_dir)
+    model = build_model(spec)
+    step = TrainStep(
+        config(model_dir, packs),
+        model,
+        vocab_size=spec.vocab_size,
+        micro_batch_tokens=SEQ_LENGTH,
+        num_micro_batches=1,
+    )
+    load_checkpoint(path, model=model, optimizer=step.optimizer)
+    (optimizer,) = step.optimizer.chained_optimizers
+    result = {}
+    for name, parameter in model.named_parameters():
+        result[f"weight {name}"] = parameter.detach().clone()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            value = optimizer._get_main_param_and_optimizer_states(parameter)[moment]
+            result[f"{moment} {name}"] = value.clone()
+    return result
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2"])
+def test_weights_and_gradient_moments_are_those_of_one_process(runs: Path, tiny_model_dir: Path, name: str) -> None:
+    expected, got = (_final_state(runs / run / "iter_0000020", tiny_model_dir, runs / "packs") for run in ("tp1", name))
+    start = _final_state(runs / "tp1/iter_0000010", tiny_model_dir, runs / "packs")
+    assert got.keys() == expected.keys() and len(got) > 30
+    for key, value in expected.items():
+        scale = float(value.abs().max())
+        assert not torch.equal(value, start[key]), f"{key} did not train"
+        torch.testing.assert_close(got[key], value, atol=TOLERANCE * max(scale, 1e-8), rtol=1e-3, msg=key)
+
+
+def test_a_checkpoint_goes_on_in_another_layout(runs: Path) -> None:
+    expected = column(runs / "tp1/metrics.jsonl", "loss")[10:]
+    for name in ("tp1-to-tp2", "dp2-to-tp1"):
+        assert column(runs / name / "metrics.jsonl", "loss") == pytest.approx(expected, abs=TOLERANCE), name
