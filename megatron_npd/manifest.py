@@ -185,7 +185,8 @@ def seal(
 
 def _content(root: Path, directory: Path) -> Iterator[Path]:
     for entry in directory.iterdir():
-        if entry.name.startswith(".") or entry.suffix == ".journal" or (directory == root and entry.name == MANIFEST):
+        hidden = entry.name.startswith(".") and entry.name != ".metadata"  # that one is a dist checkpoint's index
+        if hidden or entry.suffix == ".journal" or (directory == root and entry.name == MANIFEST):
             continue
         if entry.is_dir():
             if is_sealed(entry):

@@ -6,7 +6,7 @@ The layers are megatron-core's local ones (no Transformer Engine), with RMSNorm 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,10 +86,11 @@ def build_model(
         torch.bfloat16 if bf16 else torch.float32,
         sequence_parallel and tensor_size > 1,
     )
-    layer = _layer_spec(Rotary(*_inverse_frequencies(spec)))
+    layer, norm = _layer_spec(Rotary(*_inverse_frequencies(spec))), cast(Any, RMSNorm)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm),
+        cast(Any, block),  # megatron-core takes a block's submodules too, though its annotation does not say so
         vocab_size=spec.padded_vocab_size(tensor_size),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process,

@@ -202,9 +202,11 @@ def alias_tensor_type(names: dict[str, str]) -> None:
     setattr(torch.Tensor, "type", tensor_type)  # noqa: B010  (a type checker knows the attribute as overloaded)
 
 
-def silence_import_warnings() -> None:
-    """Drop megatron-core's import-time remarks on Apex and Transformer Engine: the platform replaces both."""
-    warnings.filterwarnings("ignore", message=r".*(Apex is|Apex are) not installed", category=UserWarning)
+def silence_library_warnings() -> None:
+    """Drop what megatron-core says at import (Apex and Transformer Engine are missing) and its deprecation notes."""
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def assert_megatron_not_imported() -> None:

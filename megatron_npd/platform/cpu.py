@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 from megatron_npd.platform.base import (
     GroupStepAdamW,
@@ -19,7 +20,7 @@ from megatron_npd.platform.base import (
     assert_megatron_not_imported,
     install_adamw,
     resident_bytes,
-    silence_import_warnings,
+    silence_library_warnings,
 )
 from megatron_npd.platform.cpu_attention import grouped_attention
 
@@ -38,7 +39,7 @@ class Device:
 
     def prepare(self) -> None:
         assert_megatron_not_imported()
-        silence_import_warnings()
+        silence_library_warnings()
         _redirect_cuda()
         from megatron.core.tensor_parallel import random
 
@@ -73,6 +74,7 @@ class Device:
 def _redirect_cuda() -> None:
     """Send megatron-core's requests for CUDA to the CPU; before ``megatron.core`` is imported, once a process."""
     cpu = torch.device("cpu")
+    _device_constructors()  # cached on its first call: torch.device contexts must know the functions, not our wrappers
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name), cpu))
     torch.cuda.is_available = lambda: False

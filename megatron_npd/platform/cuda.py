@@ -17,7 +17,7 @@ from megatron_npd.platform.base import (
     attention_by_segment,
     has_fused_adam,
     install_adamw,
-    silence_import_warnings,
+    silence_library_warnings,
 )
 
 
@@ -36,7 +36,7 @@ class Device:
 
     def prepare(self) -> None:
         assert_megatron_not_imported()
-        silence_import_warnings()
+        silence_library_warnings()
         if not has_fused_adam():
             install_adamw(GroupStepAdamW)
 

@@ -20,7 +20,7 @@ from megatron_npd.platform.base import (
     alias_tensor_type,
     assert_megatron_not_imported,
     install_adamw,
-    silence_import_warnings,
+    silence_library_warnings,
 )
 
 _MASK_SIZE = 2048  # of the compressed causal mask that sparse modes 2 to 4 of npu_fusion_attention expect
@@ -48,7 +48,7 @@ class Device:
 
     def prepare(self) -> None:
         assert_megatron_not_imported()
-        silence_import_warnings()
+        silence_library_warnings()
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
         alias_tensor_type(
             {

@@ -1,0 +1,214 @@
+"""Training checkpoints: megatron-core's distributed format in fresh, sealed directories.
+
+Tensors are stored whole, so a checkpoint of one parallel layout loads into any other. The format holds pickles; a
+directory's manifest is verified before any of them is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import queue
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.nn import Module
+
+from megatron_npd.log import UserError, get_logger
+from megatron_npd.manifest import is_sealed, read_manifest, seal, writing
+
+KIND = "checkpoint"
+_STATE_FILE = "state.json"
+# Its warning of an incomplete checkpoint is about our lock file; ``writing`` has removed anything else.
+logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save_checkpoint(
+    root: str | Path,
+    iteration: int,
+    *,
+    model: Module,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write ``root/iter_0000100`` and seal it; all ranks call it together and it returns when the files are on disk.
+
+    What a killed attempt left of the same iteration is removed first.
+
+    Args:
+        root: Directory of the run's checkpoints, shared by all ranks.
+        iteration: Optimizer steps done.
+        model: The model, wrapped in DistributedDataParallel or not.
+        optimizer: Its optimizer; None: weights alone.
+        scheduler: Its learning-rate schedule.
+        state: The position in the data and whatever else the run wants back; it must fit into JSON.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        UserError: The iteration has a sealed checkpoint already, another process writes it, or the disk is full.
+    """
+    path = Path(root) / f"iter_{iteration:07d}"
+    with ExitStack() as stack:
+        with _together():
+            if dist.get_rank() == 0:
+                stack.enter_context(writing(path))
+        tensors = _sharded_state(model, optimizer, scheduler, is_loading=False)
+        try:
+            _save(tensors, path)
+        except CheckpointException as error:
+            raise UserError(
+                f"{path} must be writable, got {error}; mend that and run the same command again"
+            ) from error
+        with _together():
+            if dist.get_rank() == 0:
+                content = {"state": dict(state), "optimizer": optimizer is not None, "scheduler": scheduler is not None}
+                (path / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+                seal(path, kind=KIND, counts={"iteration": iteration})
+    return path
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The sealed checkpoint of the highest iteration under ``root``; None where there is none."""
+    sealed = {}
+    for path in Path(root).glob("iter_*"):
+        match = re.fullmatch(r"iter_(\d+)", path.name)
+        if match and is_sealed(path):
+            sealed[int(match[1])] = path
+    return sealed[max(sealed)] if sealed else None
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    model: Module,
+    optimizer: MegatronOptimizer | None = None,
+    scheduler: OptimizerParamScheduler | None = None,
+) -> dict[str, Any]:
+    """Load a checkpoint of any parallel layout into this one, in place; all ranks call it together.
+
+    Args:
+        path: A directory that ``save_checkpoint`` wrote.
+        model: The model, wrapped in DistributedDataParallel or not.
+        optimizer: Its optimizer; from a checkpoint of weights alone it starts anew on the loaded weights.
+        scheduler: Its learning-rate schedule, likewise.
+
+    Returns:
+        The ``state`` that was saved.
+
+    Raises:
+        UserError: The directory is not a sealed checkpoint, a file is damaged, or it holds another model.
+    """
+    path = Path(path)
+    with _together():
+        if dist.get_rank() == 0:
+            read_manifest(path, kind=KIND)
+    content = json.loads((path / _STATE_FILE).read_text())
+    with_optimizer = optimizer is not None and content["optimizer"]
+    with_scheduler = scheduler is not None and content["scheduler"]
+    wanted = _sharded_state(
+        model, optimizer if with_optimizer else None, scheduler if with_scheduler else None, is_loading=True
+    )
+    try:
+        loaded: Any = dist_checkpointing.load(wanted, str(path))
+    except CheckpointingException as error:
+        raise UserError(f"{path} must hold this model, got: {error}; give the model that was trained") from error
+    _module(model).load_state_dict(loaded["model"])
+    if optimizer is not None and with_optimizer:
+        optimizer.load_state_dict(loaded["optimizer"])
+    elif optimizer is not None:
+        get_logger().info("%s holds weights alone: the optimizer starts anew", path)
+        optimizer.reload_model_params()
+    if scheduler is not None and with_scheduler:
+        scheduler.load_state_dict(loaded["scheduler"])
+    return content["state"]
+
+
+def _module(model: Module) -> Any:
+    return unwrap_model(model)
+
+
+def _sharded_state(
+    model: Module,
+    optimizer: MegatronOptimizer | None,
+    scheduler: OptimizerParamScheduler | None,
+    *,
+    is_loading: bool,
+) -> dict[str, Any]:
+    metadata = dict(_METADATA)  # megatron-core keeps the process group of its first use in it
+    weights = _module(model).sharded_state_dict(metadata=metadata)
+    result = {"model": weights}
+    if optimizer is not None:
+        result["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    if scheduler is not None:
+        result["scheduler"] = scheduler.state_dict()
+    return result
+
+
+def _save(tensors: dict[str, Any], path: Path) -> None:
+    # The writer hands its results over through a queue of this module, which is by default another process's.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+    dist_checkpointing.save(tensors, str(path), _InProcessSave("torch_dist", 1))
+
+
+class _InProcessSave(TorchDistSaveShardedStrategy):
+    """megatron-core's strategy without its writer processes: forking a process that runs threads may hang it."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        if request.async_fn is None:  # nothing to write on this rank
+            return request
+        transforms = request.async_fn.args[0]
+        return request._replace(async_fn=functools.partial(_write, transforms))
+
+
+def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
+    """Write this rank's files one after another; the same results as megatron-core's writer processes give."""
+    written: dict[int, Any] = {}
+    for index, bucket in enumerate(buckets):
+        answers: Any = queue.Queue()
+        tickets: Any = queue.Queue()
+        tickets.put(index)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            transforms, index, bucket, answers, tickets, use_fsync=True
+        )
+        _, outcome = answers.get()
+        if isinstance(outcome, Exception):
+            results.put(outcome)
+            return
+        written[index] = outcome
+    results.put(written)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Run a block on all ranks; a rank's error in it is raised on every rank, so that none waits for another."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for message in messages:
+        if message is not None:
+            raise UserError(message)

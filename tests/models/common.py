@@ -1,0 +1,116 @@
+"""What the tests of this area share: packed inputs, and a few training steps on megatron-core's own parts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def packed_inputs(lengths: list[int], vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens [1, T], positions [1, T] and cu_seqlens [S + 1]."""
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    tokens = torch.randint(vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.cat([torch.arange(n) for n in lengths])[None], bounds
+
+
+class TinyTrainer:
+    """DDP, megatron-core's optimizer and schedule around one model, on random rows."""
+
+    def __init__(self, model: Any, vocab_size: int, *, distributed: bool = True, lr: float = 1e-2) -> None:
+        from megatron.core import parallel_state
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        self.vocab_size = vocab_size
+        self.rank = parallel_state.get_data_parallel_rank()
+        self.config = model.config
+        self.model = DistributedDataParallel(
+            model.config, DistributedDataParallelConfig(use_distributed_optimizer=distributed), model
+        )
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=lr,
+                min_lr=0.0,
+                weight_decay=0.1,
+                clip_grad=1.0,
+                bf16=model.config.bf16,
+                params_dtype=model.config.params_dtype,
+                use_distributed_optimizer=distributed,
+            ),
+            [self.model],
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=lr,
+            min_lr=0.0,
+            lr_warmup_steps=2,
+            lr_decay_steps=20,
+            lr_decay_style="cosine",
+            start_wd=0.1,
+            end_wd=0.1,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def step(self, iteration: int) -> float:
+        """One step on a row of this iteration and data-parallel rank; the mean loss over all ranks (last stage)."""
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        from megatron_npd.models.build import packed_params
+
+        lengths = [7, 16, 9]
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = []
+
+        def forward(_: Any, model: Any) -> Any:
+            tokens, positions, bounds = packed_inputs(lengths, self.vocab_size, seed=iteration * 10 + self.rank)
+            out = model(tokens, positions, None, packed_seq_params=packed_params(bounds))
+
+            def loss(logits: Tensor) -> Any:
+                value = vocab_parallel_cross_entropy(logits.clone(), tokens.roll(-1, 1)).sum()
+                losses.append(value.detach().clone())
+                return value, torch.tensor(tokens.numel(), dtype=torch.int), {}
+
+            return out, loss
+
+        get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=sum(lengths),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        self.optimizer.step()
+        self.scheduler.step(1)
+        if not losses:
+            return 0.0
+        total = losses[0] / sum(lengths)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return total.item() / parallel_state.get_data_parallel_world_size()
+
+
+def full_state(trainer: TinyTrainer) -> dict[str, Tensor]:
+    """Weights and optimizer state of this rank, for bitwise comparison."""
+    state = {f"weight.{name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
+    for index, optimizer in enumerate(trainer.optimizer.chained_optimizers):
+        inner = optimizer.optimizer
+        for group in inner.param_groups:
+            state[f"step.{index}.{len(state)}"] = torch.tensor(group["step"])
+            for p in group["params"]:
+                for key, value in inner.state[p].items():
+                    state[f"{key}.{index}.{len(state)}"] = value.clone()
+    return state

@@ -1,0 +1,197 @@
+"""Checkpoints: resuming is bitwise, layouts may change, and nothing unsealed or damaged is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_npd.log import UserError
+from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.platform.initialize import initialize_distributed
+from tests.dist import run_distributed
+from tests.helpers import make_tiny_model
+from tests.models.common import TinyTrainer, full_state
+
+LAYOUTS = {"dp2": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}  # of two processes: (tensor, pipeline)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, a vocabulary that TP=2 has to pad, untied so that every parameter is its own."""
+    return make_tiny_model(tmp_path_factory.mktemp("hf") / "model", vocab_size=305, tie_word_embeddings=False)
+
+
+def _trainer(model_dir: Path, tensor: int = 1, pipeline: int = 1, *, load: bool = True, **options: Any) -> TinyTrainer:
+    from megatron_npd.models.build import build_model, load_spec
+    from megatron_npd.models.convert import load_hf_weights
+
+    initialize_distributed(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    spec = load_spec(model_dir)
+    model = build_model(spec, bf16=options.pop("bf16", False), sequence_parallel=options.pop("sp", False))
+    if load:
+        load_hf_weights(model, spec)
+    return TinyTrainer(model, 300, **options)
+
+
+def _save(trainer: TinyTrainer, root: Path, iteration: int) -> Path:
+    from megatron_npd.models.checkpoint import save_checkpoint
+
+    return save_checkpoint(
+        root,
+        iteration,
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        scheduler=trainer.scheduler,
+        state={"iteration": iteration, "rows": iteration * 2},
+    )
+
+
+def _restore(trainer: TinyTrainer, path: Path) -> dict[str, Any]:
+    from megatron_npd.models.checkpoint import load_checkpoint
+
+    return load_checkpoint(path, model=trainer.model, optimizer=trainer.optimizer, scheduler=trainer.scheduler)
+
+
+def _resume_bitwise(rank: int, world: int, model_dir: Path, root: Path, layout: tuple[int, int], options: dict) -> None:
+    trainer = _trainer(model_dir, *layout, **options)
+    for iteration in range(3):
+        trainer.step(iteration)
+    path = _save(trainer, root, 3)
+    at_save = full_state(trainer)
+    losses = [trainer.step(iteration) for iteration in range(3, 6)]
+
+    again = _trainer(model_dir, *layout, load=False, **options)
+    assert _restore(again, path) == {"iteration": 3, "rows": 6}
+    restored = full_state(again)
+    assert restored.keys() == at_save.keys()
+    for name, tensor in at_save.items():
+        assert torch.equal(tensor, restored[name]), name
+    assert [again.step(iteration) for iteration in range(3, 6)] == losses
+    assert again.optimizer.param_groups[0]["lr"] == trainer.optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [("dp2", {}), ("tp2", {"sp": True}), ("pp2", {}), ("dp2", {"bf16": True}), ("tp2", {"distributed": False})],
+    ids=["dp", "tp-sp", "pp", "dp-bf16", "tp-replicated-optimizer"],
+)
+def test_resume_is_bitwise(model_dir: Path, tmp_path: Path, layout: str, options: dict) -> None:
+    run_distributed(_resume_bitwise, 2, model_dir, tmp_path, LAYOUTS[layout], options)
+
+
+def _train_and_save(rank: int, world: int, model_dir: Path, root: Path, layout: tuple[int, int]) -> list[float]:
+    trainer = _trainer(model_dir, *layout)
+    losses = [trainer.step(iteration) for iteration in range(3)]
+    _save(trainer, root, 3)
+    return losses + [trainer.step(iteration) for iteration in range(3, 6)]
+
+
+def _load_and_train(rank: int, world: int, model_dir: Path, path: Path, layout: tuple[int, int]) -> list[float]:
+    trainer = _trainer(model_dir, *layout, load=False)
+    _restore(trainer, path)
+    return [trainer.step(iteration) for iteration in range(3, 6)]
+
+
+@pytest.mark.parametrize("written", ["tp2", "pp2"])
+def test_other_layouts_load_it(model_dir: Path, tmp_path: Path, written: str) -> None:
+    """TP or PP = 2 writes; one process and the other layout go on with the same losses (rows are those of one rank)."""
+    losses = max(run_distributed(_train_and_save, 2, model_dir, tmp_path, LAYOUTS[written]))
+    path = tmp_path / "iter_0000003"
+    single = run_distributed(_load_and_train, 1, model_dir, path, (1, 1))[0]
+    other = max(run_distributed(_load_and_train, 2, model_dir, path, LAYOUTS["pp2" if written == "tp2" else "tp2"]))
+    assert single == pytest.approx(losses[3:], abs=2e-5)
+    assert other == pytest.approx(losses[3:], abs=2e-5)
+    # The continuation is a continuation: without the optimizer's state the losses differ visibly.
+    assert abs(losses[5] - losses[3]) > 1e-3
+
+
+def _dp_resharding(rank: int, world: int, model_dir: Path, path: Path) -> dict[str, Any]:
+    """The optimizer state that one process sees is what two data-parallel ranks wrote between them."""
+    trainer = _trainer(model_dir, load=False)
+    _restore(trainer, path)
+    return full_state(trainer)
+
+
+def test_data_parallel_size_may_change(model_dir: Path, tmp_path: Path) -> None:
+    run_distributed(_train_and_save, 2, model_dir, tmp_path, LAYOUTS["dp2"])
+    whole = run_distributed(_dp_resharding, 1, model_dir, tmp_path / "iter_0000003")[0]
+    halves = run_distributed(_dp_resharding, 2, model_dir, tmp_path / "iter_0000003")
+    for key in ("exp_avg.", "exp_avg_sq."):
+        sums = [sum(v.double().sum() for k, v in state.items() if k.startswith(key)) for state in (whole, *halves)]
+        assert float(sums[0]) == pytest.approx(float(sums[1] + sums[2]), rel=1e-9)
+        assert float(sums[0]) != 0
+
+
+def _rewrite(rank: int, world: int, model_dir: Path, root: Path) -> float:
+    from megatron_npd.models.checkpoint import latest_checkpoint
+
+    trainer = _trainer(model_dir)
+    assert latest_checkpoint(root) is None
+    trainer.step(0)
+    begin = time.monotonic()
+    path = _save(trainer, root, 1)
+    seconds = time.monotonic() - begin
+    (root / "iter_0000002").mkdir(exist_ok=True)  # a killed attempt
+    (root / "iter_0000002" / "__0_0.distcp").write_bytes(b"half")
+    (root / "iter_0000010.tmp").mkdir(exist_ok=True)
+    assert latest_checkpoint(root) == path
+    assert _save(trainer, root, 2) == latest_checkpoint(root)
+    assert (root / "iter_0000002" / "__0_0.distcp").stat().st_size > 4
+    with pytest.raises(UserError, match="must not be sealed yet"):
+        _save(trainer, root, 2)
+    return seconds
+
+
+def test_directories(model_dir: Path, tmp_path: Path) -> None:
+    seconds = run_distributed(_rewrite, 2, model_dir, tmp_path)
+    manifest = read_manifest(tmp_path / "iter_0000001", kind="checkpoint")
+    assert {".metadata", "common.pt", "state.json"} <= set(manifest.files)
+    assert manifest.counts == {"iteration": 1}
+    assert max(seconds) < 5
+
+
+def _load_fails(rank: int, world: int, model_dir: Path, path: Path) -> str:
+    trainer = _trainer(model_dir, load=False)
+    with pytest.raises(UserError) as caught:
+        _restore(trainer, path)
+    return str(caught.value)
+
+
+def test_damaged_or_foreign_checkpoints_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    run_distributed(_train_and_save, 1, model_dir, tmp_path, (1, 1))
+    path = tmp_path / "iter_0000003"
+    assert is_sealed(path)
+    other = make_tiny_model(tmp_path / "other", num_hidden_layers=4, tie_word_embeddings=False)
+    assert all("must hold this model" in m for m in run_distributed(_load_fails, 2, other, path))
+    for name in (".metadata", "common.pt"):
+        data = bytearray((path / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        stat = (path / name).stat()
+        (path / name).write_bytes(data)
+        os.utime(path / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert all("must have sha256" in m for m in run_distributed(_load_fails, 2, model_dir, path))
+        data[len(data) // 2] ^= 1
+        (path / name).write_bytes(data)
+    (path / "manifest.json").unlink()
+    assert all("must be a sealed directory" in m for m in run_distributed(_load_fails, 2, model_dir, path))
+
+
+def _weights_alone(rank: int, world: int, model_dir: Path, root: Path) -> None:
+    from megatron_npd.models.checkpoint import load_checkpoint, save_checkpoint
+
+    trainer = _trainer(model_dir, bf16=True)
+    path = save_checkpoint(root, 0, model=trainer.model, state={})
+    again = _trainer(model_dir, load=False, bf16=True)
+    assert load_checkpoint(path, model=again.model, optimizer=again.optimizer, scheduler=again.scheduler) == {}
+    assert [again.step(i) for i in range(3)] == [trainer.step(i) for i in range(3)]
+
+
+def test_optimizer_starts_anew_from_weights_alone(model_dir: Path, tmp_path: Path) -> None:
+    run_distributed(_weights_alone, 2, model_dir, tmp_path)
+    assert json.loads((tmp_path / "iter_0000000" / "state.json").read_text())["optimizer"] is False
