@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3867a8", "#dd8a3c", "#4b9a6b", "#c2504d", "#9aa0a6"
 ZONE_COLOURS = {"degenerate": ORANGE, "proximal": GREEN, "disconnect": RED, "undefined": GREY}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.spines.top": False,
@@ -59,7 +61,7 @@ def losses(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     ax.set_ylabel("nats a response token")
     ax.set_title("Training loss")
     _rounds(ax, metrics)
-    ax.legend(loc="upper right")
+    _legend(ax)
 
 
 def lag(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -70,7 +72,7 @@ def lag(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     ax.set_ylabel("KL(generator || learner), nats a token")
     ax.set_title("Policy lag")
     _rounds(ax, metrics)
-    ax.legend(loc="upper left")
+    _legend(ax)
 
 
 def zones(axes: Sequence[Axes], rounds: Sequence[Mapping[str, Any]]) -> None:
@@ -87,12 +89,14 @@ def zones(axes: Sequence[Axes], rounds: Sequence[Mapping[str, Any]]) -> None:
             ax.axvline(bound, color="#555555", linewidth=1, linestyle="--", label=f"{name} {bound:.3g}")
         ax.set_title(f"Round {entry['round']}: {100 * entry['kept_share']:.1f} % of {entry['in']} kept")
         ax.set_xlabel("Delta-IFD = IFD of the teacher - IFD of the student")
-        handles = [
-            ax.bar([edges[0] if edges.size else 0], [0], color=ZONE_COLOURS[zone], label=f"{zone} {counted['count']}")
-            for zone, counted in entry["zones"].items()
-            if counted["count"] or zone != "undefined"
+        shown = {zone: entry["zones"][zone]["count"] for zone in ZONE_COLOURS}
+        handles: list[Artist] = [
+            Patch(color=colour, label=f"{zone} {shown[zone]}")
+            for zone, colour in ZONE_COLOURS.items()
+            if shown[zone] or zone != "undefined"
         ]
-        ax.legend(handles=handles + ax.get_lines(), loc="best", fontsize=8.5)
+        handles += ax.get_lines()
+        ax.legend(handles=handles, fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
     axes[0].set_ylabel("answers")
 
 
@@ -110,18 +114,22 @@ def seconds(ax: Axes, by_stage: Mapping[str, float]) -> None:
 
 
 def _curve(ax: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str, colour: str) -> None:
-    """Each step's value, faint, under a running mean over a fiftieth of the run; nothing where none is defined."""
-    points = [(line["iteration"], line[name]) for line in metrics if line.get(name) is not None]
-    if not points:
-        return
-    steps, values = np.array(points, dtype=float).T
-    width = max(1, len(values) // 50)
-    sums = np.cumsum(np.concatenate([[0.0], values]))
-    starts = np.maximum(np.arange(len(values)) + 1 - width, 0)
-    means = (sums[1:] - sums[starts]) / (np.arange(len(values)) + 1 - starts)
-    if width > 1:
-        ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-    ax.plot(steps, means, color=colour, linewidth=1.6, label=label)
+    """Each step's value, faint, under its running mean inside a round; nothing where no step has one."""
+    lines = [line for line in metrics if line.get(name) is not None]
+    width = max(1, len(lines) // 50)
+    for _, of_round in itertools.groupby(lines, key=lambda line: line.get("round")):
+        steps, values = np.array([(line["iteration"], line[name]) for line in of_round], dtype=float).T
+        sums, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
+        starts = np.maximum(ends - width, 0)
+        if width > 1:
+            ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+        ax.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=colour, linewidth=1.6, label=label)
+        label = ""  # one legend entry for all rounds
+
+
+def _legend(ax: Axes) -> None:
+    """A legend in the title's line, where it hides no data."""
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderpad=0.1)
 
 
 def _rounds(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
