@@ -9,7 +9,7 @@ Legend: T tokens, V columns of this rank's vocabulary slice, K teacher ids a tok
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -47,11 +47,6 @@ class DistillLoss:
     student_mass_T: Tensor
     top1_agreement_T: Tensor
     label_logprob_T: Tensor
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """Name and tensor of everything but the loss."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "loss_T"}
 
 
 def distill_loss(
@@ -268,30 +263,31 @@ def _check_teacher(
 
 
 def _check_content(labels_N: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, vocab_size: int) -> None:
-    """Check the numbers of the rows that count: one answer for all of them, then the words for the first that fails."""
-    top_k = ids_NK.shape[1]
-    bad_label_N = (labels_N < 0) | (labels_N >= vocab_size)
-    faults = [bad_label_N]
-    if top_k:
-        sorted_NK = ids_NK.sort(dim=1).values
-        faults.append((sorted_NK[:, 0] < 0) | (sorted_NK[:, -1] >= vocab_size))
-        faults.append((sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(1))
-        faults.append((logprobs_NK[:, 1:] > logprobs_NK[:, :-1]).any(1))
-        faults.append(logprobs_NK.exp().sum(1) > 1 + MASS_TOLERANCE)
-    faults_NF = torch.stack(faults, dim=1)
-    if not bool(faults_NF.any()):
+    """Check the numbers of the rows that count, with one answer from the device for all rules."""
+    if not len(labels_N):
         return
-    row, fault = faults_NF.nonzero()[0].tolist()
-    where = f"in the token that counts as number {row}"
-    if fault == 0:
+    faults = [((labels_N < 0) | (labels_N >= vocab_size))[:, None]]
+    if ids_NK.shape[1]:
+        sorted_NK = ids_NK.sort(dim=1).values
+        faults.append((sorted_NK < 0) | (sorted_NK >= vocab_size))
+        faults.append(sorted_NK[:, 1:] == sorted_NK[:, :-1])
+        faults.append(logprobs_NK[:, 1:] > logprobs_NK[:, :-1])
+        faults.append(logprobs_NK.exp().sum(1, keepdim=True) > 1 + MASS_TOLERANCE)
+    broken = torch.stack([fault.any() for fault in faults]).tolist()
+    if not any(broken):
+        return
+    rule = broken.index(True)
+    row = int(faults[rule].any(1).nonzero()[0])
+    where = f"in row {row} of those that count"
+    if rule == 0:
         _refuse("labels_T", f"in [0, {vocab_size})", f"{int(labels_N[row])} {where}", "mask tokens without a label")
-    if fault == 1:
-        _refuse("teacher_ids_TK", f"in [0, {vocab_size})", f"{ids_NK[row].tolist()} {where}", "check the vocabulary")
-    if fault == 2:
-        _refuse("teacher_ids_TK", "distinct in a row", f"{ids_NK[row].tolist()} {where}", "annotate again")
-    if fault == 3:
+    got = f"{ids_NK[row].tolist()} {where}"
+    if rule == 1:
+        _refuse("teacher_ids_TK", f"in [0, {vocab_size})", got, "annotate for this vocabulary, or mask the token")
+    if rule == 2:
+        _refuse("teacher_ids_TK", "distinct in a row", got, "annotate again, or mask the token")
+    if rule == 3:
         got = f"{logprobs_NK[row].tolist()} {where}"
         _refuse("teacher_logprobs_TK", "descending in a row", got, "sort ids and log-probabilities together")
-    mass = float(logprobs_NK[row].exp().sum())
-    got = f"a mass of {mass:.6f} {where}"
+    got = f"a mass of {float(logprobs_NK[row].exp().sum()):.6g} {where}"
     _refuse("teacher_logprobs_TK", f"log-probabilities of mass <= 1 + {MASS_TOLERANCE}", got, "rescale them")

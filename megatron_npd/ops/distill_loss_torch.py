@@ -1,10 +1,11 @@
-"""The distillation loss in plain torch: chunks of rows through one fp32 scratch buffer, for CPU, GPU and NPU alike.
+"""The distillation loss in plain torch: chunks of rows that stay in the cache, for CPU, GPU and NPU alike.
 
-Every objective sees the logits through K + 1 buckets: the K logits at the teacher's ids S and the log-sum-exp over all
-other columns. A gradient with respect to the buckets spreads over the columns as ``G_k`` on S and
+Every objective sees the logits through B = K + 1 buckets: the K logits at the teacher's ids S and the log-sum-exp over
+all other columns. A gradient with respect to the buckets spreads over the columns as ``G_k`` on S and
 ``G_off * exp(z - lse_off)`` off S, so one pass serves all of them and a tail is never formed as 1 - sum.
 
-Legend: T tokens, N tokens that count (mask 1), V columns of this rank's slice, K teacher ids, B = K + 1 buckets.
+Legend: T tokens, N tokens that count (mask 1), C tokens of a chunk, V columns of this rank's slice, K teacher ids,
+B = K + 1 buckets.
 """
 
 from __future__ import annotations
@@ -19,40 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_npd.ops.vocab_parallel import Stats, VocabShard, merge_stats
 
-CHUNK_ELEMENTS = 1 << 20
-"""Elements of the fp32 scratch buffer: 4 MiB stay in a core's cache between the passes over a chunk."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The tokens that count, and what is known of each beside its logits.
-
-    Attributes:
-        index_N: Their rows in the logits, int64, ascending; None when all count.
-        labels_N: int64, in the whole vocabulary.
-        ids_NK: Teacher's ids, int64, in the whole vocabulary; K = 0 without a teacher.
-        target_NB: Teacher's mass on each bucket, fp32.
-        log_target_NB: Its logarithm, at the temperature of the loss.
-        weights_N: fp32, or None for ones.
-    """
-
-    index_N: Tensor | None
-    labels_N: Tensor
-    ids_NK: Tensor
-    target_NB: Tensor
-    log_target_NB: Tensor
-    weights_N: Tensor | None
-
-    def part(self, lo: int, hi: int) -> Rows:
-        """The tokens ``lo`` to ``hi`` of these."""
-        return Rows(
-            index_N=None,
-            labels_N=self.labels_N[lo:hi],
-            ids_NK=self.ids_NK[lo:hi],
-            target_NB=self.target_NB[lo:hi],
-            log_target_NB=self.log_target_NB[lo:hi],
-            weights_N=None if self.weights_N is None else self.weights_N[lo:hi],
-        )
+CHUNK_ELEMENTS = 1 << 19
+"""Logits of a chunk: 2 MiB of fp32 stay in the cache between the passes over them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +45,39 @@ class Objective:
         """Whether the divergence needs the columns off S at a second temperature."""
         return self.temperature != 1.0 and not self.student_on_ids
 
+    @property
+    def plain(self) -> bool:
+        """Whether the divergence sees the same student as the cross-entropy: over the vocabulary, at temperature 1."""
+        return self.temperature == 1.0 and not self.student_on_ids
+
+    def student_buckets(self, stats: Stats) -> Tensor:
+        """The bucket logits whose softmax is the student as the divergence sees it."""
+        off_T = stats.lse_off_tempered_T
+        buckets_TB = stats.buckets_TB / self.temperature
+        buckets_TB[:, -1] = -torch.inf if off_T is None else off_T
+        return buckets_TB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The tokens that count, and what is known of each beside its logits.
+
+    Attributes:
+        index_N: Their rows in the logits, int64, ascending; None when all count.
+        labels_N: int64, in the whole vocabulary.
+        ids_NK: Teacher's ids, int64, in the whole vocabulary; K = 0 without a teacher.
+        target_NB: Mass that the divergence gives to each bucket, fp32, all of it >= 0.
+        log_target_NB: Its logarithm, at the temperature of the loss.
+        weights_N: fp32, or None for ones.
+    """
+
+    index_N: Tensor | None
+    labels_N: Tensor
+    ids_NK: Tensor
+    target_NB: Tensor
+    log_target_NB: Tensor
+    weights_N: Tensor | None
+
 
 class Losses(NamedTuple):
     """The loss of each token (weights included) and its parts (without weights), fp32 ``[N]`` each."""
@@ -88,104 +90,110 @@ class Losses(NamedTuple):
     label_logprob_N: Tensor
 
 
-class BucketGrad(NamedTuple):
-    """Gradient of the weighted loss with respect to the buckets: on S, off S, and what the label adds off S."""
-
-    ids_NK: Tensor
-    off_N: Tensor
-    off_tempered_N: Tensor | None
-    label_N: Tensor
-
-    def scaled(self, factor_N: Tensor) -> BucketGrad:
-        """The gradient times a number for each token."""
-        tempered_N = None if self.off_tempered_N is None else self.off_tempered_N * factor_N
-        return BucketGrad(self.ids_NK * factor_N[:, None], self.off_N * factor_N, tempered_N, self.label_N * factor_N)
-
-    def over(self, sum_N: Tensor, sum_tempered_N: Tensor | None) -> BucketGrad:
-        """The gradient off S for one unit of the exponentials that add up to these sums; nothing off S, no gradient."""
-        tempered_N = self.off_tempered_N
-        if tempered_N is not None and sum_tempered_N is not None:
-            tempered_N = torch.where(sum_tempered_N == 0, 0.0, tempered_N / sum_tempered_N)
-        return self._replace(off_N=torch.where(sum_N == 0, 0.0, self.off_N / sum_N), off_tempered_N=tempered_N)
-
-    def part(self, lo: int, hi: int) -> BucketGrad:
-        """The gradient of the tokens ``lo`` to ``hi``."""
-        tempered_N = None if self.off_tempered_N is None else self.off_tempered_N[lo:hi]
-        return BucketGrad(self.ids_NK[lo:hi], self.off_N[lo:hi], tempered_N, self.label_N[lo:hi])
+def _log_softmax(buckets_NB: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the buckets, and their log-sum-exp: several times torch's speed on rows this narrow."""
+    lse_N1 = buckets_NB.logsumexp(1, keepdim=True)
+    return buckets_NB - lse_N1, lse_N1[:, 0]
 
 
-def head(stats: Stats, rows: Rows, objective: Objective) -> tuple[Losses, BucketGrad]:
-    """Loss, parts and gradient from the statistics of whole rows: a few ``[N, B]`` tensors, no vocabulary."""
-    top_k = rows.ids_NK.shape[1]
-    temperature = objective.temperature
-    z_NB = torch.cat([stats.logits_TK, stats.lse_off_T[:, None]], dim=1)
-    lse_N1 = torch.logsumexp(z_NB, dim=1, keepdim=True)
-    log_q_NB = z_NB - lse_N1
-    q_NB = log_q_NB.exp()
-    label_logprob_N = stats.label_T - lse_N1[:, 0]
-
-    kd_N = top1_N = torch.zeros_like(label_logprob_N)
-    loss_N = label_logprob_N * -objective.ce_weight if objective.ce_weight else kd_N
-    grad_NB = q_NB * objective.ce_weight
-    grad_label_N = torch.full_like(kd_N, -objective.ce_weight)
-    off_tempered_N = None
-    if top_k:
-        log_s_NB, s_NB = log_q_NB, q_NB  # the student as the divergence sees it
-        if objective.student_on_ids or temperature != 1.0:
-            off_N = stats.lse_off_tempered_T
-            off_N = torch.full_like(kd_N, -torch.inf) if off_N is None else off_N
-            log_s_NB = torch.cat([stats.logits_TK / temperature, off_N[:, None]], dim=1).log_softmax(dim=1)
-            s_NB = log_s_NB.exp()
-        target_NB = rows.target_NB
-        kd_N = torch.where(target_NB > 0, target_NB * (rows.log_target_NB - log_s_NB), 0.0).sum(1) * temperature**2
-        if objective.kd_weight:
-            loss_N = loss_N + kd_N * objective.kd_weight
-            grad_kd_NB = (s_NB * target_NB.sum(1, keepdim=True) - target_NB) * (objective.kd_weight * temperature)
-            if objective.second_lse:
-                off_tempered_N = grad_kd_NB[:, top_k].clone()
-                grad_kd_NB[:, top_k] = 0.0
-            grad_NB = grad_NB + grad_kd_NB
-        # The label's share joins its bucket where the label is in S, and its own column elsewhere: merged here, so
-        # that no column is stored twice.
-        hit_NK = rows.ids_NK == rows.labels_N[:, None]
-        grad_NB[:, :top_k] -= hit_NK * objective.ce_weight
-        grad_label_N = grad_label_N.masked_fill(hit_NK.any(1), 0.0)
-        largest_N = torch.maximum(stats.logits_TK.amax(1), stats.max_off_T)
-        top1_N = (stats.logits_TK[:, 0] >= largest_N).float()
-    grad = BucketGrad(grad_NB[:, :top_k], grad_NB[:, top_k], off_tempered_N, grad_label_N)
+def losses_of(stats: Stats, rows: Rows, objective: Objective) -> Losses:
+    """Loss and parts of each token from the statistics of whole rows."""
+    log_q_NB, lse_N = _log_softmax(stats.buckets_TB)
+    label_logprob_N = stats.label_T - lse_N
+    kd_N = top1_N = student_mass_N = torch.zeros_like(lse_N)
+    if rows.ids_NK.shape[1]:
+        student_mass_N = -torch.expm1(log_q_NB[:, -1])
+        largest_N = torch.maximum(stats.buckets_TB[:, :-1].amax(1), stats.max_off_T)
+        top1_N = (stats.buckets_TB[:, 0] >= largest_N).float()
+        log_s_NB = log_q_NB if objective.plain else _log_softmax(objective.student_buckets(stats))[0]
+        gap_NB = rows.target_NB * (rows.log_target_NB - log_s_NB)
+        kd_N = torch.where(rows.target_NB > 0, gap_NB, 0.0).sum(1) * objective.temperature**2
+    loss_N = torch.zeros_like(lse_N)
+    if objective.ce_weight:  # a weight of 0 leaves an infinite part out
+        loss_N = loss_N - label_logprob_N * objective.ce_weight
+    if objective.kd_weight:
+        loss_N = loss_N + kd_N * objective.kd_weight
     if rows.weights_N is not None:
         loss_N = loss_N * rows.weights_N
-        grad = grad.scaled(rows.weights_N)
-    student_mass_N = q_NB[:, :top_k].sum(1)
-    return Losses(loss_N, -label_logprob_N, kd_N, student_mass_N, top1_N, label_logprob_N), grad
+    return Losses(loss_N, -label_logprob_N, kd_N, student_mass_N, top1_N, label_logprob_N)
 
 
-def _exp(z: Tensor, shift_N: Tensor) -> Tensor:
-    """Turn ``z`` into exp(z - shift) in place; a row of -inf, whose shift is -inf too, gives zeros."""
-    return z.sub_(shift_N.clamp(min=torch.finfo(z.dtype).min)[:, None]).exp_()
+class GradientRule(NamedTuple):
+    """What gives the gradient of the weighted loss with respect to the buckets once their logits are known.
+
+    With q the softmax of the buckets and s that of ``Objective.student_buckets`` it is
+    ``q_N1 * q + s_N1 * s + constant_NB``; the label adds ``label_N1`` to its own column where that is outside S.
+    """
+
+    q_N1: Tensor
+    s_N1: Tensor | None
+    constant_NB: Tensor
+    label_N1: Tensor
+
+    def scaled(self, factor_N: Tensor) -> GradientRule:
+        """The rule of the loss times a factor for each token."""
+        factor_N1 = factor_N[:, None]
+        s_N1 = None if self.s_N1 is None else self.s_N1 * factor_N1
+        return GradientRule(self.q_N1 * factor_N1, s_N1, self.constant_NB * factor_N1, self.label_N1 * factor_N1)
+
+    def part(self, lo: int, hi: int) -> GradientRule:
+        """The rule of the tokens ``lo`` to ``hi``."""
+        s_N1 = None if self.s_N1 is None else self.s_N1[lo:hi]
+        return GradientRule(self.q_N1[lo:hi], s_N1, self.constant_NB[lo:hi], self.label_N1[lo:hi])
+
+    def apply(self, stats: Stats, objective: Objective) -> tuple[Tensor, Tensor | None]:
+        """The gradient with respect to the buckets and, apart, to a second temperature's log-sum-exp off S."""
+        grad_NB = torch.addcmul(self.constant_NB, _log_softmax(stats.buckets_TB)[0].exp_(), self.q_N1)
+        if self.s_N1 is None:
+            return grad_NB, None
+        s_NB = _log_softmax(objective.student_buckets(stats))[0].exp_().mul_(self.s_N1)
+        if not objective.second_lse:
+            return grad_NB.add_(s_NB), None
+        tempered_N1 = s_NB[:, -1:].clone()
+        s_NB[:, -1] = 0.0
+        return grad_NB.add_(s_NB), tempered_N1
 
 
-def _cat(stats: list[Stats]) -> Stats:
-    columns = zip(*stats, strict=True)
-    return Stats(*(torch.cat(tensors) if tensors[0] is not None else None for tensors in columns))  # pyright: ignore
+def gradient_rule(rows: Rows, objective: Objective) -> GradientRule:
+    """The coefficients of each token's gradient, which depend on no logit."""
+    ce, kd = objective.ce_weight, objective.kd_weight * objective.temperature  # T^2 times 1 / T
+    hit_NK = rows.ids_NK == rows.labels_N[:, None]
+    mass_N1 = rows.target_NB.sum(1, keepdim=True) * kd
+    q_N1, s_N1 = torch.full_like(mass_N1, ce), None
+    if objective.plain:
+        q_N1 += mass_N1
+    else:
+        s_N1 = mass_N1
+    # The label's share joins its bucket where the label is in S: merged here, so that no column is stored twice.
+    constant_NB = rows.target_NB * -kd
+    constant_NB[:, :-1] -= hit_NK * ce
+    label_N1 = hit_NK.any(1, keepdim=True) * ce - ce
+    rule = GradientRule(q_N1, s_N1, constant_NB, label_N1)
+    return rule if rows.weights_N is None else rule.scaled(rows.weights_N)
+
+
+def _exp(z_CV: Tensor, shift_C1: Tensor) -> Tensor:
+    """Turn ``z_CV`` into exp(z - shift) in place; a row of -inf, whose shift is -inf too, gives zeros."""
+    return z_CV.sub_(shift_C1.clamp(min=torch.finfo(torch.float32).min)).exp_()
 
 
 class _Chunks:
-    """The logits by chunks of the rows that count, each loaded into one fp32 buffer.
+    """The logits by chunks of the rows that count, each in fp32: in a buffer, or in the gradient's place.
 
-    The buffer is one spare column wider than the slice: ids owned elsewhere meet -inf there (``VocabShard.local``).
+    With several slices the buffer has a spare column of -inf, which ids owned elsewhere meet (``VocabShard.local``).
     """
 
-    def __init__(self, logits_TV: Tensor, rows: Rows, objective: Objective, shard: VocabShard):
-        self.logits_TV, self.columns = logits_TV, shard.columns
-        self.labels_N1, self.ids_NK = shard.local(rows.labels_N)[:, None], shard.local(rows.ids_NK)
-        self.picked_NB = torch.cat([self.labels_N1, self.ids_NK], dim=1)
-        self.num_rows = rows.labels_N.shape[0]
+    def __init__(self, logits_TV: Tensor, out_TV: Tensor | None, rows: Rows, objective: Objective, shard: VocabShard):
+        self.logits_TV, self.out_TV = logits_TV, out_TV
+        self.columns, self.spare = shard.columns, int(shard.size > 1)
+        self.ids_NK, self.labels_N1 = shard.local(rows.ids_NK), shard.local(rows.labels_N)[:, None]
+        self.picked_NB = torch.cat([self.ids_NK, self.labels_N1], dim=1)
         self.index_N = rows.index_N
         self.index = None if rows.index_N is None else rows.index_N.tolist()
-        self.scale = 1 / objective.temperature
+        self.ce_weight, self.scale = objective.ce_weight, 1 / objective.temperature
+        self.num_rows = len(rows.labels_N)
         self.height = max(1, min(self.num_rows, CHUNK_ELEMENTS // (self.columns + 1)))
-        shape = (self.height, self.columns + 1)
+        shape = (self.height, self.columns + self.spare)
         self.buffer = torch.empty(shape, dtype=torch.float32, device=logits_TV.device)
         self.tempered = torch.empty_like(self.buffer) if objective.second_lse else None
 
@@ -200,97 +208,137 @@ class _Chunks:
         first, last = self.index[lo], self.index[hi - 1]
         return slice(first, last + 1) if last - first == hi - lo - 1 else self.index_N[lo:hi]
 
-    def load(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
-        """The chunk's logits in fp32, and the room for them at the second temperature."""
-        z = self.buffer[: hi - lo]
-        z[:, : self.columns].copy_(self.logits_TV[self._where(lo, hi)][:, : self.columns])
-        z[:, self.columns] = -torch.inf
-        return z, None if self.tempered is None else self.tempered[: hi - lo]
+    def load(self, lo: int, hi: int) -> Tensor:
+        """The chunk's logits, ``[C, V]`` fp32, to be overwritten."""
+        where = self._where(lo, hi)
+        out_TV = self.out_TV
+        if isinstance(where, slice) and out_TV is not None and out_TV.dtype == torch.float32 and not self.spare:
+            z_CV = out_TV[where, : self.columns]
+            return z_CV if out_TV is self.logits_TV else z_CV.copy_(self.logits_TV[where, : self.columns])
+        z_CV = self.buffer[: hi - lo]
+        z_CV[:, : self.columns].copy_(self.logits_TV[where][:, : self.columns])
+        if self.spare:
+            z_CV[:, self.columns] = -torch.inf
+        return z_CV
 
-    def statistics(self, lo: int, hi: int) -> tuple[Stats, Tensor, Tensor | None]:
-        """Statistics of a chunk and the sums over columns of what the buffers hold afterwards.
+    def statistics(self, z_CV: Tensor, lo: int, hi: int) -> tuple[Stats, Tensor, Tensor | None]:
+        """Statistics of a loaded chunk, and the sums over columns of what is left in it and in ``tempered``.
 
-        That is exp(z - largest), with 0 on S.
+        That is exp(z - largest off S), with 0 on S.
         """
-        z, tempered = self.load(lo, hi)
-        picked = z.gather(1, self.picked_NB[lo:hi])
-        z.scatter_(1, self.ids_NK[lo:hi], -torch.inf)
-        max_off_N = z.amax(1)
-        sum_tempered_N = lse_tempered_N = None
-        if tempered is not None:
-            torch.mul(z, self.scale, out=tempered)
-            sum_tempered_N = _exp(tempered, max_off_N * self.scale).sum(1)
-            lse_tempered_N = max_off_N * self.scale + sum_tempered_N.log()
-        sum_N = _exp(z, max_off_N).sum(1)
-        stats = Stats(max_off_N + sum_N.log(), max_off_N, picked[:, 0], picked[:, 1:], lse_tempered_N)
-        return stats, sum_N, sum_tempered_N
+        buckets_CB = z_CV.gather(1, self.picked_NB[lo:hi])
+        label_C = buckets_CB[:, -1].clone()
+        z_CV.scatter_(1, self.ids_NK[lo:hi], -torch.inf)
+        max_off_C1 = z_CV.amax(1, keepdim=True)
+        lse_tempered_C = sum_tempered_C1 = None
+        if self.tempered is not None:
+            tempered_CV = torch.mul(z_CV, self.scale, out=self.tempered[: hi - lo])
+            sum_tempered_C1 = _exp(tempered_CV, max_off_C1 * self.scale).sum(1, keepdim=True)
+            lse_tempered_C = (max_off_C1 * self.scale + sum_tempered_C1.log())[:, 0]
+        sum_C1 = _exp(z_CV, max_off_C1).sum(1, keepdim=True)
+        torch.add(max_off_C1, sum_C1.log(), out=buckets_CB[:, -1:])
+        return Stats(buckets_CB, label_C, max_off_C1[:, 0], lse_tempered_C), sum_C1, sum_tempered_C1
 
-    def exponentials(self, lo: int, hi: int, merged: Stats) -> None:
-        """Fill the buffers with the student's share of each column in the columns off S, from merged statistics."""
-        z, tempered = self.load(lo, hi)
-        if tempered is not None and merged.lse_off_tempered_T is not None:
-            torch.mul(z, self.scale, out=tempered)
-            _exp(tempered, merged.lse_off_tempered_T[lo:hi])
-        _exp(z, merged.lse_off_T[lo:hi])
+    def exponentials(self, z_CV: Tensor, lo: int, hi: int, merged: Stats) -> None:
+        """Leave in a loaded chunk, and in ``tempered``, exp(z - log-sum-exp off S of the whole vocabulary)."""
+        if self.tempered is not None and merged.lse_off_tempered_T is not None:
+            tempered_CV = torch.mul(z_CV, self.scale, out=self.tempered[: hi - lo])
+            _exp(tempered_CV, merged.lse_off_tempered_T[lo:hi, None])
+        _exp(z_CV, merged.buckets_TB[lo:hi, -1:])
 
-    def store(self, out_TV: Tensor, lo: int, hi: int, grad: BucketGrad) -> None:
-        """Write a chunk's gradient: ``grad.off_N`` times the buffer's columns off S, on S ``grad.ids_NK``."""
-        z = self.buffer[: hi - lo]
-        z.mul_(grad.off_N[:, None])
-        if self.tempered is not None and grad.off_tempered_N is not None:
-            z.add_(self.tempered[: hi - lo].mul_(grad.off_tempered_N[:, None]))
-        z.scatter_(1, self.ids_NK[lo:hi], grad.ids_NK)
-        z.scatter_add_(1, self.labels_N1[lo:hi], grad.label_N[:, None])
+    def store(
+        self,
+        z_CV: Tensor,
+        lo: int,
+        hi: int,
+        grad_CK: Tensor,
+        off_C1: Tensor,
+        tempered_C1: Tensor | None,
+        label_C1: Tensor,
+    ) -> None:
+        """Write a chunk's gradient: ``off_C1`` times what the chunk holds, on S ``grad_CK``, at the label more."""
+        assert self.out_TV is not None
+        z_CV.mul_(off_C1)
+        if self.tempered is not None and tempered_C1 is not None:
+            z_CV.add_(self.tempered[: hi - lo].mul_(tempered_C1))
+        z_CV.scatter_(1, self.ids_NK[lo:hi], grad_CK)
+        if self.ce_weight:
+            z_CV.scatter_add_(1, self.labels_N1[lo:hi], label_C1)
+        if z_CV.data_ptr() != self.buffer.data_ptr():
+            return
         where = self._where(lo, hi)
         if isinstance(where, slice):
-            out_TV[where, : self.columns].copy_(z[:, : self.columns])
+            self.out_TV[where, : self.columns].copy_(z_CV[:, : self.columns])
         else:
-            out_TV[:, : self.columns].index_copy_(0, where, z[:, : self.columns].to(out_TV.dtype))
+            self.out_TV[:, : self.columns].index_copy_(0, where, z_CV[:, : self.columns].to(self.out_TV.dtype))
 
-    def store_zeros(self, out_TV: Tensor) -> None:
+    def finish(self) -> None:
         """Zero the gradient of padded columns and of rows that do not count."""
-        out_TV[:, self.columns :].zero_()
+        assert self.out_TV is not None
+        self.out_TV[:, self.columns :].zero_()
         if self.index_N is not None:
-            counts_T = torch.zeros(len(out_TV), dtype=torch.bool, device=out_TV.device)
-            counts_T[self.index_N] = True
-            out_TV.index_fill_(0, (~counts_T).nonzero()[:, 0], 0.0)
+            masked_T = torch.ones(len(self.out_TV), dtype=torch.bool, device=self.out_TV.device)
+            masked_T[self.index_N] = False
+            self.out_TV.index_fill_(0, masked_T.nonzero()[:, 0], 0.0)
+
+
+def _forward_whole(chunks: _Chunks, rule: GradientRule | None, objective: Objective) -> Stats:
+    """One slice: statistics of all rows and, with a rule, their gradient while each chunk is in the cache."""
+    parts: list[Stats] = []
+    for lo, hi in chunks:
+        z_CV = chunks.load(lo, hi)
+        stats, sum_C1, sum_tempered_C1 = chunks.statistics(z_CV, lo, hi)
+        parts.append(stats)
+        if rule is None:
+            continue
+        part = rule.part(lo, hi)
+        grad_CB, tempered_C1 = part.apply(stats, objective)
+        if tempered_C1 is not None and sum_tempered_C1 is not None:
+            tempered_C1 = tempered_C1 / sum_tempered_C1.clamp(min=1.0)
+        # A sum is at least 1, the largest column's share, or 0 where no column is off S: nothing is left to scale.
+        chunks.store(
+            z_CV, lo, hi, grad_CB[:, :-1], grad_CB[:, -1:] / sum_C1.clamp_(min=1.0), tempered_C1, part.label_N1
+        )
+    if rule is not None:
+        chunks.finish()
+    return _cat(parts)
+
+
+def _cat(parts: list[Stats]) -> Stats:
+    if len(parts) == 1:
+        return parts[0]
+    buckets, labels, largest, tempered = zip(*parts, strict=True)
+    tempered_N = None if tempered[0] is None else torch.cat(tempered)
+    return Stats(torch.cat(buckets), torch.cat(labels), torch.cat(largest), tempered_N)
 
 
 class DistillLossFunction(torch.autograd.Function):
     """Loss and parts of the rows that count, in the order of ``Losses``.
 
-    With one slice the gradient is computed in the forward, chunk by chunk while the chunk is in the cache; with
-    several it waits for the exchange, so the backward reads the logits a second time. Either way it is written into
-    the logits' own storage if ``inplace``. The storage's version counter moves with it, so autograd refuses, rather
-    than computes, a gradient that would need the logits' old values.
+    With one slice the gradient is computed in the forward; with several it waits for the exchange, so the backward
+    reads the logits a second time. Either way it is written into the logits' own storage if ``inplace``. The
+    storage's version counter moves with it, so autograd refuses, rather than computes, a gradient that would need the
+    logits' old values.
     """
 
     @staticmethod
     def forward(
         ctx, logits_TV: Tensor, rows: Rows, objective: Objective, shard: VocabShard, inplace: bool, needs_grad: bool
     ) -> tuple[Tensor, ...]:
-        chunks = _Chunks(logits_TV, rows, objective, shard)
+        rule = gradient_rule(rows, objective) if needs_grad else None
         if shard.size == 1:
             out_TV = (logits_TV if inplace else torch.empty_like(logits_TV)) if needs_grad else None
-            parts: list[Losses] = []
-            for lo, hi in chunks:
-                stats, sum_N, sum_tempered_N = chunks.statistics(lo, hi)
-                losses, grad = head(stats, rows.part(lo, hi), objective)
-                parts.append(losses)
-                if out_TV is not None:
-                    grad = grad.over(sum_N, sum_tempered_N)
-                    chunks.store(out_TV, lo, hi, grad)
-            losses = Losses(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+            stats = _forward_whole(_Chunks(logits_TV, out_TV, rows, objective, shard), rule, objective)
             if out_TV is not None:
-                chunks.store_zeros(out_TV)
                 ctx.save_for_backward(out_TV)
         else:
-            stats = _cat([chunks.statistics(lo, hi)[0] for lo, hi in chunks])
+            chunks = _Chunks(logits_TV, None, rows, objective, shard)
+            stats = _cat([chunks.statistics(chunks.load(lo, hi), lo, hi)[0] for lo, hi in chunks])
             stats = merge_stats(stats, rows.ids_NK, shard)
-            losses, grad = head(stats, rows, objective)
             ctx.save_for_backward(logits_TV)
-            ctx.deferred = stats, grad
+            ctx.deferred = stats, rule
         ctx.rows, ctx.objective, ctx.shard, ctx.inplace = rows, objective, shard, inplace
+        losses = losses_of(stats, rows, objective)
         ctx.mark_non_differentiable(*losses[1:])
         ctx.set_materialize_grads(False)
         return tuple(losses)
@@ -298,8 +346,7 @@ class DistillLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor | None):
-        rows, (saved_TV,) = ctx.rows, ctx.saved_tensors
-        grad_N = grads[0]
+        rows, (saved_TV,), grad_N = ctx.rows, ctx.saved_tensors, grads[0]
         if grad_N is None:
             return (None,) * 6
         if ctx.shard.size == 1:
@@ -307,15 +354,19 @@ class DistillLossFunction(torch.autograd.Function):
             # A summed loss has a gradient of ones: no pass over the logits then.
             if not bool((grad_N == 1).all()):
                 if rows.index_N is not None:
-                    grad_N = torch.ones_like(out_TV[:, 0], dtype=torch.float32).index_copy_(0, rows.index_N, grad_N)
+                    grad_N = grad_N.new_ones(len(out_TV)).index_copy_(0, rows.index_N, grad_N)
                 out_TV.mul_(grad_N[:, None])
         else:
             out_TV = saved_TV.detach() if ctx.inplace else torch.empty_like(saved_TV)
-            chunks = _Chunks(saved_TV, rows, ctx.objective, ctx.shard)
-            stats, grad = ctx.deferred
-            grad = grad.scaled(grad_N)
+            stats, rule = ctx.deferred
+            rule = rule.scaled(grad_N)
+            grad_NB, tempered_N1 = rule.apply(stats, ctx.objective)
+            chunks = _Chunks(saved_TV, out_TV, rows, ctx.objective, ctx.shard)
             for lo, hi in chunks:
-                chunks.exponentials(lo, hi, stats)
-                chunks.store(out_TV, lo, hi, grad.part(lo, hi))
-            chunks.store_zeros(out_TV)
+                z_CV = chunks.load(lo, hi)
+                chunks.exponentials(z_CV, lo, hi, stats)
+                tempered_C1 = None if tempered_N1 is None else tempered_N1[lo:hi]
+                grad_CB = grad_NB[lo:hi]
+                chunks.store(z_CV, lo, hi, grad_CB[:, :-1], grad_CB[:, -1:], tempered_C1, rule.label_N1[lo:hi])
+            chunks.finish()
         return out_TV, None, None, None, None, None

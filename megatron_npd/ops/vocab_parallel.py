@@ -71,66 +71,63 @@ class Stats(NamedTuple):
     S are the teacher's ids of the row. All fp32; an absent column counts as -inf.
 
     Attributes:
-        lse_off_T: Log-sum-exp over the columns outside S.
-        max_off_T: Largest logit outside S.
+        buckets_TB: Logits at S and, last, the log-sum-exp over the columns outside S; B = K + 1.
         label_T: The label's logit.
-        logits_TK: Logits at S.
+        max_off_T: Largest logit outside S.
         lse_off_tempered_T: Log-sum-exp of the logits / temperature outside S, where an objective asks for it.
     """
 
-    lse_off_T: Tensor
-    max_off_T: Tensor
+    buckets_TB: Tensor
     label_T: Tensor
-    logits_TK: Tensor
+    max_off_T: Tensor
     lse_off_tempered_T: Tensor | None = None
 
 
 def merge_stats(stats: Stats, teacher_ids_TK: Tensor, shard: VocabShard) -> Stats:
-    """Merge the slices' statistics: one all-gather of ``[T, K + 2]`` fp32, then local sums in rank order.
+    """Merge the slices' statistics: one all-gather of ``[T, K + 2]`` fp32, then the same arithmetic on every rank.
 
     Every rank reduces the same numbers in the same order, so all get the same bits. A second temperature appends a
     number. ``max_off_T``, which only the top-1 metric needs, appends none: in the column of the teacher's first id,
-    which one rank alone fills, the other ranks send their largest logit outside S; the owner sends whether its own
-    exceeds that id's logit, in the lowest bit of its ``lse_off_T`` (an error of one unit in the last place).
-    Afterwards ``max_off_T`` is exact on every rank but the owner's share, which counts as +inf or -inf by that bit.
+    which one rank alone fills, the other ranks send their largest logit outside S; the owner sends, in the lowest bit
+    of its log-sum-exp, whether its own exceeds that id's logit. Afterwards the owner's counts as +inf or -inf by that
+    bit, and the metric is exact.
 
     Args:
         stats: This rank's statistics.
         teacher_ids_TK: Ids in the whole vocabulary, int64.
-        shard: This rank's slice.
+        shard: This rank's slice, one of several.
     """
-    if shard.size == 1:
-        return stats
     num_tokens, top_k = teacher_ids_TK.shape
-    columns = [stats.lse_off_T, stats.label_T, *stats.logits_TK.unbind(1)]
+    if num_tokens == 0:
+        return stats
+    sent = [stats.buckets_TB, stats.label_T[:, None]]
     if stats.lse_off_tempered_T is not None:
-        columns.append(stats.lse_off_tempered_T)
-    owner_T = teacher_ids_TK[:, 0] // shard.width if top_k else None
-    if owner_T is not None:
-        mine_T = owner_T == shard.rank
-        exceeds_T = mine_T & (stats.max_off_T > stats.logits_TK[:, 0])
-        bits_T = stats.lse_off_T.view(torch.int32)
-        # -inf keeps its bits: with nothing outside S nothing exceeds, and -inf has an even mantissa.
-        columns[0] = ((bits_T & ~1) | exceeds_T.int()).view(torch.float32)
-        columns[2] = torch.where(mine_T, stats.logits_TK[:, 0], stats.max_off_T)
-    sent = torch.stack(columns, dim=1).contiguous()
-    gathered = sent.new_empty(shard.size, *sent.shape)
-    dist.all_gather(list(gathered.unbind(0)), sent, group=shard.group)
+        sent.append(stats.lse_off_tempered_T[:, None])
+    sent_TB = torch.cat(sent, dim=1)
+    owned_RT = teacher_ids_TK[:, 0] // shard.width == _ranks(shard, sent_TB) if top_k else None
+    if owned_RT is not None:
+        mine_T = owned_RT[shard.rank]
+        exceeds_T = mine_T & (stats.max_off_T > sent_TB[:, 0])
+        # -inf keeps its bits: it has an even mantissa, and nothing outside S exceeds nothing.
+        sent_TB[:, top_k] = ((sent_TB[:, top_k].view(torch.int32) & ~1) | exceeds_T.int()).view(torch.float32)
+        sent_TB[:, 0] = torch.where(mine_T, sent_TB[:, 0], stats.max_off_T)
+    gathered_RTB = sent_TB.new_empty(shard.size, *sent_TB.shape)
+    dist.all_gather(list(gathered_RTB.unbind(0)), sent_TB, group=shard.group)
 
-    max_off_T = gathered.new_full((num_tokens,), -torch.inf)
-    if owner_T is not None:
-        owned_RT = owner_T == torch.arange(shard.size, device=owner_T.device)[:, None]
-        first_RT = gathered[:, :, 2]
-        exceeds_RT = owned_RT & (gathered[:, :, 0].contiguous().view(torch.int32) & 1).bool()
-        max_off_T = first_RT.masked_fill(owned_RT, -torch.inf).masked_fill(exceeds_RT, torch.inf).amax(0)
-        first_T = first_RT.masked_fill(~owned_RT, -torch.inf).amax(0)
-        logits_TK = torch.cat([first_T[:, None], gathered[:, :, 3 : 2 + top_k].amax(0)], dim=1)
-    else:
-        logits_TK = stats.logits_TK
+    max_off_T = stats.max_off_T
+    if owned_RT is not None:
+        first_RT, bits_RT = gathered_RTB[:, :, 0], gathered_RTB[:, :, top_k].contiguous().view(torch.int32)
+        max_off_RT = torch.where(owned_RT, torch.where((bits_RT & 1).bool(), torch.inf, -torch.inf), first_RT)
+        max_off_T = max_off_RT.amax(0)
+        gathered_RTB[:, :, 0] = first_RT.masked_fill(~owned_RT, -torch.inf)
+    lse_off_T = gathered_RTB[:, :, top_k].logsumexp(0)
     return Stats(
-        lse_off_T=torch.logsumexp(gathered[:, :, 0], dim=0),
+        buckets_TB=torch.cat([gathered_RTB[:, :, :top_k].amax(0), lse_off_T[:, None]], dim=1),
+        label_T=gathered_RTB[:, :, top_k + 1].amax(0),
         max_off_T=max_off_T,
-        label_T=gathered[:, :, 1].amax(0),
-        logits_TK=logits_TK,
-        lse_off_tempered_T=None if stats.lse_off_tempered_T is None else torch.logsumexp(gathered[:, :, -1], dim=0),
+        lse_off_tempered_T=None if stats.lse_off_tempered_T is None else gathered_RTB[:, :, -1].logsumexp(0),
     )
+
+
+def _ranks(shard: VocabShard, like: Tensor) -> Tensor:
+    return torch.arange(shard.size, device=like.device)[:, None]

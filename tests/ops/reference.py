@@ -55,18 +55,18 @@ def reference_parts(
     z_TK = logits_TV.gather(1, ids_TK)
     if mode in ("tail", "truncated"):
         log_q_TK = log_q_TV.gather(1, ids_TK)
-        kd_T = (log_p_TK.exp() * (log_p_TK - log_q_TK)).sum(1)
+        kd_T = _divergence(log_p_TK, log_q_TK)
         if mode == "tail" and "teacher_log_tail_T" in teacher:
             log_tp_T = teacher["teacher_log_tail_T"].double()
             log_tq_T = log_q_TV.masked_fill(~outside_TV, -torch.inf).logsumexp(1)
-            kd_T = kd_T + log_tp_T.exp() * (log_tp_T - log_tq_T)
+            kd_T = kd_T + _divergence(log_tp_T[:, None], log_tq_T[:, None])
     else:
         log_p_TK = (log_p_TK / temperature).log_softmax(1)
         tempered_TV = logits_TV / temperature
         log_q_TK = (z_TK / temperature).log_softmax(1)
         if mode == "renorm_teacher":
             log_q_TK = tempered_TV.log_softmax(1).gather(1, ids_TK)
-        kd_T = (log_p_TK.exp() * (log_p_TK - log_q_TK)).sum(1) * temperature**2
+        kd_T = _divergence(log_p_TK, log_q_TK) * temperature**2
     return {
         "ce_T": ce_T,
         "kd_T": kd_T,
@@ -75,6 +75,12 @@ def reference_parts(
         "top1_agreement_T": (z_TK[:, 0] >= logits_TV.amax(1)).double(),
         "label_logprob_T": -ce_T,
     }
+
+
+def _divergence(log_p_TK: Tensor, log_q_TK: Tensor) -> Tensor:
+    """sum p log(p/q), with 0 log 0 = 0."""
+    finite_TK = log_p_TK > -torch.inf
+    return (log_p_TK.exp() * torch.where(finite_TK, log_p_TK - log_q_TK, 0.0)).sum(1)
 
 
 def reference(
@@ -102,3 +108,19 @@ def reference(
     loss_T = torch.where(counts_T, loss_T, 0.0)
     (loss_T if grad_T is None else loss_T * grad_T).sum().backward()
     return result | {"loss_T": loss_T.detach(), "grad_TV": logits_TV.grad}
+
+
+def compare(result: Any, grad_TV: Tensor, expected: dict[str, Any]) -> None:
+    """Assert that values are within 1e-5 of fp64, and the gradient too, or within its own type's rounding."""
+    for name, tensor in vars(result).items():
+        if name in expected:
+            torch.testing.assert_close(
+                tensor.detach().double(),
+                expected[name],
+                atol=1e-5,
+                rtol=1e-5,
+                equal_nan=True,
+                msg=lambda words, name=name: f"{name}: {words}",
+            )
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[grad_TV.dtype]
+    torch.testing.assert_close(grad_TV.double(), expected["grad_TV"], atol=1e-6, rtol=rounding)
