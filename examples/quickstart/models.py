@@ -1,6 +1,6 @@
 """A small tokenizer and two small Llama models with random weights, as Hugging Face directories.
 
-The tokenizer knows the problems' words, single digits and every byte, so any text can be written with it. The teacher
+The tokenizer knows the problems' words, the numbers below 100 and every byte, so any text can be written with it. The teacher
 has 3 layers of width 128, the student 3 of width 64; heads are 32 wide, the smallest that vLLM's CPU kernels take.
 
     python examples/quickstart/models.py --out DIR [--seed 1]
@@ -67,7 +67,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     # Scores only have to make a word cheaper than its bytes.
     vocabulary = [(token, -20.0) for token in specials + alphabet] + [(piece, -1.0) for piece in pieces]
     tokenizer = Tokenizer(models.Unigram(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return PreTrainedTokenizerFast(

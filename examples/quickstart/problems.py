@@ -93,21 +93,21 @@ def _draw(rng: random.Random) -> Problem | None:
     value = 0
     for part in chain:
         if part == "have":
-            value = rng.randint(5, 50)
+            value = rng.randint(3, 20)
             sentences.append("{name} has {a} {thing}.".format(a=value, **words))
         elif part == "packs":
-            count, size = rng.randint(2, 9), rng.randint(2, 9)
+            count, size = rng.randint(2, 6), rng.randint(2, 6)
             value = count * size
             text = "{name} has {k} {holder} of {m} {thing}."
             sentences.append(text.format(k=count, m=size, holder=rng.choice(HOLDERS), **words))
             calculations.append(f"{count}*{size}={value}")
         else:
-            amount = rng.randint(2, 9)
+            amount = rng.randint(2, 12)
             sign, change = ("+", amount) if part == "gain" else ("-", -amount)
             sentences.append(rng.choice(GAINS if part == "gain" else LOSSES).format(b=amount, **words))
             calculations.append(f"{value}{sign}{amount}={value + change}")
             value += change
-        if not 1 <= value <= 99:
+        if not 1 <= value <= 40:
             return None
     sentences.append(rng.choice(QUESTIONS).format(**words))
     openings = ("First", "Then", "Then")
