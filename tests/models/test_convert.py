@@ -1,0 +1,266 @@
+"""Converted models against transformers, in every layout: logits, gradients, and the way back, byte for byte.
+
+Legend: T tokens of a packed row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_npd.manifest import read_manifest
+from tests.dist import run_distributed
+from tests.helpers import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES: dict[str, dict[str, Any]] = {
+    # One kv head: fewer than TP = 2 has ranks.
+    "qwen2_tied": {"family": "qwen2"},
+    # An odd vocabulary: padded at TP = 2.
+    "qwen2_untied": {
+        "family": "qwen2",
+        "vocab_size": 303,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    # Heads that do not add up to the hidden size; segments are long enough for the scaled frequencies to matter.
+    "llama3": {
+        "family": "llama",
+        "hidden_size": 96,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+SEGMENTS = (40, 7, 1, 16)
+LAYOUTS = ((1, 1), (2, 1), (1, 2))  # TP, PP
+
+
+def packed_row(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens [1, T] and the weights [T, V] of a loss that is linear in the logits."""
+    generator = torch.Generator().manual_seed(7)
+    # Not 0, the padding id: transformers gives its row no gradient from the lookup.
+    tokens = torch.randint(1, vocab_size, (1, sum(SEGMENTS)), generator=generator)
+    return tokens, torch.randn(sum(SEGMENTS), vocab_size, generator=generator) / sum(SEGMENTS)
+
+
+def run_layouts(rank: int, world_size: int, layouts: list[tuple[int, int]], work: Path) -> dict[str, float]:
+    """In each layout and for each model: compare logits, then export weights and gradients, then save a checkpoint."""
+    from megatron_npd.models.build import build_model
+    from megatron_npd.models.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_npd.models.convert import export_hf, load_hf_weights
+    from megatron_npd.models.families import load_spec
+    from megatron_npd.platform.initialize import initialize_distributed
+
+    differences = {}
+    for tp, pp in layouts:
+        initialize_distributed(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        for case in CASES:
+            out = work / f"{case}-tp{tp}-pp{pp}"
+            spec = load_spec(work / case)
+            model = build_model(spec)
+            load_hf_weights(model, spec)
+            export_hf(model, spec, out / "hf", max_shard_bytes=100_000)
+            save_checkpoint(out / "checkpoint", 3, model=model, state={})
+            difference = forward_backward(model, spec.vocab_size, torch.load(work / f"{case}.pt"))
+            if difference is not None:
+                differences[f"{case} TP={tp} PP={pp}"] = difference
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(parameter.grad)
+            export_hf(model, spec, out / "gradients")
+
+            # A checkpoint of another layout (the first one's) into this one.
+            dist.barrier()
+            foreign = work / f"{case}-tp1-pp1" / "checkpoint" / "iter_0000003"
+            load_checkpoint(foreign, model=model)
+            export_hf(model, spec, out / "from-foreign")
+    return differences
+
+
+def forward_backward(model: Any, vocab_size: int, expected_TV: torch.Tensor) -> float | None:
+    """One packed row through all pipeline stages and back; the largest difference of the logits on the last one."""
+    from megatron.core import parallel_state
+
+    from megatron_npd.models.build import packed_params
+
+    tp, tp_rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    tokens, weights_TV = packed_row(vocab_size)
+    cu_seqlens = torch.tensor([0, *SEGMENTS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    inputs = {
+        "input_ids": tokens,
+        "position_ids": torch.cat([torch.arange(length) for length in SEGMENTS])[None],
+        "attention_mask": None,
+        "packed_seq_params": packed_params(cu_seqlens),
+    }
+    hidden = torch.zeros(tokens.shape[1], 1, model.config.hidden_size, requires_grad=True)
+    if not first:
+        dist.recv(hidden.data, dist.get_rank() - 1)
+        model.set_input_tensor(hidden)
+    output = model(**inputs)
+    if not last:
+        dist.send(output.detach(), dist.get_rank() + 1)
+        gradient = torch.zeros_like(output)
+        dist.recv(gradient, dist.get_rank() + 1)
+        output.backward(gradient)
+    else:
+        padded_TV = torch.nn.functional.pad(weights_TV, (0, -vocab_size % tp))
+        (output[0] * padded_TV.chunk(tp, dim=1)[tp_rank]).sum().backward()
+        if not first:
+            dist.send(hidden.grad, dist.get_rank() - 1)
+    if not (first and last) and model.share_embeddings_and_output_weights:
+        dist.all_reduce(model.shared_embedding_or_output_weight().grad, group=parallel_state.get_embedding_group())
+    if not last:
+        return None
+    parts = [torch.empty_like(output[0]) for _ in range(tp)]
+    dist.all_gather(parts, output[0].detach(), group=parallel_state.get_tensor_model_parallel_group())
+    return (torch.cat(parts, dim=1)[:, :vocab_size] - expected_TV).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models, transformers' logits and gradients of them on unpacked segments, and every layout's output."""
+    from transformers import AutoModelForCausalLM
+
+    work = tmp_path_factory.mktemp("convert")
+    for case, overrides in CASES.items():
+        path = make_tiny_model(work / case, **overrides)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        tokens, weights_TV = packed_row(model.config.vocab_size)
+        logits_TV = torch.cat([model(segment).logits[0] for segment in tokens.split(SEGMENTS, dim=1)])
+        (logits_TV * weights_TV).sum().backward()
+        torch.save(logits_TV.detach(), work / f"{case}.pt")
+        torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, work / f"{case}-grad.pt")
+    return work
+
+
+@pytest.fixture(scope="module")
+def differences(work: Path) -> dict[str, float]:
+    """Largest logit difference by case and layout; running it makes every layout's output under ``work``."""
+    result: dict[str, float] = {}
+    for world_size, layouts in ((1, [(1, 1)]), (2, [(2, 1), (1, 2)])):
+        for found in run_distributed(run_layouts, world_size, layouts, work):
+            result.update(found)
+    return result
+
+
+def outputs(work: Path, case: str) -> Iterator[Path]:
+    for tp, pp in LAYOUTS:
+        yield work / f"{case}-tp{tp}-pp{pp}"
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_weights(path: Path, original: Path) -> None:
+    got, expected = tensors_of(path), tensors_of(original)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_logits_equal_transformers(differences: dict[str, float]) -> None:
+    assert len(differences) == len(CASES) * len(LAYOUTS)
+    print(differences)
+    assert max(differences.values()) < 1e-4, differences
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_transformers(work: Path, differences: dict[str, float], case: str) -> None:
+    expected = torch.load(work / f"{case}-grad.pt")
+    for out in outputs(work, case):
+        got = tensors_of(out / "gradients")
+        assert got.keys() == expected.keys()
+        for name, gradient in expected.items():
+            difference = (got[name] - gradient).abs().max() / gradient.abs().max()
+            assert difference < 1e-4, (out.name, name, difference)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_byte_identical(work: Path, differences: dict[str, float], case: str) -> None:
+    for out in outputs(work, case):
+        assert len(list((out / "hf").glob("*.safetensors"))) > 1
+        assert_same_weights(out / "hf", work / case)
+        assert_same_weights(out / "from-foreign", work / case)
+        assert [file.name for file in (out / "from-foreign").glob("*.safetensors")] == ["model.safetensors"]
+        for file in (work / case).iterdir():
+            if file.suffix != ".safetensors":
+                assert (out / "hf" / file.name).read_bytes() == file.read_bytes(), file
+        manifest = read_manifest(out / "hf", kind="policy")
+        assert {"config.json", "tokenizer.json"} < set(manifest.files)
+        assert not list(out.glob(".*")) and not list((out / "hf").glob(".*"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_the_output(work: Path, differences: dict[str, float], case: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = work / f"{case}-tp2-pp1" / "hf"
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = AutoModelForCausalLM.from_pretrained(work / case)
+    tokens, _ = packed_row(model.config.vocab_size)
+    assert torch.equal(model(tokens).logits, expected(tokens).logits)
+    messages = [{"role": "user", "content": "How many?"}]
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (work / case, out))
+    assert before.apply_chat_template(messages) == after.apply_chat_template(messages)
+
+
+def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+
+
+def test_the_tool_converts_both_ways_keeping_bfloat16(work: Path, differences: dict[str, float]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = work / "bf16"
+    shutil.copytree(work / "qwen2_tied", source)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    there = tool("--direction", "hf-to-megatron", "--hf-model", source, "--out", work / "bf16-megatron")
+    assert there.returncode == 0, there.stderr
+    back = ("--direction", "megatron-to-hf", "--hf-model", source, "--checkpoint", work / "bf16-megatron")
+    done = tool(*back, "--out", work / "bf16-back")
+    assert done.returncode == 0, done.stderr
+    assert {tensor.dtype for tensor in tensors_of(work / "bf16-back").values()} == {torch.bfloat16}
+    assert_same_weights(work / "bf16-back", source)
+    again = tool(*back, "--out", work / "bf16-back")
+    assert again.returncode == 2 and "bf16-back must not exist yet" in again.stderr
+
+
+def test_checkpoints_of_any_layout_convert_in_one_process(work: Path, differences: dict[str, float]) -> None:
+    for case in CASES:
+        outs = [work / f"{case}-tp2-pp1", work / f"{case}-tp1-pp2"]
+        run_distributed(convert_all, 1, [(out / "checkpoint", work / case, out / "converted") for out in outs])
+        for out in outs:
+            assert_same_weights(out / "converted", work / case)
+
+
+def convert_all(rank: int, world_size: int, jobs: list[tuple[Path, Path, Path]]) -> None:
+    from megatron_npd.models.convert import megatron_to_hf
+
+    for job in jobs:
+        megatron_to_hf(*job)
