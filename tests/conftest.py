@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megatron_npd.config import RolloutConfig
+from megatron_npd.rollout.pool import ServerPool
 from tests.helpers import make_tiny_model
 
 
@@ -13,3 +16,14 @@ from tests.helpers import make_tiny_model
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen2 model with its tokenizer, fp32, tied; do not write into it."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def served_pool(tiny_model_dir: Path) -> Iterator[ServerPool]:
+    """One real vLLM server that serves the tiny model as policy v0000; a test that refreshes it must put that back.
+
+    Tests that use it are marked ``server``; it starts with the first of them.
+    """
+    cfg = RolloutConfig(max_model_len=256, max_tokens=24, concurrency=32, start_timeout=550.0)
+    with ServerPool.open(tiny_model_dir, cfg, version="v0000") as pool:
+        yield pool

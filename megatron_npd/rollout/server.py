@@ -126,7 +126,7 @@ class VLLMServer:
             )
         # A killed parent cannot stop its server: this shell sees its pipe close, and ends the whole process group.
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", f"read _; kill -KILL -- -{self.process.pid}"],
+            ["/bin/sh", "-c", f"read _; kill -s KILL -- -{self.process.pid}"],
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -1,0 +1,168 @@
+"""A stand-in for a vLLM server: the endpoints that the pool uses, answers as a function of the request, and troubles.
+
+The real server is used in ``test_real_server.py``; this one is for deaths, hangs and counts in fractions of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.manifest import seal, writing
+from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE
+
+EOS = 2
+Trouble = Callable[[dict[str, Any]], Any]
+
+
+def fake_answer(body: dict[str, Any], version: str) -> dict[str, Any]:
+    """A choice that depends on prompt and sampling alone; about every second one ends with a stop token."""
+    sampling = body["sampling_params"]
+    rng = np.random.default_rng([sum(body["token_ids"]), sampling.get("seed") or 0, int(sampling["temperature"] * 10)])
+    length = int(rng.integers(2, 30))
+    ids = rng.integers(3, 300, min(length, sampling["max_tokens"])).tolist()
+    stopped = length <= sampling["max_tokens"]
+    if stopped:
+        ids[-1] = EOS
+    content = [
+        {"token_id": i, "logprob": float(np.float32(x))} for i, x in zip(ids, -rng.random(len(ids)), strict=True)
+    ]
+    return {
+        "finish_reason": "stop" if stopped else "length",
+        "token_ids": ids,
+        "weight_versions": [{"version": version, "start": 0, "end": len(ids)}],
+        "logprobs": {"content": content} if "logprobs" in sampling else None,
+    }
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Starts on construction; a context manager.
+
+    Attributes:
+        asked: Bodies of the generate requests with more than one token to generate.
+        answered: How many of them got an answer.
+        called: Paths of all other POST requests.
+        trouble: Called with each generate body; an int is a status to answer with, a dict replaces fields of the
+            choice, None is no trouble. It may sleep.
+        headers_of: Answers ``npd_describe``.
+        load_status: Status that ``npd_load`` answers with.
+    """
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, version: str = "v0000") -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.version = version
+        self.asked: list[dict[str, Any]] = []
+        self.answered = 0
+        self.called: list[str] = []
+        self.trouble: Trouble = lambda body: None
+        self.headers_of: Callable[[str], dict[str, Any]] = lambda directory: {}
+        self.load_status = 200
+        self.max_model_len = 64
+        self.dead = False
+        self.lock = threading.Lock()
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *args: object) -> None:
+        self.dead = True
+        self.shutdown()
+        super().__exit__(*args)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Broken pipes are part of the tests."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeServer
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def _answer(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._answer(200, {"data": [{"max_model_len": self.server.max_model_len}]})
+        else:
+            self._answer(200, {"weight_version": self.server.version})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        if self.path == "/inference/v1/generate":
+            self._generate(body)
+            return
+        self.server.called.append(self.path)
+        if self.path == "/update_weight_version":
+            self.server.version = body["new_version"]
+        if self.path == "/collective_rpc":
+            self.server.called[-1] = body["method"]
+            if body["method"] == "npd_load":
+                self._answer(self.server.load_status, {"results": [{"seconds": 0.1}]})
+            else:
+                self._answer(200, {"results": [self.server.headers_of(*body.get("args", []) or [""])]})
+        else:
+            self._answer(200, {"success": True})
+
+    def _generate(self, body: dict[str, Any]) -> None:
+        if body["sampling_params"]["max_tokens"] > 1:
+            self.server.asked.append(body)
+        trouble = self.server.trouble(body)
+        if self.server.dead:
+            self.close_connection = True  # without an answer
+        elif isinstance(trouble, int):
+            self._answer(trouble, {"error": {"message": "as the test wants it"}})
+        else:
+            self._answer(200, {"choices": [fake_answer(body, self.server.version) | (trouble or {})]})
+            with self.server.lock:
+                self.server.answered += body["sampling_params"]["max_tokens"] > 1
+
+
+def die_after(server: FakeServer, answers: int) -> Trouble:
+    """A trouble: the server stops answering anything after ``answers`` generate requests."""
+
+    def trouble(body: dict[str, Any]) -> None:
+        time.sleep(0.001)
+        if len(server.asked) > answers:
+            server.dead = True
+
+    return trouble
+
+
+def write_prompts(path: Path, lengths: list[int], seed: int = 0) -> Path:
+    """A sealed prompts directory with random prompts of these lengths; ids p0, p1, ..."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        {
+            "prompt_id": f"p{i}",
+            "prompt_ids": rng.integers(3, 300, length).tolist(),
+            "header_len": min(3, length),
+            "teacher_prompt_ids": [1, 2, 3] if i % 3 == 0 else None,
+            "response": f"The answer is #### {i}",
+            "response_ids": None,
+            "extras": "{}",
+        }
+        for i, length in enumerate(lengths)
+    ]
+    with writing(path) as directory:
+        pq.write_table(pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA), directory / PROMPTS_FILE)
+        seal(directory, kind="prompts", counts={"in": len(rows), "kept": len(rows), "quarantined": {}, "pending": 0})
+    return path

@@ -1,0 +1,287 @@
+"""Rounds of rollouts: order, books, restarts and troubles, on a stand-in server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_npd.config import RolloutConfig
+from megatron_npd.log import UserError
+from megatron_npd.manifest import Manifest, is_sealed, read_manifest
+from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
+from megatron_npd.rollout.generate import JOURNAL_FILE, generate_round
+from megatron_npd.rollout.pool import ServerPool
+from tests.rollout.fake import FakeServer, die_after, fake_answer, write_prompts
+
+CFG = RolloutConfig(max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=5.0)
+PROMPTS = 12  # with three paths: 36 samples, in shards of 16, 16 and 4
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prompts(tmp_path_factory.mktemp("in") / "prompts", [5 + i for i in range(PROMPTS)])
+
+
+def generate(prompts: Path, out: Path, *servers: FakeServer, cfg: RolloutConfig = CFG) -> Manifest:
+    pool = ServerPool([server.url for server in servers], cfg)
+    return generate_round(prompts, out, pool=pool, cfg=cfg, round_index=3, policy_version="v0000")
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {
+        str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file() and f.name[0] != "."
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a round that nothing disturbed."""
+    out = tmp_path_factory.mktemp("reference") / "rollouts"
+    with FakeServer() as server:
+        generate(prompts, out, server)
+    return content(out)
+
+
+def test_samples_order_seeds_and_books(prompts: Path, tmp_path: Path) -> None:
+    with FakeServer() as server:
+        manifest = generate(prompts, tmp_path / "out", server)
+    shards = sorted((tmp_path / "out").glob("shard-*"))
+    assert [read_manifest(shard, kind="rollouts-shard").counts["kept"] for shard in shards] == [16, 16, 4]
+    assert read_manifest(tmp_path / "out", kind="rollouts") == manifest
+    assert not (tmp_path / "out" / JOURNAL_FILE).exists()
+    table = pa.concat_tables([pq.read_table(shard / ROLLOUTS_FILE) for shard in shards])
+    assert table.schema.names == ROLLOUT_SCHEMA.names
+    asked = pq.read_table(prompts / PROMPTS_FILE).to_pylist()
+    rows = table.to_pylist()
+    assert len(rows) == PROMPTS * 3
+    for i, row in enumerate(rows):
+        prompt, path = asked[i // 3], i % 3
+        assert row["sample_id"] == sample_id(prompt["prompt_id"], 3, path)
+        for name in ("prompt_id", "prompt_ids", "header_len", "teacher_prompt_ids"):
+            assert row[name] == prompt[name]
+        assert row["path"] == path and row["policy_version"] == "v0000"
+        assert row["temperature"] == (0.0 if path == 0 else 1.0) and row["top_p"] == 1.0
+        assert row["seed"] == sample_seed(CFG.seed, 3, prompt["prompt_id"], path)
+        sampling = {"max_tokens": 20, "temperature": row["temperature"], "seed": row["seed"], "logprobs": 0}
+        choice = fake_answer({"token_ids": prompt["prompt_ids"], "sampling_params": sampling}, "v0000")
+        assert row["response_ids"] == choice["token_ids"] and row["finish_reason"] == choice["finish_reason"]
+        assert row["logprobs"] == [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    assert manifest.counts == {
+        "in": 36,
+        "kept": 36,
+        "quarantined": {},
+        "pending": 0,
+        "tokens": sum(len(row["response_ids"]) for row in rows),
+        "stopped": sum(row["finish_reason"] == "stop" for row in rows),
+        "shards": 3,
+    }
+    assert 0 < manifest.counts["stopped"] < 36
+
+
+def test_files_do_not_depend_on_concurrency_or_servers(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    with FakeServer() as first, FakeServer() as second:
+        first.trouble = lambda body: time.sleep(0.02 * (body["sampling_params"].get("seed", 0) % 3))
+        generate(prompts, tmp_path / "out", first, second, cfg=RolloutConfig(**vars(CFG) | {"concurrency": 2}))
+        assert first.asked and second.asked
+    assert content(tmp_path / "out") == reference
+
+
+@pytest.mark.parametrize("survived", [0, 1, 16, 22, 35])
+def test_restart_after_a_death_asks_only_for_the_missing(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes], survived: int
+) -> None:
+    out = tmp_path / "out"
+    with FakeServer() as server:
+        server.trouble = die_after(server, survived)
+        with pytest.raises(UserError, match=r"server http://127.0.0.1:\d+ must generate, got .*run the same again"):
+            generate(prompts, out, server)
+        answered = server.answered
+    assert not is_sealed(out) and survived - CFG.concurrency <= answered <= survived
+    with FakeServer() as server:
+        generate(prompts, out, server)
+        assert len(server.asked) == 36 - answered
+    assert content(out) == reference
+
+
+def test_torn_and_damaged_journal_lines_are_asked_for_again(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    with FakeServer() as server:
+        server.trouble = die_after(server, 12)
+        with pytest.raises(UserError):
+            generate(prompts, tmp_path / "out", server)
+        answered = server.answered
+    whole = (tmp_path / "out" / JOURNAL_FILE).read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    assert len(ends) == 1 + answered  # the settings come first
+    cuts = {len(whole) - 1: answered - 1, ends[5] + 1: 5, ends[5]: 5, ends[0] - 3: 0, 0: 0}
+    for i, (cut, answers) in enumerate(cuts.items()):
+        out = tmp_path / f"cut{i}"
+        out.mkdir()
+        (out / JOURNAL_FILE).write_bytes(whole[:cut])
+        with FakeServer() as server:
+            generate(prompts, out, server)
+            assert len(server.asked) == 36 - answers
+        assert content(out) == reference
+    flipped = bytearray(whole)
+    flipped[ends[3] + 40] ^= 4
+    (tmp_path / "flip").mkdir()
+    (tmp_path / "flip" / JOURNAL_FILE).write_bytes(flipped)
+    with FakeServer() as server:
+        generate(prompts, tmp_path / "flip", server)
+        assert len(server.asked) == 36 - 3
+    assert content(tmp_path / "flip") == reference
+
+
+def test_kill_of_the_client_loses_nothing(prompts: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    program = (
+        "import sys; from megatron_npd.config import RolloutConfig; from megatron_npd.rollout.pool import ServerPool\n"
+        "from megatron_npd.rollout.generate import generate_round\n"
+        f"cfg = {CFG!r}\n"
+        "generate_round(sys.argv[1], sys.argv[2], pool=ServerPool([sys.argv[3]], cfg), cfg=cfg, round_index=3,"
+        " policy_version='v0000')"
+    )
+    with FakeServer() as server:
+        server.trouble = lambda body: time.sleep(0.05)
+        process = subprocess.Popen([sys.executable, "-c", program, str(prompts), str(out), server.url])
+        while len(server.asked) < 20 and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        before = len(server.asked)
+        server.asked.clear()
+        generate(prompts, out, server)
+        assert len(server.asked) <= 36 - before + CFG.concurrency  # what was in flight is lost, no more
+    assert content(out) == reference
+
+
+def test_bad_prompts_and_answers_are_set_aside_by_reason(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts", [10, 0, 63, 64, 11, 12, 13, 14])
+    ids = pq.read_table(prompts / PROMPTS_FILE)["prompt_ids"].to_pylist()
+    span = {"start": 0, "end": 2}
+    troubles = {
+        4: {"token_ids": [2], "finish_reason": "stop", "logprobs": {"content": [{"logprob": -1.0}]}},
+        5: 400,
+        6: {"weight_versions": [{"version": "v0000", **span}, {"version": "v0001", **span}]},
+        7: {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]}},
+    }
+    cfg = RolloutConfig(**vars(CFG) | {"sampled_paths": 0})
+    with FakeServer() as server:
+        server.trouble = lambda body: troubles.get(ids.index(body["token_ids"])) if body["token_ids"] in ids else None
+        manifest = generate(prompts, tmp_path / "out", server, cfg=cfg)
+        assert {len(body["token_ids"]): body["sampling_params"]["max_tokens"] for body in server.asked}[10] == 20
+    reasons = {
+        "empty_prompt": 1,
+        "prompt_too_long": 1,
+        "empty_response": 1,
+        "request_failed": 1,
+        "mixed_versions": 1,
+        "undefined_logprob": 1,
+    }
+    assert manifest.counts["quarantined"] == reasons
+    assert (manifest.counts["in"], manifest.counts["kept"], manifest.counts["pending"]) == (8, 2, 0)
+    shard = tmp_path / "out" / "shard-00000"
+    lines = [json.loads(line) for line in (shard / QUARANTINE_FILE).read_text().splitlines()]
+    assert [line["prompt_id"] for line in lines] == ["p1", "p3", "p4", "p5", "p6", "p7"]
+    assert lines[0]["sample_id"] == sample_id("p1", 3, 0) and "64 tokens" in lines[1]["detail"]
+    assert pq.read_table(shard / ROLLOUTS_FILE)["prompt_id"].to_pylist() == ["p0", "p2"]
+
+
+def test_a_prompt_of_the_longest_length_gets_one_token(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts", [63, 50])
+    with FakeServer() as server:
+        server.trouble = lambda body: {
+            "token_ids": [7],
+            "finish_reason": "length",
+            "logprobs": {"content": [{"logprob": -1.0}]},
+        }
+        generate(prompts, tmp_path / "out", server)
+        assert {body["sampling_params"]["max_tokens"] for body in server.asked} == {14}
+
+
+def test_nothing_kept_is_an_error_and_not_sealed(prompts: Path, tmp_path: Path) -> None:
+    with FakeServer() as server:
+        server.trouble = lambda body: 400 if body["sampling_params"]["max_tokens"] > 1 else None
+        with pytest.raises(UserError, match=r"keep at least one answer, got none of 36 .*request_failed.*36"):
+            generate(prompts, tmp_path / "out", server)
+    assert not is_sealed(tmp_path / "out")
+
+
+def test_other_policy_is_refused_before_and_during_the_round(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    with FakeServer(version="v0007") as server:
+        with pytest.raises(UserError, match=r"must serve policy v0000, got v0007; load it first: tools/refresh.py"):
+            generate(prompts, out, server)
+        assert not server.asked
+    with FakeServer() as server:
+
+        def switch(body: dict) -> None:
+            if len(server.asked) > 10:
+                server.version = "v0001"
+
+        server.trouble = switch
+        with pytest.raises(UserError, match=r"answers must come from policy v0000, got one from v0001"):
+            generate(prompts, out, server)
+    with FakeServer() as server:
+        generate(prompts, out, server)
+        assert len(server.asked) < 36
+    assert content(out) == reference
+
+
+def test_a_hung_server_is_told_from_a_slow_request(prompts: Path, tmp_path: Path) -> None:
+    cfg = RolloutConfig(**vars(CFG) | {"request_timeout": 0.5})
+    with FakeServer() as server:
+        server.trouble = lambda body: time.sleep(3) if len(server.asked) > 10 else None
+        with pytest.raises(UserError, match="it hangs"):
+            generate(prompts, tmp_path / "hung", server, cfg=cfg)
+    with FakeServer() as server:
+        slow = pq.read_table(prompts / PROMPTS_FILE)["prompt_ids"][2].as_py()
+        server.trouble = lambda body: time.sleep(2) if body["token_ids"] == slow else None
+        manifest = generate(prompts, tmp_path / "slow", server, cfg=cfg)
+    assert manifest.counts["quarantined"] == {"timeout": 3} and manifest.counts["kept"] == 33
+
+
+def test_a_passing_failure_is_retried(prompts: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    with FakeServer() as server:
+        server.trouble = lambda body: 503 if len(server.asked) in (5, 9) else None
+        generate(prompts, tmp_path / "out", server)
+    assert content(tmp_path / "out") == reference
+
+
+def test_rerun_of_a_sealed_round_and_changed_settings(prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hotter = RolloutConfig(**vars(CFG) | {"temperature": 0.7})
+    with FakeServer() as server:
+        server.trouble = die_after(server, 20)
+        with pytest.raises(UserError):
+            generate(prompts, out, server)
+    with FakeServer() as server:
+        with pytest.raises(UserError, match=r"temperature must be what .* was begun with \(1.0\), got 0.7"):
+            generate(prompts, out, server, cfg=hotter)
+        manifest = generate(prompts, out, server)
+        asked = len(server.asked)
+        assert generate(prompts, out, server) == manifest
+        assert len(server.asked) == asked
+        with pytest.raises(UserError, match=r"temperature must be what .* was made with \(1.0\), got 0.7"):
+            generate(prompts, out, server, cfg=hotter)
+
+
+def test_a_context_shorter_than_asked_is_refused(prompts: Path, tmp_path: Path) -> None:
+    with FakeServer() as server:
+        server.max_model_len = 32
+        with pytest.raises(UserError, match=r"at least max_model_len \(64\), got 32"):
+            generate(prompts, tmp_path / "out", server)

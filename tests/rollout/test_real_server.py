@@ -1,0 +1,162 @@
+"""The real vLLM server: its answers equal transformers', before and after a refresh, whatever the load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_npd.config import RolloutConfig
+from megatron_npd.log import UserError
+from megatron_npd.manifest import seal
+from megatron_npd.records import ROLLOUTS_FILE
+from megatron_npd.rollout.evaluate import exact_match
+from megatron_npd.rollout.generate import generate_round
+from megatron_npd.rollout.pool import Answer, Failure, Request, ServerPool
+from megatron_npd.rollout.refresh import refresh
+from tests.helpers import make_tiny_model
+from tests.rollout.fake import write_prompts
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def restored_pool(served_pool: ServerPool, tiny_model_dir: Path) -> Iterator[ServerPool]:
+    """The shared server for a test that refreshes it."""
+    yield served_pool
+    refresh(served_pool, tiny_model_dir, "v0000")
+
+
+@pytest.fixture(scope="module")
+def other_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+def ask(pool: ServerPool, count: int = 12, temperature: float = 0.0) -> list[tuple[list[int], Answer]]:
+    """Prompts of 3 to 100 tokens and their answers."""
+    rng = np.random.default_rng(5)
+    answers: dict[int, tuple[list[int], Answer]] = {}
+
+    def on_result(request: Request, answer: Answer | Failure) -> None:
+        assert isinstance(answer, Answer), answer
+        answers[request.key] = (list(request.token_ids), answer)
+
+    lengths = np.linspace(3, 100, count).astype(int)
+    requests = [
+        Request(
+            key=i, token_ids=rng.integers(3, 300, n).tolist(), max_tokens=16, temperature=temperature, seed=i, top_p=1.0
+        )
+        for i, n in enumerate(lengths)
+    ]
+    pool.run(requests, on_result)
+    return [answers[i] for i in range(count)]
+
+
+def assert_equal_to_transformers(model_dir: Path, answers: list[tuple[list[int], Answer]], greedy: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    for prompt, answer in answers:
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([prompt + answer.token_ids])).logits[0, len(prompt) - 1 : -1]
+        logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
+        if greedy:
+            assert logprobs_TV.argmax(dim=-1).tolist() == answer.token_ids
+        expected_T = logprobs_TV[torch.arange(len(answer.token_ids)), answer.token_ids]
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected_T, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_answers_equal_transformers(served_pool: ServerPool, tiny_model_dir: Path, temperature: float) -> None:
+    answers = ask(served_pool, temperature=temperature)
+    assert_equal_to_transformers(tiny_model_dir, answers, greedy=temperature == 0.0)
+    assert {answer.versions for _, answer in answers} == {("v0000",)}
+
+
+def test_round_is_the_same_whatever_the_concurrency(served_pool: ServerPool, tmp_path: Path) -> None:
+    cfg = RolloutConfig(max_model_len=256, max_tokens=12, shard_size=32, sampled_paths=1)
+    prompts = write_prompts(tmp_path / "prompts", [4 + 2 * i for i in range(24)])
+    files = []
+    for concurrency in (24, 3):
+        out = tmp_path / f"concurrency{concurrency}"
+        pool = ServerPool(served_pool.urls, replace(cfg, concurrency=concurrency))
+        manifest = generate_round(prompts, out, pool=pool, cfg=cfg, round_index=0, policy_version="v0000")
+        assert manifest.counts["kept"] == 48
+        files.append([pq.read_table(shard / ROLLOUTS_FILE) for shard in sorted(out.glob("shard-*"))])
+    assert files[0] == files[1]
+    rows = files[0][0].to_pylist()
+    assert any(a["response_ids"] != b["response_ids"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_answers_after_a_refresh_equal_transformers_on_the_new_weights(
+    restored_pool: ServerPool, tiny_model_dir: Path, other_model_dir: Path
+) -> None:
+    before = ask(restored_pool)
+    for version, model_dir in (("v0001", other_model_dir), ("v0002", tiny_model_dir), ("v0003", other_model_dir)):
+        refresh(restored_pool, model_dir, version)
+        assert restored_pool.version(restored_pool.urls[0]) == version
+        answers = ask(restored_pool)  # the prompts of before: a stale prefix cache or head would show
+        assert_equal_to_transformers(model_dir, answers, greedy=True)
+        assert {answer.versions for _, answer in answers} == {(version,)}
+        same = [answer.token_ids for _, answer in answers] == [answer.token_ids for _, answer in before]
+        assert same == (model_dir == tiny_model_dir)
+
+
+def test_bad_directories_are_refused_and_the_old_version_serves_on(
+    served_pool: ServerPool, other_model_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(other_model_dir, tmp_path / name))
+
+    weights = load_file(other_model_dir / "model.safetensors")
+    bad = {
+        "truncated": r"must be a whole safetensors file, got \d+ bytes where",
+        "missing": r"tensor model.norm.weight = nothing for F32 \[64\]",
+        "shape": r"tensor model.norm.weight = F32 \[32\] for F32 \[64\]",
+        "type": r"tensor model.norm.weight = BF16 \[64\] for F32 \[64\]",
+        "config": r"config key rms_norm_eps = 0.1 for 1e-06",
+        "sealed": r"must have sha256",
+        "empty": r"config.json must be a readable JSON file",
+    }
+    data = (copy("truncated") / "model.safetensors").read_bytes()
+    (tmp_path / "truncated" / "model.safetensors").write_bytes(data[:-100])
+    norm = "model.norm.weight"
+    save_file({k: v for k, v in weights.items() if k != norm}, copy("missing") / "model.safetensors")
+    save_file(weights | {norm: weights[norm][:32].clone()}, copy("shape") / "model.safetensors")
+    save_file(weights | {norm: weights[norm].bfloat16()}, copy("type") / "model.safetensors")
+    config = json.loads((copy("config") / "config.json").read_text())
+    (tmp_path / "config" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    seal(copy("sealed"), kind="policy")
+    flipped = bytearray(data)
+    flipped[-5] ^= 1
+    (tmp_path / "sealed" / "model.safetensors").write_bytes(flipped)
+    (tmp_path / "empty").mkdir()
+
+    before = ask(served_pool)
+    for name, message in bad.items():
+        with pytest.raises(UserError, match=message):
+            refresh(served_pool, tmp_path / name, "v0009")
+    assert served_pool.version(served_pool.urls[0]) == "v0000"
+    assert ask(served_pool) == before
+
+
+def test_exact_match_asks_the_real_server(served_pool: ServerPool, tiny_model_dir: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts", [10, 20, 30])
+    result = exact_match(
+        served_pool,
+        prompts,
+        answer_regex=r"####\s*(\S+)",
+        tokenizer=AutoTokenizer.from_pretrained(tiny_model_dir),
+        max_tokens=8,
+    )
+    assert (result.correct, result.total, result.accuracy) == (0, 3, 0.0)
+    assert result.wrong[2]["expected"] == "2" and result.wrong[2]["got"] is None and result.wrong[2]["response"]
+    assert 0 < result.tokens <= 24

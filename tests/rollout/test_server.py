@@ -1,0 +1,93 @@
+"""Starting and ending vLLM servers: what is refused before a start, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_npd.config import RolloutConfig
+from megatron_npd.log import UserError
+from megatron_npd.rollout.server import VLLMServer
+from tests.helpers import make_tiny_model
+
+
+def group_exists(group: int) -> bool:
+    """Whether a process of the group is left that is not a zombie."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            return True
+    return False
+
+
+def wait_for(condition, seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_head_size_that_dies_in_use_is_refused_before_the_start(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", num_attention_heads=4, num_key_value_heads=2)  # heads of 16
+    with pytest.raises(UserError, match=r"head size of .* must be one of 32, 64, .* on a CPU, got 16"):
+        VLLMServer.launch(model, RolloutConfig())
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must be a Hugging Face model directory, got no config\.json"):
+        VLLMServer.launch(tmp_path, RolloutConfig())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="must be JSON"):
+        VLLMServer.launch(tmp_path, RolloutConfig())
+
+
+def test_a_server_that_dies_at_the_start_shows_its_log(tiny_model_dir: Path, tmp_path: Path) -> None:
+    cfg = RolloutConfig(server_args=("--no-such-argument",))
+    with pytest.raises(
+        UserError, match=r"(?s)got an end with exit code 2; its log .*unrecognized arguments: --no-such-"
+    ):
+        VLLMServer.launch(tiny_model_dir, cfg, log_dir=tmp_path)
+
+
+def test_a_server_that_is_late_is_stopped(tiny_model_dir: Path, tmp_path: Path) -> None:
+    server = VLLMServer(tiny_model_dir, RolloutConfig(start_timeout=0.5), log_dir=tmp_path)
+    server.start()
+    assert server.process is not None
+    group = server.process.pid
+    with pytest.raises(UserError, match=r"must answer within start_timeout \(0 s\)"):
+        server.wait_ready()
+    assert not group_exists(group)
+    server.stop()  # once more is harmless
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_server_ends_with_its_parent(tiny_model_dir: Path, tmp_path: Path, number: int) -> None:
+    program = (
+        "import sys, time; from megatron_npd.config import RolloutConfig\n"
+        "from megatron_npd.rollout.server import VLLMServer\n"
+        "server = VLLMServer(sys.argv[1], RolloutConfig(), log_dir=sys.argv[2]); server.start()\n"
+        "print(server.process.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tiny_model_dir), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    group = int(parent.stdout.readline())
+    try:
+        assert group_exists(group)
+        os.kill(parent.pid, number)
+        parent.wait()
+        assert wait_for(lambda: not group_exists(group))
+    finally:
+        parent.stdout.close()
+        if group_exists(group):
+            os.killpg(group, signal.SIGKILL)
