@@ -10,6 +10,7 @@ Legend: T tokens of a micro-batch, V this rank's slice of the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from megatron.core import parallel_state
 from torch import Tensor
@@ -30,13 +31,14 @@ def sft(logits_TV: Tensor, batch: PackedBatch, cfg: TrainConfig, vocab_size: int
         cfg: Unused.
         vocab_size: V*, without the padded columns.
     """
+    assert batch.labels is not None and batch.loss_mask is not None
     return distill_loss(
         logits_TV,
         batch.labels[0],
         mask_T=batch.loss_mask[0],
         alpha=0.0,
         vocab_size=vocab_size,
-        group=parallel_state.get_tensor_model_parallel_group(),
+        group=_tensor_parallel_group(),
     )
 
 
@@ -45,6 +47,7 @@ def distill(logits_TV: Tensor, batch: PackedBatch, cfg: TrainConfig, vocab_size:
 
     Args: as of ``sft``; ``cfg`` gives kd_alpha and kd_mode.
     """
+    assert batch.labels is not None and batch.loss_mask is not None
     return distill_loss(
         logits_TV,
         batch.labels[0],
@@ -55,8 +58,12 @@ def distill(logits_TV: Tensor, batch: PackedBatch, cfg: TrainConfig, vocab_size:
         alpha=cfg.kd_alpha,
         mode=cfg.kd_mode,
         vocab_size=vocab_size,
-        group=parallel_state.get_tensor_model_parallel_group(),
+        group=_tensor_parallel_group(),
     )
+
+
+def _tensor_parallel_group() -> Any:
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 OBJECTIVES: dict[str, Objective] = {"sft": sft, "distill": distill}

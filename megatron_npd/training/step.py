@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ class TrainStep:
             group.update(max_lr=cfg.lr, min_lr=cfg.min_lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
         self.scheduler.step(0)
 
-    def run(self, batches: Iterator[PackedBatch], iteration: int) -> dict[str, float | None]:
+    def run(self, batches: Iterator[PackedBatch], iteration: int) -> dict[str, Any]:
         """One step over the next global batch.
 
         Args:
@@ -156,7 +156,7 @@ class TrainStep:
             raise UserError(f"the batch of step {iteration} must have response tokens, got none; check the packs")
         _check_finite("loss", means["loss"], iteration)
         means["lr"] = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        _, grad_norm, _ = self.optimizer.step()
+        _, grad_norm, _ = cast(tuple[bool, float, None], self.optimizer.step())
         _check_finite("gradient norm", grad_norm, iteration)
         means["grad_norm"] = grad_norm
         self.scheduler.step(1)
@@ -193,17 +193,18 @@ class TrainStep:
             lag = lag_sums(loss.label_logprob_T, batch.generator_logprobs, mask_T)
         return torch.cat([sums, lag, mask_T.sum().reshape(1)])
 
-    def _reduce(self, sums_M: list[Tensor]) -> dict[str, float | None]:
+    def _reduce(self, sums_M: list[Tensor]) -> dict[str, Any]:
         """Means over the global batch, on every rank."""
         total_M = torch.stack(sums_M).sum(0) if self._reports else torch.zeros(len(SUMS), device=self._device)
         if dist.get_world_size() > 1:
             dist.all_reduce(total_M)
-        values: dict[str, float | None] = dict(zip(SUMS, total_M.tolist(), strict=True))
-        for name in SUMS[:-2]:
-            value, count = values[name], values["lag_tokens" if name.startswith("lag") else "response_tokens"]
-            defined = count and (self._distills or name not in DISTILL_ONLY)
-            values[name] = value / count if defined and value is not None else None
-        return values | {name: int(values[name] or 0) for name in SUMS[-2:]}
+        *totals, lag_tokens, response_tokens = total_M.tolist()
+        means: dict[str, Any] = {"lag_tokens": int(lag_tokens), "response_tokens": int(response_tokens)}
+        for name, total in zip(SUMS[:-2], totals, strict=True):
+            count = lag_tokens if name.startswith("lag") else response_tokens
+            defined = count > 0 and (self._distills or name not in DISTILL_ONLY)
+            means[name] = total / count if defined else None
+        return means
 
 
 def _check_finite(what: str, value: float, iteration: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megatron_npd.config import TrainConfig
+from megatron_npd.log import UserError
 from megatron_npd.models.build import build_model, load_spec
 from megatron_npd.models.checkpoint import load_checkpoint
 from megatron_npd.training.step import TrainStep
@@ -30,6 +32,8 @@ TOLERANCE = 1e-4
 def _train_all(rank: int, world_size: int, configs: list[TrainConfig]) -> None:
     for cfg in configs:
         assert train(cfg).finished
+    with pytest.raises(UserError, match=r"global_batch_size must be a multiple of .* 1 x 2, got 3"):
+        train(dataclasses.replace(configs[0], save="", tensor_model_parallel_size=1, global_batch_size=3))
 
 
 @pytest.fixture(scope="module")

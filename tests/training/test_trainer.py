@@ -1,0 +1,217 @@
+"""The training run in one process: resume, segments, objectives, number formats, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+import pretrain_npd
+from megatron_npd.config import KDMode, TrainConfig
+from megatron_npd.data.packed_dataset import ScheduleEntry
+from megatron_npd.log import UserError
+from megatron_npd.training.trainer import train
+from tests.helpers import VOCAB_SIZE, make_tiny_model
+from tests.training.make_run import column, config, make_packs, make_sft_packs, read_metrics
+
+TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_packs(tmp_path_factory.mktemp("packs"))
+
+
+@pytest.fixture(scope="module")
+def sft_packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sft_packs(tmp_path_factory.mktemp("sft"))
+
+
+def exact(path: Path | None) -> list[dict[str, Any]]:
+    """The metrics' lines without the times."""
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(path)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"bf16": True}, {"use_distributed_optimizer": False}], ids=str)
+def test_an_interrupted_run_goes_on_bit_by_bit(
+    tmp_path: Path, tiny_model_dir: Path, packs: Path, fields: dict[str, Any]
+) -> None:
+    def run(name: str, **more: Any) -> TrainConfig:
+        return config(tiny_model_dir, packs, tmp_path / name, train_iters=12, save_interval=5, **fields, **more)
+
+    whole = train(run("whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")  # killed after step 12, with its last checkpoint half done
+    (tmp_path / "killed/iter_0000012/manifest.json").unlink()
+    resumed = train(run("killed"))
+
+    assert exact(resumed.metrics_path) == exact(whole.metrics_path)
+    assert resumed.finished and resumed.rows_consumed == 48
+    weights = {path.name: path.read_bytes() for path in (tmp_path / "whole/iter_0000012").glob("*.distcp")}
+    assert weights == {path.name: path.read_bytes() for path in (tmp_path / "killed/iter_0000012").glob("*.distcp")}
+
+
+def test_segments_make_one_run_and_a_done_one_returns_at_once(
+    tmp_path: Path, tiny_model_dir: Path, packs: Path
+) -> None:
+    whole = train(config(tiny_model_dir, packs, tmp_path / "whole", train_iters=9))
+    for stop in (4, 9):
+        cfg = config(tiny_model_dir, packs, tmp_path / "parts", train_iters=9, exit_at_iteration=stop)
+        result = train(cfg)
+        assert (result.iteration, result.rows_consumed, result.finished) == (stop, 4 * stop, stop == 9)
+        assert (tmp_path / f"parts/iter_{stop:07d}/manifest.json").exists()
+    assert exact(result.metrics_path) == exact(whole.metrics_path)
+
+    shutil.rmtree(tmp_path / "parts/iter_0000004")
+    before = (tmp_path / "parts/metrics.jsonl").read_bytes()
+    early = config(tiny_model_dir, packs, tmp_path / "parts", train_iters=9, exit_at_iteration=4)
+    assert train(early).iteration == 9  # the newest checkpoint is past the goal
+    assert (tmp_path / "parts/metrics.jsonl").read_bytes() == before
+
+
+def test_load_starts_a_run_from_another_ones_checkpoint_and_new_settings_hold(
+    tmp_path: Path, tiny_model_dir: Path, packs: Path
+) -> None:
+    train(config(tiny_model_dir, packs, tmp_path / "first", train_iters=4))
+    fields = {"load": str(tmp_path / "first"), "train_iters": 8, "lr": 2e-3, "min_lr": 2e-3, "lr_warmup_iters": 0}
+    result = train(config(tiny_model_dir, packs, tmp_path / "second", **fields))
+    assert column(result.metrics_path, "iteration") == [5, 6, 7, 8]
+    assert column(result.metrics_path, "lr") == [2e-3] * 4
+    with pytest.raises(UserError, match=r"seed must be 1234, .* got 7"):
+        train(config(tiny_model_dir, packs, tmp_path / "third", **fields, seed=7))
+
+
+def test_rounds_follow_the_schedule(tmp_path: Path, tiny_model_dir: Path) -> None:
+    entries = []
+    for index, from_row in enumerate((0, 8)):
+        make_packs(tmp_path / f"{index}", samples=30 + index)
+        entry = ScheduleEntry(from_row=from_row, packs=f"{index}/packs", round=index, policy_version=f"v{index:04d}")
+        entries.append(entry)
+    schedule = tmp_path / "schedule.jsonl"
+    schedule.write_text("".join(json.dumps(vars(entry)) + "\n" for entry in entries))
+
+    result = train(config(tiny_model_dir, schedule, tmp_path / "run", train_iters=4, lr_warmup_iters=0))
+
+    assert column(result.metrics_path, "round") == [0, 0, 1, 1]
+    assert column(result.metrics_path, "policy_version") == ["v0000", "v0000", "v0001", "v0001"]
+
+
+def test_micro_batches_change_nothing(tmp_path: Path, tiny_model_dir: Path, packs: Path) -> None:
+    def losses(name: str, **fields: Any) -> list[float]:
+        path = tmp_path / name
+        cfg = config(tiny_model_dir, packs, metrics_path=str(path), train_iters=5, lr_warmup_iters=0, **fields)
+        return column(train(cfg).metrics_path, "loss")
+
+    expected = losses("a")
+    assert losses("b", micro_batch_size=4) == pytest.approx(expected, rel=1e-5)
+    assert losses("c", global_batch_size=1, global_batch_tokens=4 * 64) == expected
+
+
+def test_sft_learns_its_data(tmp_path: Path, tiny_model_dir: Path, sft_packs: Path) -> None:
+    cfg = config(tiny_model_dir, sft_packs, metrics_path=str(tmp_path / "m"), kd_alpha=0.0, lr=5e-3, train_iters=30)
+    lines = read_metrics(train(cfg).metrics_path)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["ce"])
+        assert line["kd"] is line["teacher_mass"] is line["student_mass"] is line["lag_k1"] is line["lag_k3"] is None
+        assert line["policy_version"] == "data" and line["lag_tokens"] == 0
+
+
+@pytest.mark.parametrize("mode", get_args(KDMode))
+def test_every_mode_brings_the_student_nearer_to_the_teacher(
+    tmp_path: Path, tiny_model_dir: Path, packs: Path, mode: KDMode
+) -> None:
+    cfg = config(
+        tiny_model_dir,
+        packs,
+        metrics_path=str(tmp_path / "m"),
+        kd_mode=mode,
+        kd_alpha=1.0,
+        lr=5e-3,
+        train_iters=25,
+        lr_decay_style="linear",
+    )
+    lines = read_metrics(train(cfg).metrics_path)
+    assert lines[-1]["kd"] < 0.9 * lines[0]["kd"]
+    assert lines[0]["loss"] == pytest.approx(lines[0]["kd"]) and 0 < lines[0]["teacher_mass"] < 1
+    if mode != "renorm_both":  # which does not look at the mass outside
+        assert lines[-1]["student_mass"] > lines[0]["student_mass"]
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path, tiny_model_dir: Path, packs: Path) -> None:
+    losses = [
+        column(
+            train(config(tiny_model_dir, packs, metrics_path=str(tmp_path / str(bf16)), bf16=bf16)).metrics_path, "loss"
+        )
+        for bf16 in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[0] != losses[1]
+
+
+def test_constant_rate_without_clipping_reports_the_norm(tmp_path: Path, tiny_model_dir: Path, packs: Path) -> None:
+    fields = {"lr_decay_style": "constant", "lr_warmup_iters": 0, "clip_grad": 0.0, "train_iters": 3}
+    lines = read_metrics(train(config(tiny_model_dir, packs, metrics_path=str(tmp_path / "m"), **fields)).metrics_path)
+    assert [line["lr"] for line in lines] == [1e-3] * 3 and all(line["grad_norm"] > 0.5 for line in lines)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
+    tmp_path: Path, tiny_model_dir: Path, packs: Path
+) -> None:
+    cfg = config(tiny_model_dir, packs, tmp_path / "run", lr=1e30, min_lr=0.0, lr_warmup_iters=0, clip_grad=0.0)
+    with pytest.raises(UserError, match=r"of step 2 must be finite, got (nan|inf)"):
+        train(cfg)
+    assert not list((tmp_path / "run").glob("iter_*"))
+    assert column(tmp_path / "run/metrics.jsonl", "iteration") == [1]
+
+
+def test_the_command_line_trains_and_takes_a_recipe(tmp_path: Path, tiny_model_dir: Path, packs: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"hf_model: {tiny_model_dir}\ndata_path: {packs}\nplatform: cpu\ntrain_iters: 5\n")
+    arguments = [
+        "--config",
+        str(recipe),
+        "--global-batch-size",
+        "2",
+        "--train_iters=2",
+        "--save",
+        str(tmp_path / "run"),
+    ]
+    assert not pretrain_npd.main(arguments)
+    assert column(tmp_path / "run/metrics.jsonl", "rows_consumed") == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hf_model": ""}, "hf_model must be a Hugging Face model directory, got ''"),
+        ({"hf_model": "nowhere"}, "hf_model must be"),
+        ({"data_path": "nowhere"}, "data_path must be"),
+        ({"data_path": ""}, "data_path must be"),
+        ({"load": "nowhere"}, "load must hold a checkpoint, got none in nowhere"),
+        ({"exit_at_iteration": 2}, "save must be given with exit_at_iteration"),
+        ({"micro_batch_size": 3}, "global_batch_size must be a multiple of .* 3 x 1, got 4"),
+        ({"global_batch_tokens": 100}, "multiple of the packs' row length 64, got 100; give 64"),
+        ({"tensor_model_parallel_size": 2}, "number of processes must be a multiple"),
+        ({"platform": "npu"}, "platform must be the one"),
+    ],
+)
+def test_bad_input_is_refused(tiny_model_dir: Path, packs: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train(config(**{"model": tiny_model_dir, "packs": packs} | fields))
+
+
+def test_packs_that_do_not_fit_are_refused(tmp_path: Path, tiny_model_dir: Path, packs: Path, sft_packs: Path) -> None:
+    with pytest.raises(UserError, match="teacher records for kd_alpha > 0, got none; set kd_alpha to 0"):
+        train(config(tiny_model_dir, sft_packs))
+    other = make_packs(tmp_path, vocab_size=VOCAB_SIZE - 4)
+    with pytest.raises(UserError, match=f"vocabulary of {VOCAB_SIZE} tokens, got {VOCAB_SIZE - 4}"):
+        train(config(tiny_model_dir, other))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_model_dir: Path, packs: Path) -> None:
+    train(config(tiny_model_dir, packs, tmp_path / "run", train_iters=1, lr_warmup_iters=0))
+    wider = make_tiny_model(tmp_path / "wider", hidden_size=128, num_attention_heads=4)
+    with pytest.raises(UserError, match="must hold this model"):
+        train(config(wider, packs, tmp_path / "run"))
