@@ -83,6 +83,7 @@ class ServerPool:
         self.urls = [url.rstrip("/") for url in urls]
         self.cfg = cfg
         self.servers = {server.url: server for server in servers}
+        self._tls = ssl.create_default_context()  # made once: it reads all certificates
 
     @classmethod
     def open(
@@ -138,7 +139,7 @@ class ServerPool:
             UserError: No answer within ``timeout`` seconds, or an answer that is not 2xx.
         """
         try:
-            response = httpx.request(method, url + path, json=body, params=params, timeout=timeout)
+            response = httpx.request(method, url + path, json=body, params=params, timeout=timeout, verify=self._tls)
         except httpx.TransportError as error:
             raise self._dead(url, f"must answer {path}, got {_words(error)}") from error
         if response.status_code == 404:
@@ -167,10 +168,16 @@ class ServerPool:
                     f"the context of {url} must be at least max_model_len ({self.cfg.max_model_len}), got "
                     f"{served['max_model_len']}; lower max_model_len or restart the server"
                 )
-            if version is not None and (got := self.version(url)) != version:
+            got = self.version(url)
+            if version is not None and got != version:
                 raise UserError(
                     f"the server {url} must serve policy {version}, got {got}; load it first: "
                     f"tools/refresh.py --urls {url} --policy DIR --version {version}"
+                )
+            if got == UNUSABLE:
+                raise UserError(
+                    f"the server {url} must hold whole weights, got a refresh that failed half-way; refresh it with a "
+                    "good policy or restart it"
                 )
             self.control(url, GENERATE, body=PROBE)
 
@@ -198,12 +205,11 @@ class ServerPool:
     ) -> None:
         async def worker(url: str) -> None:
             # A client of its own: httpx's shared connection pool looks at every connection for every request.
-            async with httpx.AsyncClient(timeout=timeout, verify=tls) as client:
+            async with httpx.AsyncClient(timeout=timeout, verify=self._tls) as client:
                 for request in requests:
                     on_result(request, await self._generate(client, url, request, logprobs))
 
         timeout = httpx.Timeout(self.cfg.request_timeout, connect=_CONTROL_TIMEOUT)
-        tls = ssl.create_default_context()
         tasks = [asyncio.create_task(worker(url)) for _ in range(self.cfg.concurrency) for url in self.urls]
         try:
             await asyncio.gather(*tasks)
