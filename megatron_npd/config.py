@@ -331,15 +331,24 @@ def command_flags(fields: Mapping[str, object]) -> list[str]:
 
 
 def _normalise(cls: type, argv: list[str]) -> list[str]:
-    """Turn dashes in flag names into underscores and give bare boolean flags (``--bf16``) their value."""
-    flags = set(_boolean_flags(cls, ""))
+    """Let flags be written as users write them.
+
+    Dashes in names become underscores, bare boolean flags (``--bf16``) get their value, and lists need no brackets
+    (``--urls http://a,http://b``).
+    """
+    flags, lists = set(_fields_of(cls, bool)), set(_fields_of(cls, tuple[str, ...]))
     result: list[str] = []
+    in_list = False
     for position, argument in enumerate(argv):
         if not argument.startswith("--"):
-            result.append(argument)
+            result.append(f"[{argument}]" if in_list and not argument.startswith("[") else argument)
+            in_list = False
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
+        in_list = name in lists and not equals
+        if name in lists and equals and not value.startswith("["):
+            value = f"[{value}]"
         result.append(f"--{name}{equals}{value}")
         following = argv[position + 1].lower() if position + 1 < len(argv) else ""
         if name in flags and not equals and following not in ("true", "false"):
@@ -347,10 +356,11 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
     return result
 
 
-def _boolean_flags(cls: type, prefix: str) -> typing.Iterator[str]:
+def _fields_of(cls: type, wanted: object, prefix: str = "") -> typing.Iterator[str]:
+    """Dotted names of the fields of one type, nested configurations included."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
-        if hints[item.name] is bool:
+        if hints[item.name] == wanted:
             yield prefix + item.name
         elif dataclasses.is_dataclass(hints[item.name]):
-            yield from _boolean_flags(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
+            yield from _fields_of(typing.cast(type, hints[item.name]), wanted, f"{prefix}{item.name}.")
