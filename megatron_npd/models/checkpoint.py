@@ -74,7 +74,7 @@ def save_checkpoint(
             _save(tensors, path)
         except CheckpointException as error:
             raise UserError(
-                f"{path} must be writable, got {error}; mend that and run the same command again"
+                f"{path} must be writable, got: {_reason(error)}; mend that and run the same command again"
             ) from error
         with _together():
             if dist.get_rank() == 0:
@@ -127,8 +127,10 @@ def load_checkpoint(
     )
     try:
         loaded: Any = dist_checkpointing.load(wanted, str(path))
-    except CheckpointingException as error:
-        raise UserError(f"{path} must hold this model, got: {error}; give the model that was trained") from error
+    except (CheckpointingException, CheckpointException) as error:
+        raise UserError(
+            f"{path} must hold this model, got: {_reason(error)}; give the model that was trained"
+        ) from error
     _module(model).load_state_dict(loaded["model"])
     if optimizer is not None and with_optimizer:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -191,10 +193,22 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.
         )
         _, outcome = answers.get()
         if isinstance(outcome, Exception):
-            results.put(outcome)
+            chain: list[BaseException] = [outcome]
+            while chain[-1].__context__ is not None:
+                chain.append(chain[-1].__context__)
+            # torch.save's complaint about its own file hides the system's, which says what to do.
+            results.put(next((error for error in chain if isinstance(error, OSError)), outcome))
             return
         written[index] = outcome
     results.put(written)
+
+
+def _reason(error: BaseException) -> str:
+    """What failed, without the tracebacks of all ranks."""
+    if isinstance(error, CheckpointException):
+        failures = list(error.failures.values())
+        return str(failures[0][0]) if failures else "a failure that rank 0 reports"
+    return str(error)
 
 
 @contextmanager

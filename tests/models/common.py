@@ -69,6 +69,7 @@ class TinyTrainer:
         from megatron_npd.models.build import packed_params
 
         lengths = [7, 16, 9]
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.config.finalize_model_grads_func = finalize_model_grads
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -79,7 +80,9 @@ class TinyTrainer:
             out = model(tokens, positions, None, packed_seq_params=packed_params(bounds))
 
             def loss(logits: Tensor) -> Any:
-                value = vocab_parallel_cross_entropy(logits.clone(), tokens.roll(-1, 1)).sum()
+                columns = torch.arange(logits.shape[-1]) + logits.shape[-1] * tensor_rank
+                logits = logits.masked_fill(columns >= self.vocab_size, -1e30)  # the padding of the vocabulary
+                value = vocab_parallel_cross_entropy(logits, tokens.roll(-1, 1)).sum()
                 losses.append(value.detach().clone())
                 return value, torch.tensor(tokens.numel(), dtype=torch.int), {}
 

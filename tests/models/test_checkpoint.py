@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def _trainer(model_dir: Path, tensor: int = 1, pipeline: int = 1, *, load: bool 
     model = build_model(spec, bf16=options.pop("bf16", False), sequence_parallel=options.pop("sp", False))
     if load:
         load_hf_weights(model, spec)
-    return TinyTrainer(model, 300, **options)
+    return TinyTrainer(model, spec.vocab_size, **options)
 
 
 def _save(trainer: TinyTrainer, root: Path, iteration: int) -> Path:
@@ -154,6 +156,28 @@ def test_directories(model_dir: Path, tmp_path: Path) -> None:
     assert {".metadata", "common.pt", "state.json"} <= set(manifest.files)
     assert manifest.counts == {"iteration": 1}
     assert max(seconds) < 5
+
+
+def _full_disk(rank: int, world: int, model_dir: Path, root: Path) -> str:
+    from megatron_npd.models.checkpoint import latest_checkpoint
+
+    trainer = _trainer(model_dir)
+    trainer.step(0)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a write beyond it fails as one on a full disk does
+    with pytest.raises(UserError) as caught:
+        _save(trainer, root, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert latest_checkpoint(root) is None
+    assert _save(trainer, root, 1) == latest_checkpoint(root)
+    return str(caught.value)
+
+
+def test_failed_write_is_a_user_error(model_dir: Path, tmp_path: Path) -> None:
+    messages = run_distributed(_full_disk, 2, model_dir, tmp_path)
+    assert "File too large" in messages[0]
+    assert all("must be writable" in message and "Traceback" not in message for message in messages)
 
 
 def _load_fails(rank: int, world: int, model_dir: Path, path: Path) -> str:
