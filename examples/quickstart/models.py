@@ -1,7 +1,8 @@
 """A small tokenizer and two small Llama models with random weights, as Hugging Face directories.
 
-The tokenizer knows the problems' words, the numbers below 100 and every byte, so any text can be written with it. The teacher
-has 3 layers of width 128, the student 3 of width 64; heads are 32 wide, the smallest that vLLM's CPU kernels take.
+The tokenizer knows the problems' words, every number below 100 as one token (few facts to learn, and every one of them
+can be tested) and every byte, so any text can be written with it. The teacher has 3 layers of width 128, the student 3
+of width 64; heads are 32 wide, the smallest that vLLM's CPU kernels take.
 
     python examples/quickstart/models.py --out DIR [--seed 1]
 """
@@ -59,7 +60,7 @@ def _words() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer: special tokens, all bytes (a digit is one token), the problems' words; nothing is trained."""
+    """The tokenizer: special tokens, all bytes, the problems' words, the numbers below 100; nothing is trained."""
     specials = [PAD, BOS, END, SYSTEM, USER, ASSISTANT]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     pieces = [byte_level.pre_tokenize_str(word)[0][0] for word in _words()]

@@ -1,13 +1,13 @@
 """Arithmetic word problems of two or three steps, with worked answers that can be checked.
 
-A problem is a chain: something to begin with, then events, each of them one calculation or two. Its answer writes
-down every calculation and ends as GSM8K's answers do::
+A problem is a chain: something to begin with, then events. Its answer writes down every
+calculation and ends as GSM8K's answers do::
 
     Mia has 14 shells. She finds 8 more. She gives 5 to Tom. How many shells does Mia have now?
     First 14+8=22. Then 22-5=17.
     #### 17
 
-All numbers stay between 1 and 99. No chain of calculations occurs in two splits, whatever the words around it.
+All numbers stay between 1 and 40. No chain of calculations occurs in two splits, whatever the words around it.
 
     python examples/quickstart/problems.py --out DIR [--seed 1]
 """
@@ -85,7 +85,7 @@ class Problem:
 
 
 def _draw(rng: random.Random) -> Problem | None:
-    """One problem, or None where a number left 1..99."""
+    """One problem, or None where a number left 1..40."""
     name, friend = rng.sample(list(NAMES), 2)
     words = {"name": name, "pro": NAMES[name], "friend": friend, "thing": rng.choice(THINGS)}
     chain = rng.choice(CHAINS)
