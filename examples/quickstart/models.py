@@ -56,7 +56,8 @@ def _words() -> list[str]:
     texts = " ".join((*GAINS, *LOSSES, *QUESTIONS, *NAMES, *NAMES.values(), *THINGS, *HOLDERS))
     words = set(re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", " ", texts))) | {"First", "Then", "has", "of"}
     starts = {*NAMES, *NAMES.values(), "How", "First", "Then"}  # these also open a text or a line
-    return [*sorted(starts | {f" {word}" for word in words}), "####"]
+    numbers = [str(number) for number in range(10, 100)]  # the digits are bytes
+    return [*sorted(starts | {f" {word}" for word in words}), "####", *numbers]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
