@@ -99,9 +99,7 @@ def export_hf(
     """
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
-    out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} must not exist yet, got a full directory or a file; choose another or remove it")
+    out = _new_directory(out_dir)
     dtypes = _export_dtypes(spec)
     if dist.get_rank() != 0:
         for _ in _gather(model, spec, dtypes):
@@ -157,6 +155,7 @@ def megatron_to_hf(checkpoint_dir: str | Path, hf_dir: str | Path, out_dir: str 
         out_dir: Directory to make.
     """
     _single_process()
+    _new_directory(out_dir)  # before the work rather than after it
     spec = load_spec(hf_dir)
     path = latest_checkpoint(checkpoint_dir) or Path(checkpoint_dir)
     model = build_model(spec, bf16=set(_export_dtypes(spec).values()) == {torch.bfloat16})
@@ -169,6 +168,13 @@ def _single_process() -> None:
     initialize_distributed()
     if dist.get_world_size() != 1:
         raise UserError(f"conversion must run in one process, got {dist.get_world_size()}; start it without torchrun")
+
+
+def _new_directory(path: str | Path) -> Path:
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} must not exist yet, got a full directory or a file; choose another or remove it")
+    return path
 
 
 def _open_checkpoint(spec: ModelSpec) -> HFCheckpoint:
