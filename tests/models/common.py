@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LENGTHS = [7, 16, 9]  # segments of the row of one step
+
 
 def packed_inputs(lengths: list[int], vocab_size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Random tokens [1, T], positions [1, T] and cu_seqlens [S + 1]."""
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    tokens = torch.randint(vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
+    # Not 0, the padding id: transformers leaves its row at zero and gives it no gradient from the lookup.
+    tokens = torch.randint(1, vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(seed))
     return tokens, torch.cat([torch.arange(n) for n in lengths])[None], bounds
 
 
@@ -68,7 +71,6 @@ class TinyTrainer:
 
         from megatron_npd.models.build import packed_params
 
-        lengths = [7, 16, 9]
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.config.finalize_model_grads_func = finalize_model_grads
         self.model.zero_grad_buffer()
@@ -76,7 +78,7 @@ class TinyTrainer:
         losses = []
 
         def forward(_: Any, model: Any) -> Any:
-            tokens, positions, bounds = packed_inputs(lengths, self.vocab_size, seed=iteration * 10 + self.rank)
+            tokens, positions, bounds = packed_inputs(LENGTHS, self.vocab_size, seed=iteration * 10 + self.rank)
             out = model(tokens, positions, None, packed_seq_params=packed_params(bounds))
 
             def loss(logits: Tensor) -> Any:
@@ -93,15 +95,16 @@ class TinyTrainer:
             data_iterator=None,
             model=[self.model],
             num_microbatches=1,
-            seq_length=sum(lengths),
+            seq_length=sum(LENGTHS),
             micro_batch_size=1,
             forward_only=False,
         )
-        self.optimizer.step()
+        _, norm, _ = self.optimizer.step()
+        self.grad_norm = float(norm)
         self.scheduler.step(1)
         if not losses:
             return 0.0
-        total = losses[0] / sum(lengths)
+        total = losses[0] / sum(LENGTHS)
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
         return total.item() / parallel_state.get_data_parallel_world_size()
 
