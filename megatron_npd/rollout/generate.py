@@ -71,12 +71,7 @@ def generate_round(
             could be kept. Whatever had arrived is kept on disk.
     """
     prompts_dir, out_dir = Path(prompts_dir), Path(out_dir)
-    read_manifest(prompts_dir, kind="prompts")
-    settings = {name: getattr(cfg, name) for name in _SETTINGS} | {
-        "round": round_index,
-        "policy_version": policy_version,
-        "prompts": file_sha256(prompts_dir / MANIFEST),
-    }
+    settings = _settings(prompts_dir, cfg, round_index, policy_version)
     if is_sealed(out_dir):
         return _read_sealed(out_dir, "rollouts", settings)
     prompts = pq.read_table(prompts_dir / PROMPTS_FILE)
@@ -85,6 +80,15 @@ def generate_round(
         manifest = _seal_round(out_dir, settings)
     (out_dir / JOURNAL_FILE).unlink()
     return manifest
+
+
+def finished_round(
+    prompts_dir: str | Path, out_dir: str | Path, *, cfg: RolloutConfig, round_index: int, policy_version: str
+) -> Manifest | None:
+    """The manifest of a round that is sealed already, or None; arguments and errors as for ``generate_round``."""
+    if not is_sealed(out_dir):
+        return None
+    return _read_sealed(Path(out_dir), "rollouts", _settings(Path(prompts_dir), cfg, round_index, policy_version))
 
 
 class _Round:
@@ -255,6 +259,16 @@ class _Round:
             "policy_version": [self.settings["policy_version"]] * len(kept),
         }
         return pa.table({field.name: columns[field.name] for field in ROLLOUT_SCHEMA}, schema=ROLLOUT_SCHEMA)
+
+
+def _settings(prompts_dir: Path, cfg: RolloutConfig, round_index: int, policy_version: str) -> dict[str, Any]:
+    """Everything that the round's files depend on."""
+    read_manifest(prompts_dir, kind="prompts")
+    return {name: getattr(cfg, name) for name in _SETTINGS} | {
+        "round": round_index,
+        "policy_version": policy_version,
+        "prompts": file_sha256(prompts_dir / MANIFEST),
+    }
 
 
 def _seal_round(out_dir: Path, settings: dict[str, Any]) -> Manifest:

@@ -1,0 +1,56 @@
+"""Put new weights into running vLLM servers.
+
+``python tools/refresh.py --urls http://127.0.0.1:8100 --policy DIR --version v0001``
+``python tools/refresh.py --urls ... --policy DIR --version v0001 --checkpoint DIR --hf-model DIR`` (exports it first)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_npd.config import RolloutConfig, parse_config
+from megatron_npd.log import UserError, run_main
+from megatron_npd.manifest import is_sealed
+from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.rollout.refresh import refresh
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshCommand:
+    """Put new weights into running vLLM servers."""
+
+    urls: tuple[str, ...]
+    """Base URLs of the servers."""
+    policy: str
+    """Hugging Face directory of the new policy, on a path that the servers see too."""
+    version: str
+    """Version that answers carry from now on, like v0001."""
+    checkpoint: str = ""
+    """Megatron checkpoint to export into the policy directory first, unless that is sealed already."""
+    hf_model: str = ""
+    """With checkpoint: Hugging Face directory that the model started from: configuration, tokenizer, tensor types."""
+    request_timeout: float = 600.0
+    """Time that a server may take to finish running answers, and to load, in seconds."""
+
+    def __post_init__(self) -> None:
+        if bool(self.checkpoint) != bool(self.hf_model):
+            raise UserError("--checkpoint and --hf-model must come together, got one of them; give both or neither")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the configuration, export where asked, and refresh."""
+    command = parse_config(RefreshCommand, argv)
+    if command.checkpoint and not is_sealed(command.policy):
+        from megatron_npd.platform import get_platform
+
+        get_platform("cpu")  # host memory is what a conversion needs
+        from megatron_npd.models.convert import megatron_to_hf
+
+        megatron_to_hf(command.checkpoint, command.hf_model, command.policy)
+    pool = ServerPool(command.urls, RolloutConfig(request_timeout=command.request_timeout))
+    refresh(pool, command.policy, command.version)
+
+
+if __name__ == "__main__":
+    run_main(main)
