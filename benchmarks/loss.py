@@ -3,9 +3,10 @@
     python benchmarks/loss.py                       2048 x 32000 on the CPU, fp32 and bf16
     python benchmarks/loss.py --device cuda --tokens 32768 --vocab 152064
 
-Each line is forward + backward of CE + top-k KD of every token. ``memory`` is the peak above what was there before,
-in units of the logits (true for logits beyond 32 MB, which the allocator gives back); ``of copy`` is the time in which the machine copies 1.5 times the logits' bytes (three passes:
-one read forward, one read and one write backward) over the time taken.
+Each line is forward + backward of CE + top-k KD of every token. ``memory`` is the peak above what was there before, in
+units of the logits (true for logits beyond 32 MB, whose memory the allocator gives back). ``of copy`` is the time that
+three passes over the logits (one read forward, one read and one write backward) take at the speed at which this
+machine copies, over the time taken.
 
 Legend: T tokens, V vocabulary, K top-k.
 """

@@ -17,11 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_npd.log import UserError
-from megatron_npd.ops.distill_loss_torch import DistillLossFunction, Losses, Objective, Rows
+from megatron_npd.ops.buckets import DIVERGENCES, Losses, Objective, Rows
+from megatron_npd.ops.distill_loss_torch import DistillLossFunction
 from megatron_npd.ops.vocab_parallel import vocab_shard
 
 Mode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]
 MODES: tuple[str, ...] = get_args(Mode)
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 MASS_TOLERANCE = 1e-3
 """How far rounding may lift a teacher's mass above 1."""
 
@@ -60,6 +62,9 @@ def distill_loss(
     weights_T: Tensor | None = None,
     alpha: float = 0.9,
     mode: Mode = "tail",
+    divergence: DivergenceName = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -69,12 +74,18 @@ def distill_loss(
     """Cross-entropy and top-k distillation of each token in one pass over the logits.
 
     With p the teacher's and q the student's probabilities, S the teacher's top-k ids, t_p and t_q the masses outside
-    S and ~ a renormalisation over S, the divergence is by ``mode``:
+    S and ~ a renormalisation over S, the forward KL is by ``mode``:
 
     - ``tail``: sum_S p log(p/q) + t_p log(t_p/t_q)
     - ``truncated``: sum_S p log(p/q)
     - ``renorm_teacher``: sum_S p~ log(p~/q)
     - ``renorm_both``: sum_S p~ log(p~/q~)
+
+    The other divergences compare the same distributions, over S and the tail (``tail``) or over S (``renorm_both``):
+
+    - ``reverse_kl``: KL(q | p)
+    - ``jsd``: beta KL(p | m) + (1 - beta) KL(q | m) with m = beta p + (1 - beta) q (GKD)
+    - ``skew_kl``: KL(p | skew p + (1 - skew) q); ``skew_reverse_kl``: KL(q | (1 - skew) p + skew q) (DistiLLM)
 
     Args:
         logits_TV: ``[T, V]`` fp32, bf16 or fp16: this rank's slice of the vocabulary's columns.
@@ -89,6 +100,9 @@ def distill_loss(
         weights_T: ``[T]`` weights of the tokens' losses.
         alpha: Share of the divergence, in [0, 1].
         mode: See above.
+        divergence: See above.
+        beta: Teacher's share of the mixture in ``jsd``, in (0, 1).
+        skew: Share of the first distribution in the second one of ``skew_kl`` and ``skew_reverse_kl``, in [0, 1).
         temperature: Divides both sets of logits of the divergence, which is multiplied by its square; other than 1
             for the renormalised modes only, as the stored top-k has the tail at 1.
         vocab_size: Size of the whole vocabulary; columns at and after it are padding, outside the softmax, and get
@@ -107,6 +121,7 @@ def distill_loss(
     """
     _check_shapes(logits_TV, labels_T, mask_T, weights_T)
     _check_numbers(alpha, mode, temperature, impl)
+    _check_divergence(divergence, mode, beta, skew)
     shard = vocab_shard(logits_TV.shape[1], vocab_size, group)
     vocab_size = shard.size * shard.width if vocab_size is None else vocab_size
     _check_teacher(
@@ -140,13 +155,14 @@ def distill_loss(
         index_N=index_N,
         labels_N=labels_N,
         ids_NK=ids_NK,
-        target_NB=log_target_NB.exp(),
         log_target_NB=log_target_NB,
         weights_N=pick(weights_T, torch.float32),
     )
     objective = Objective(
         ce_weight=1.0 - alpha,
         kd_weight=float(alpha),
+        divergence=divergence,
+        coefficient=beta if divergence == "jsd" else skew,
         student_on_ids=mode == "renorm_both",
         temperature=float(temperature),
     )
@@ -218,6 +234,18 @@ def _check_numbers(alpha: float, mode: str, temperature: float, impl: str) -> No
         )
     if impl not in ("auto", "torch"):
         _refuse("impl", "auto or torch", repr(impl), "leave it out")
+
+
+def _check_divergence(divergence: str, mode: str, beta: float, skew: float) -> None:
+    if divergence not in DIVERGENCES:
+        _refuse("divergence", f"one of {', '.join(DIVERGENCES)}", repr(divergence), "choose one")
+    if divergence != "forward_kl" and mode not in ("tail", "renorm_both"):
+        rule = f"tail or renorm_both for divergence {divergence}: without either, leaving S would lower the loss"
+        _refuse("mode", rule, repr(mode), "choose one of them")
+    if not 0 < beta < 1:
+        _refuse("beta", "in (0, 1)", beta, "forward_kl and reverse_kl are its ends")
+    if not 0 <= skew < 1:
+        _refuse("skew", "in [0, 1)", skew, "0 is the divergence without a mixture")
 
 
 def _check_teacher(

@@ -11,165 +11,16 @@ B = K + 1 buckets.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_npd.ops.buckets import GradientRule, Objective, Rows, gradient_rule, losses_of
 from megatron_npd.ops.vocab_parallel import Stats, VocabShard, merge_stats
 
 CHUNK_ELEMENTS = 1 << 19
 """Logits of a chunk: 2 MiB of fp32 stay in the cache between the passes over them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Weights and shape of the loss.
-
-    Attributes:
-        ce_weight: Weight of the cross-entropy.
-        kd_weight: Weight of the divergence.
-        student_on_ids: The student is renormalised over S too (``renorm_both``).
-        temperature: Divides both sets of logits in the divergence, which is multiplied by its square.
-    """
-
-    ce_weight: float
-    kd_weight: float
-    student_on_ids: bool
-    temperature: float
-
-    @property
-    def second_lse(self) -> bool:
-        """Whether the divergence needs the columns off S at a second temperature."""
-        return self.temperature != 1.0 and not self.student_on_ids
-
-    @property
-    def plain(self) -> bool:
-        """Whether the divergence sees the same student as the cross-entropy: over the vocabulary, at temperature 1."""
-        return self.temperature == 1.0 and not self.student_on_ids
-
-    def student_buckets(self, stats: Stats) -> Tensor:
-        """The bucket logits whose softmax is the student as the divergence sees it."""
-        off_T = stats.lse_off_tempered_T
-        buckets_TB = stats.buckets_TB / self.temperature
-        buckets_TB[:, -1] = -torch.inf if off_T is None else off_T
-        return buckets_TB
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The tokens that count, and what is known of each beside its logits.
-
-    Attributes:
-        index_N: Their rows in the logits, int64, ascending; None when all count.
-        labels_N: int64, in the whole vocabulary.
-        ids_NK: Teacher's ids, int64, in the whole vocabulary; K = 0 without a teacher.
-        target_NB: Mass that the divergence gives to each bucket, fp32, all of it >= 0.
-        log_target_NB: Its logarithm, at the temperature of the loss.
-        weights_N: fp32, or None for ones.
-    """
-
-    index_N: Tensor | None
-    labels_N: Tensor
-    ids_NK: Tensor
-    target_NB: Tensor
-    log_target_NB: Tensor
-    weights_N: Tensor | None
-
-
-class Losses(NamedTuple):
-    """The loss of each token (weights included) and its parts (without weights), fp32 ``[N]`` each."""
-
-    loss_N: Tensor
-    ce_N: Tensor
-    kd_N: Tensor
-    student_mass_N: Tensor
-    top1_agreement_N: Tensor
-    label_logprob_N: Tensor
-
-
-def _log_softmax(buckets_NB: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the buckets, and their log-sum-exp: several times torch's speed on rows this narrow."""
-    lse_N1 = buckets_NB.logsumexp(1, keepdim=True)
-    return buckets_NB - lse_N1, lse_N1[:, 0]
-
-
-def losses_of(stats: Stats, rows: Rows, objective: Objective) -> Losses:
-    """Loss and parts of each token from the statistics of whole rows."""
-    log_q_NB, lse_N = _log_softmax(stats.buckets_TB)
-    label_logprob_N = stats.label_T - lse_N
-    kd_N = top1_N = student_mass_N = torch.zeros_like(lse_N)
-    if rows.ids_NK.shape[1]:
-        student_mass_N = -torch.expm1(log_q_NB[:, -1])
-        largest_N = torch.maximum(stats.buckets_TB[:, :-1].amax(1), stats.max_off_T)
-        top1_N = (stats.buckets_TB[:, 0] >= largest_N).float()
-        log_s_NB = log_q_NB if objective.plain else _log_softmax(objective.student_buckets(stats))[0]
-        gap_NB = rows.target_NB * (rows.log_target_NB - log_s_NB)
-        kd_N = torch.where(rows.target_NB > 0, gap_NB, 0.0).sum(1) * objective.temperature**2
-    loss_N = torch.zeros_like(lse_N)
-    if objective.ce_weight:  # a weight of 0 leaves an infinite part out
-        loss_N = loss_N - label_logprob_N * objective.ce_weight
-    if objective.kd_weight:
-        loss_N = loss_N + kd_N * objective.kd_weight
-    if rows.weights_N is not None:
-        loss_N = loss_N * rows.weights_N
-    return Losses(loss_N, -label_logprob_N, kd_N, student_mass_N, top1_N, label_logprob_N)
-
-
-class GradientRule(NamedTuple):
-    """What gives the gradient of the weighted loss with respect to the buckets once their logits are known.
-
-    With q the softmax of the buckets and s that of ``Objective.student_buckets`` it is
-    ``q_N1 * q + s_N1 * s + constant_NB``; the label adds ``label_N1`` to its own column where that is outside S.
-    """
-
-    q_N1: Tensor
-    s_N1: Tensor | None
-    constant_NB: Tensor
-    label_N1: Tensor
-
-    def scaled(self, factor_N: Tensor) -> GradientRule:
-        """The rule of the loss times a factor for each token."""
-        factor_N1 = factor_N[:, None]
-        s_N1 = None if self.s_N1 is None else self.s_N1 * factor_N1
-        return GradientRule(self.q_N1 * factor_N1, s_N1, self.constant_NB * factor_N1, self.label_N1 * factor_N1)
-
-    def part(self, lo: int, hi: int) -> GradientRule:
-        """The rule of the tokens ``lo`` to ``hi``."""
-        s_N1 = None if self.s_N1 is None else self.s_N1[lo:hi]
-        return GradientRule(self.q_N1[lo:hi], s_N1, self.constant_NB[lo:hi], self.label_N1[lo:hi])
-
-    def apply(self, stats: Stats, objective: Objective) -> tuple[Tensor, Tensor | None]:
-        """The gradient with respect to the buckets and, apart, to a second temperature's log-sum-exp off S."""
-        grad_NB = torch.addcmul(self.constant_NB, _log_softmax(stats.buckets_TB)[0].exp_(), self.q_N1)
-        if self.s_N1 is None:
-            return grad_NB, None
-        s_NB = _log_softmax(objective.student_buckets(stats))[0].exp_().mul_(self.s_N1)
-        if not objective.second_lse:
-            return grad_NB.add_(s_NB), None
-        tempered_N1 = s_NB[:, -1:].clone()
-        s_NB[:, -1] = 0.0
-        return grad_NB.add_(s_NB), tempered_N1
-
-
-def gradient_rule(rows: Rows, objective: Objective) -> GradientRule:
-    """The coefficients of each token's gradient, which depend on no logit."""
-    ce, kd = objective.ce_weight, objective.kd_weight * objective.temperature  # T^2 times 1 / T
-    hit_NK = rows.ids_NK == rows.labels_N[:, None]
-    mass_N1 = rows.target_NB.sum(1, keepdim=True) * kd
-    q_N1, s_N1 = torch.full_like(mass_N1, ce), None
-    if objective.plain:
-        q_N1 += mass_N1
-    else:
-        s_N1 = mass_N1
-    # The label's share joins its bucket where the label is in S: merged here, so that no column is stored twice.
-    constant_NB = rows.target_NB * -kd
-    constant_NB[:, :-1] -= hit_NK * ce
-    label_N1 = hit_NK.any(1, keepdim=True) * ce - ce
-    rule = GradientRule(q_N1, s_N1, constant_NB, label_N1)
-    return rule if rows.weights_N is None else rule.scaled(rows.weights_N)
 
 
 def _exp(z_CV: Tensor, shift_C1: Tensor) -> Tensor:

@@ -42,7 +42,15 @@ def make_case(num_tokens: int, vocab_size: int, top_k: int, *, seed: int = 0, sc
 
 
 def reference_parts(
-    logits_TV: Tensor, labels_T: Tensor, teacher: dict[str, Tensor], mode: str, temperature: float
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    teacher: dict[str, Tensor],
+    *,
+    mode: str = "tail",
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    skew: float = 0.1,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """CE, KD and the metrics of each token from fp64 logits of the whole vocabulary, differentiable."""
     log_q_TV = logits_TV.log_softmax(1)
@@ -54,19 +62,17 @@ def reference_parts(
     outside_TV = torch.ones_like(logits_TV, dtype=torch.bool).scatter_(1, ids_TK, False)
     z_TK = logits_TV.gather(1, ids_TK)
     if mode in ("tail", "truncated"):
-        log_q_TK = log_q_TV.gather(1, ids_TK)
-        kd_T = _divergence(log_p_TK, log_q_TK)
+        log_s_TK = log_q_TV.gather(1, ids_TK)
         if mode == "tail" and "teacher_log_tail_T" in teacher:
-            log_tp_T = teacher["teacher_log_tail_T"].double()
             log_tq_T = log_q_TV.masked_fill(~outside_TV, -torch.inf).logsumexp(1)
-            kd_T = kd_T + _divergence(log_tp_T[:, None], log_tq_T[:, None])
+            log_p_TK = torch.cat([log_p_TK, teacher["teacher_log_tail_T"].double()[:, None]], dim=1)
+            log_s_TK = torch.cat([log_s_TK, log_tq_T[:, None]], dim=1)
     else:
         log_p_TK = (log_p_TK / temperature).log_softmax(1)
-        tempered_TV = logits_TV / temperature
-        log_q_TK = (z_TK / temperature).log_softmax(1)
+        log_s_TK = (z_TK / temperature).log_softmax(1)
         if mode == "renorm_teacher":
-            log_q_TK = tempered_TV.log_softmax(1).gather(1, ids_TK)
-        kd_T = _divergence(log_p_TK, log_q_TK) * temperature**2
+            log_s_TK = (logits_TV / temperature).log_softmax(1).gather(1, ids_TK)
+    kd_T = _divergence(log_p_TK, log_s_TK, divergence, beta, skew) * temperature**2
     return {
         "ce_T": ce_T,
         "kd_T": kd_T,
@@ -77,10 +83,25 @@ def reference_parts(
     }
 
 
-def _divergence(log_p_TK: Tensor, log_q_TK: Tensor) -> Tensor:
+def _kl(log_p_TK: Tensor, log_q_TK: Tensor) -> Tensor:
     """sum p log(p/q), with 0 log 0 = 0."""
     finite_TK = log_p_TK > -torch.inf
     return (log_p_TK.exp() * torch.where(finite_TK, log_p_TK - log_q_TK, 0.0)).sum(1)
+
+
+def _divergence(log_p_TK: Tensor, log_q_TK: Tensor, name: str, beta: float, skew: float) -> Tensor:
+    """As GKD and DistiLLM write them, the mixtures as sums of probabilities."""
+    p_TK, q_TK = log_p_TK.exp(), log_q_TK.exp()
+    if name == "reverse_kl":
+        return _kl(log_q_TK, log_p_TK)
+    if name == "jsd":
+        log_m_TK = (beta * p_TK + (1 - beta) * q_TK).log()
+        return beta * _kl(log_p_TK, log_m_TK) + (1 - beta) * _kl(log_q_TK, log_m_TK)
+    if name == "skew_kl":
+        return _kl(log_p_TK, (skew * p_TK + (1 - skew) * q_TK).log())
+    if name == "skew_reverse_kl":
+        return _kl(log_q_TK, ((1 - skew) * p_TK + skew * q_TK).log())
+    return _kl(log_p_TK, log_q_TK)
 
 
 def reference(
@@ -91,13 +112,12 @@ def reference(
     mask_T: Tensor | None = None,
     weights_T: Tensor | None = None,
     alpha: float = 0.9,
-    mode: str = "tail",
-    temperature: float = 1.0,
     grad_T: Tensor | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Loss, parts and the gradient of ``(loss_T * grad_T).sum()`` with respect to the logits, all fp64."""
     logits_TV = logits_TV.detach().double().requires_grad_()
-    parts = reference_parts(logits_TV, labels_T, teacher, mode, temperature)
+    parts = reference_parts(logits_TV, labels_T, teacher, **options)
     loss_T = (1 - alpha) * parts["ce_T"]
     if alpha:
         loss_T = loss_T + alpha * parts["kd_T"]

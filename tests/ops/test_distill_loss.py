@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -71,6 +72,38 @@ def test_temperature(temperature: float, mode: str, dtype: torch.dtype) -> None:
         compare(*run(case, logits_TV, **options), reference(logits_TV, case.labels_T, case.teacher, **options))
 
 
+DIVERGENCES = [
+    {"divergence": "reverse_kl"},
+    {"divergence": "jsd", "beta": 0.5},
+    {"divergence": "jsd", "beta": 0.1},
+    {"divergence": "skew_kl", "skew": 0.1},
+    {"divergence": "skew_kl", "skew": 0.0},  # the forward KL again
+    {"divergence": "skew_reverse_kl", "skew": 0.3},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda options: "-".join(map(str, options.values())))
+def test_other_divergences(divergence: dict[str, Any], dtype: torch.dtype) -> None:
+    """With the tail bucket and renormalised, also at another temperature, with k = V and k = 1."""
+    for vocab_size, top_k in ((203, 10), (37, 37), (203, 1)):
+        case = make_case(T, vocab_size, top_k)
+        logits_TV = case.logits_TV.to(dtype)
+        weights_T = torch.rand(T, generator=torch.Generator().manual_seed(3))
+        for mode, temperature, alpha in (("tail", 1.0, 1.0), ("tail", 1.0, 0.6), ("renorm_both", 2.0, 0.6)):
+            options = {"mode": mode, "temperature": temperature, "alpha": alpha, "weights_T": weights_T} | divergence
+            expected = reference(logits_TV, case.labels_T, case.teacher, mask_T=MASKS["runs"], **options)
+            compare(*run(case, logits_TV, mask_T=MASKS["runs"], **options), expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda options: "-".join(map(str, options.values())))
+def test_other_divergences_of_small_tails(divergence: dict[str, Any]) -> None:
+    """A student's tail of 1e-9: finite, and within 1e-5 of fp64."""
+    case = small_tails(9, ratio=10.0)
+    expected = reference(case.logits_TV, case.labels_T, case.teacher, alpha=1.0, **divergence)
+    compare(*run(case, case.logits_TV, alpha=1.0, **divergence), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_without_a_teacher_it_is_cross_entropy(dtype: torch.dtype) -> None:
     case = make_case(T, 203, 10)
@@ -96,27 +129,38 @@ def test_chunks_do_not_matter(mask: str, monkeypatch: pytest.MonkeyPatch) -> Non
             torch.testing.assert_close(chunked.loss_T, whole.loss_T)
 
 
+def small_tails(exponent: int, ratio: float) -> Case:
+    """A student whose mass off S is 10^-exponent, a teacher whose is ``ratio`` times that."""
+    case = make_case(T, 1003, 10)
+    ids_TK = case.teacher["teacher_ids_TK"]
+    outside_TV = outside(case)
+    q_off_T = case.logits_TV.double().masked_fill(~outside_TV, -torch.inf).logsumexp(1)
+    q_on_T = case.logits_TV.double().gather(1, ids_TK).logsumexp(1)
+    shift_T1 = (-exponent * math.log(10.0) - q_off_T + q_on_T)[:, None]
+    logits_TV = torch.where(outside_TV, case.logits_TV + shift_T1, case.logits_TV.double()).float()
+    tail = min(0.5, ratio * 10.0**-exponent)
+    log_p_TK = case.teacher["teacher_logprobs_TK"].double().log_softmax(1) + math.log1p(-tail)
+    teacher = {"teacher_ids_TK": ids_TK, "teacher_logprobs_TK": log_p_TK.float()}
+    teacher["teacher_log_tail_T"] = torch.full((T,), math.log(tail))
+    return Case(logits_TV, case.labels_T, teacher)
+
+
+def outside(case: Case) -> Tensor:
+    """Which columns are not in S."""
+    return torch.ones_like(case.logits_TV, dtype=torch.bool).scatter_(1, case.teacher["teacher_ids_TK"], False)
+
+
 @pytest.mark.parametrize("exponent", range(1, 13))
 def test_small_tails_are_exact(exponent: int) -> None:
     """A student's tail of 1e-1 to 1e-12 under a teacher's that is ten times larger, and ten times smaller."""
-    case = make_case(T, 1003, 10)
-    ids_TK = case.teacher["teacher_ids_TK"]
-    outside_TV = torch.ones_like(case.logits_TV, dtype=torch.bool).scatter_(1, ids_TK, False)
-    q_off_T = case.logits_TV.double().masked_fill(~outside_TV, -torch.inf).logsumexp(1)
-    q_on_T = case.logits_TV.double().gather(1, ids_TK).logsumexp(1)
-    shift_T = (-exponent * torch.log(torch.tensor(10.0)).double() - q_off_T + q_on_T)[:, None]
-    logits_TV = torch.where(outside_TV, case.logits_TV + shift_T, case.logits_TV.double()).float()
     for ratio in (0.1, 10.0):
-        log_tail_T = torch.full((T,), ratio * 10.0**-exponent).clamp(max=0.5).double().log()
-        log_p_TK = case.teacher["teacher_logprobs_TK"].double().log_softmax(1) + torch.log1p(-log_tail_T.exp())[:, None]
-        teacher = {"teacher_ids_TK": ids_TK, "teacher_logprobs_TK": log_p_TK.float()}
-        teacher["teacher_log_tail_T"] = log_tail_T.float()
-        expected = reference(logits_TV, case.labels_T, teacher, alpha=1.0)
-        result, grad_TV = run(Case(logits_TV, case.labels_T, teacher), logits_TV, alpha=1.0)
+        case = small_tails(exponent, ratio)
+        expected = reference(case.logits_TV, case.labels_T, case.teacher, alpha=1.0)
+        result, grad_TV = run(case, case.logits_TV, alpha=1.0)
         compare(result, grad_TV, expected)
         # Off S alone, relative to the largest there: the gradient's share of t_q - t_p is right too.
-        off_TV, expected_off_TV = grad_TV.double()[outside_TV], expected["grad_TV"][outside_TV]
-        assert (off_TV - expected_off_TV).abs().max() <= 1e-5 * expected_off_TV.abs().max()
+        off_N, expected_off_N = grad_TV.double()[outside(case)], expected["grad_TV"][outside(case)]
+        assert (off_N - expected_off_N).abs().max() <= 1e-5 * expected_off_N.abs().max()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -124,7 +168,7 @@ def test_extreme_logits(mode: str) -> None:
     """Logits of +-1e4, columns of -inf outside S, a teacher id of probability 0, a teacher mass of 1 - 1e-7."""
     case = make_case(T, 203, 10)
     logits_TV = case.logits_TV.clone()
-    outside_TV = torch.ones_like(logits_TV, dtype=torch.bool).scatter_(1, case.teacher["teacher_ids_TK"], False)
+    outside_TV = outside(case)
     outside_TV[torch.arange(T), case.labels_T] = False
     logits_TV[0:2] *= 1e4 / logits_TV[0:2].abs().amax(1, keepdim=True)
     logits_TV[2:4] = torch.where(outside_TV[2:4] & (torch.arange(203) % 3 > 0), -torch.inf, logits_TV[2:4])
@@ -365,6 +409,14 @@ TWICE = torch.arange(10).repeat(T, 1).clamp(min=1)
         ({"weights_T": torch.ones(3)}, "weights_T must be of shape"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"mode": "reverse"}, "mode must be one of tail"),
+        ({"divergence": "kl"}, "divergence must be one of forward_kl"),
+        (
+            {"divergence": "reverse_kl", "mode": "truncated"},
+            "mode must be tail or renorm_both for divergence reverse_kl",
+        ),
+        ({"divergence": "jsd", "mode": "renorm_teacher"}, "mode must be tail or renorm_both for divergence jsd"),
+        ({"divergence": "jsd", "beta": 1.0}, r"beta must be in \(0, 1\), got 1.0"),
+        ({"divergence": "skew_kl", "skew": 1.0}, r"skew must be in \[0, 1\), got 1.0"),
         ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
         ({"temperature": -1.0, "mode": "renorm_both"}, "temperature must be a finite number > 0"),
         ({"temperature": 2.0}, "temperature must be 1 for mode tail.*renorm_teacher"),

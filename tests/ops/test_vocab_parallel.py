@@ -84,6 +84,8 @@ def _all_cases(rank: int, world_size: int) -> int:
                 count += 1
         for mode in ("renorm_teacher", "renorm_both"):
             _check(rank, world_size, case, logits_TV, True, mode=mode, temperature=2.0)
+        for divergence in ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"):
+            _check(rank, world_size, case, logits_TV, True, mode="tail", divergence=divergence)
         for mask_T in MASKS:
             _check(rank, world_size, Case(logits_TV, case.labels_T, {}), logits_TV, True, alpha=0.0, mask_T=mask_T)
     return count
