@@ -1,8 +1,9 @@
 """The annotation stage: a sealed round of rollouts in, the annotation store out (``data/store.py``).
 
-Teacher and student are both resident: every shard is then read, scored and sealed once, and the student, the smaller
-of the two, is what that costs in memory. A sample has four losses from three forwards: teacher with and without the
-prompt, student without it; the student's loss with it is the mean of the generator's own log-probabilities.
+A sample has four losses from three forwards: student without the prompt, then teacher with and without it; the
+student's loss with the prompt is the mean of the generator's own log-probabilities. One model is resident at a time,
+the student first, for memory and for layout: a 72B teacher runs on 8 tensor-parallel ranks, by which the 28 heads of a
+7B student cannot be divided. Only the student's losses, one number a sample, are carried over, in memory.
 
 Legend: R response tokens of a shard, N samples of a shard, P prompt tokens, n response tokens.
 """
@@ -11,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,40 +37,14 @@ from megatron_npd.models.families.base import load_spec
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.records import (
     QUARANTINE_FILE,
-    ROLLOUT_SCHEMA,
-    ROLLOUTS_FILE,
     SAMPLE_SCHEMA,
     SAMPLES_FILE,
     teacher_record_dtype,
 )
+from megatron_npd.teacher.samples import Samples, Setting, read_samples
 from megatron_npd.teacher.scorer import Ids, Scorer, Scores, mean_loss
 
 _FINGERPRINT_BYTES = 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Models:
-    """The two scorers, and what opens an answer where a sample's prompt has no turn header of the model's own."""
-
-    teacher: Scorer
-    student: Scorer
-    teacher_header: Ids  # of the teacher's chat template
-    teacher_start: Ids  # the teacher's BOS or end-of-document token
-    student_start: Ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Samples:
-    """The samples of a shard that can be scored, and those that cannot with the reason."""
-
-    table: pa.Table  # ROLLOUT_SCHEMA, N rows
-    prompts: list[Ids]
-    teacher_prompts: list[Ids]
-    teacher_headers: list[Ids]
-    student_headers: list[Ids]
-    responses: list[Ids]
-    generator_logprobs: list[npt.NDArray[np.float32]]
-    quarantine: list[dict[str, str]]
 
 
 def annotate_round(
@@ -101,25 +76,22 @@ def annotate_round(
         UserError: Input, models or layout are refused, or no sample could be scored.
     """
     rollouts_dir, out_dir = Path(rollouts_dir), Path(out_dir)
-    initialize_distributed(
-        tensor_model_parallel_size=cfg.tensor_model_parallel_size,
-        pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
-    )
+    layout = {
+        "tensor_model_parallel_size": cfg.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
+    }
+    initialize_distributed(**layout)
     rank = dist.get_rank()
     rollouts = read_manifest(rollouts_dir, kind="rollouts", verify=rank == 0)
     names = (PurePosixPath(name) for name in rollouts.files)
     shards = sorted(str(name.parent) for name in names if name.name == MANIFEST)
-    vocab_size, teacher_vocab_size = load_spec(student_dir).vocab_size, load_spec(teacher_dir).vocab_size
-    if cfg.top_k > min(vocab_size, teacher_vocab_size):
-        raise UserError(
-            f"top_k must be at most the vocabulary ({min(vocab_size, teacher_vocab_size)}), got {cfg.top_k}; lower it"
-        )
+    setting = _setting(teacher_dir, student_dir, cfg)
     provenance = {
         "rollouts_sha256": file_sha256(rollouts_dir / MANIFEST),
         "teacher": model_fingerprint(teacher_dir),
         "student": model_fingerprint(student_dir),
         "top_k": cfg.top_k,
-        "vocab_size": vocab_size,
+        "vocab_size": setting.student.vocab_size,
         "bf16": cfg.bf16,
         "seq_length": cfg.seq_length,
         "round": rollouts.provenance["round"],
@@ -129,22 +101,20 @@ def annotate_round(
         return read_manifest(out_dir, kind=STORE_KIND) if rank == 0 else None
     with writing(out_dir, resume=True) if rank == 0 else nullcontext():
         pending = _rank0(
-            lambda: [
+            lambda: {
                 name for name in shards if sealed_from(out_dir / name, kind=SHARD_KIND, provenance=provenance) is None
-            ]
+            }
         )
-        models = _load_models(teacher_dir, student_dir, cfg, vocab_size)
-        started, tokens = time.monotonic(), 0
-        dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        for index, name in enumerate(shards):
-            if index % dp_size == dp_rank and name in pending:
-                title = f"annotate {index + 1}/{len(shards)}"
-                tokens += _annotate_shard(rollouts_dir / name, out_dir / name, models, cfg, provenance, title)
+        if pending:
+            student_losses = _student_losses(rollouts_dir, shards, pending, setting)
+            initialize_distributed(**layout)
+            teacher = Scorer(teacher_dir, vocab_size=setting.student.vocab_size, **_scorer_settings(cfg))
+            for name in _own(shards, pending):
+                source, out = rollouts_dir / name, out_dir / name
+                _annotate_shard(source, out, teacher, setting, student_losses[name], provenance)
         dist.barrier()
         if rank != 0:
             return None
-        seconds = time.monotonic() - started
-        get_logger().info("annotated %d shards, %.0f tokens/s on this rank", len(pending), tokens / max(seconds, 1e-9))
         return _seal_round(out_dir, shards, provenance)
 
 
@@ -171,120 +141,99 @@ def _rank0(question: Callable[[], Any]) -> Any:
     return answer[0]
 
 
-def _load_models(teacher_dir: str | Path, student_dir: str | Path, cfg: AnnotateConfig, vocab_size: int) -> _Models:
+def _setting(teacher_dir: str | Path, student_dir: str | Path, cfg: AnnotateConfig) -> Setting:
+    teacher, student = load_spec(teacher_dir), load_spec(student_dir)
+    vocab_size = min(teacher.vocab_size, student.vocab_size)
+    if cfg.top_k > vocab_size:
+        raise UserError(f"top_k must be at most the vocabulary ({vocab_size}), got {cfg.top_k}; lower it")
     student_tokenizer, teacher_tokenizer = load_tokenizer(student_dir), load_tokenizer(teacher_dir)
     check_vocabularies(student_tokenizer, teacher_tokenizer)
-    settings = {"seq_length": cfg.seq_length, "micro_batch_size": cfg.micro_batch_size, "bf16": cfg.bf16}
-    return _Models(
-        teacher=Scorer(teacher_dir, vocab_size=vocab_size, **settings),
-        student=Scorer(student_dir, **settings),
+    return Setting(
+        cfg=cfg,
+        teacher=teacher,
+        student=student,
         teacher_header=np.array(turn_header(teacher_tokenizer)),
         teacher_start=np.array([document_start(teacher_tokenizer)]),
         student_start=np.array([document_start(student_tokenizer)]),
     )
 
 
+def _scorer_settings(cfg: AnnotateConfig) -> dict[str, Any]:
+    return {"seq_length": cfg.seq_length, "micro_batch_size": cfg.micro_batch_size, "bf16": cfg.bf16}
+
+
+def _own(shards: list[str], pending: set[str]) -> list[str]:
+    """The pending shards of this data-parallel rank."""
+    own = shards[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+    return [name for name in own if name in pending]
+
+
+def _writes() -> bool:
+    """Whether this rank is the one of its model copy that holds the scores and hands them on."""
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _student_losses(
+    rollouts_dir: Path, shards: list[str], pending: set[str], setting: Setting
+) -> dict[str, npt.NDArray[np.float32]]:
+    """L(y) of the student for each scorable sample of each pending shard, on every rank."""
+    # The widest layout within the teacher's that the student's heads allow; its other ranks are data-parallel.
+    width = math.gcd(setting.cfg.tensor_model_parallel_size, setting.student.num_kv_heads)
+    initialize_distributed(tensor_model_parallel_size=width)
+    student = Scorer(setting.student.path, **_scorer_settings(setting.cfg))
+    losses = {}
+    for name in _own(shards, pending):
+        samples = read_samples(rollouts_dir / name, setting)
+        scores = _score(student, samples.student_headers, samples.responses, 0, f"student {name}")
+        if scores is not None and _writes():
+            losses[name] = scores.losses()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, losses)
+    return {name: values for part in gathered for name, values in part.items()}
+
+
+def _score(scorer: Scorer, prefixes: list[Ids], responses: list[Ids], top_k: int, title: str) -> Scores | None:
+    """``Scorer.score`` under a progress bar."""
+    tokens = sum(map(len, prefixes)) + sum(map(len, responses)) - len(responses)
+    with progress(tokens, title, "tok") as bar:
+        return scorer.score(prefixes, responses, top_k=top_k, on_tokens=bar.update)
+
+
 def _annotate_shard(
-    source: Path, out: Path, models: _Models, cfg: AnnotateConfig, provenance: dict[str, Any], title: str
-) -> int:
-    """Score one shard on all ranks of this model copy; one of them writes and seals it. Returns tokens scored."""
-    samples = _read_samples(source, models, cfg)
-    passes = (
-        (models.teacher, samples.teacher_prompts, cfg.top_k),
-        (models.teacher, samples.teacher_headers, 0),
-        (models.student, samples.student_headers, 0),
-    )
-    responses = sum(map(len, samples.responses)) - len(samples.responses)
-    total = sum(sum(map(len, prefixes)) + responses for _, prefixes, _ in passes)
-    with progress(total, title, "tok") as bar:
-        scores = [
-            scorer.score(prefixes, samples.responses, top_k=top_k, on_tokens=bar.update)
-            for scorer, prefixes, top_k in passes
-        ]
-    if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-        teacher, teacher_alone, student_alone = scores
-        assert teacher is not None and teacher_alone is not None and student_alone is not None
-        losses = {
-            "teacher_loss": teacher.losses(),
-            "teacher_loss_alone": teacher_alone.losses(),
-            "student_loss": mean_loss(_joined(samples.generator_logprobs, np.float32), teacher.starts_N),
-            "student_loss_alone": student_alone.losses(),
-        }
-        with writing(out):
-            _write_shard(out, samples, teacher, losses, models.student.spec.vocab_size)
-            reasons = Counter(entry["reason"] for entry in samples.quarantine)
-            kept = len(samples.responses)
-            seal(
-                out,
-                kind=SHARD_KIND,
-                provenance=provenance,
-                counts={
-                    "in": kept + reasons.total(),
-                    "kept": kept,
-                    "quarantined": dict(sorted(reasons.items())),
-                    "response_tokens": int(teacher.starts_N[-1]),
-                },
-            )
-    return total
-
-
-def _read_samples(source: Path, models: _Models, cfg: AnnotateConfig) -> _Samples:
-    read_manifest(source, kind="rollouts-shard")
-    table = pq.read_table(source / ROLLOUTS_FILE)
-    if not table.schema.equals(ROLLOUT_SCHEMA):
-        raise UserError(f"{source / ROLLOUTS_FILE} must have the columns {ROLLOUT_SCHEMA.names}, got {table.schema}")
-    prompts, responses, logprobs, own_prompts = (
-        _lists(table[name]) for name in ("prompt_ids", "response_ids", "logprobs", "teacher_prompt_ids")
-    )
-    has_own = table["teacher_prompt_ids"].is_valid().to_pylist()
-    teacher_prompts = [own if has else prompt for own, has, prompt in zip(own_prompts, has_own, prompts, strict=True)]
-    longest = min(cfg.seq_length, models.teacher.spec.max_position_embeddings)
-    ids_end = min(models.student.spec.vocab_size, models.teacher.spec.vocab_size)
-    kept, quarantine = [], []
-    for index, sample_id in enumerate(table["sample_id"].to_pylist()):
-        prompt, response, logprob = teacher_prompts[index], responses[index], logprobs[index]
-        assert len(prompts[index]) and len(prompt) and len(response) == len(logprob), f"{source} sample {sample_id}"
-        length = max(len(prompts[index]), len(prompt)) + len(response)
-        if not len(response):
-            problem = ("empty_response", "no response token")
-        elif length > longest:
-            problem = ("too_long", f"{length} tokens; seq_length and the teacher's context allow {longest}")
-        elif not _in_range((prompt, prompts[index], response), ids_end):
-            problem = ("token_outside_vocabulary", f"a token id is not in 0..{ids_end - 1}, known to both models")
-        elif not np.isfinite(logprob).all():
-            problem = ("logprob_not_finite", "a log-probability of the generator is not finite")
-        else:
-            kept.append(index)
-            continue
-        quarantine.append({"sample_id": sample_id, "reason": problem[0], "detail": problem[1]})
-    header_lens = table["header_len"].to_pylist()
-    student_headers, teacher_headers = [], []
-    for index in kept:
-        header = prompts[index][len(prompts[index]) - header_lens[index] :]
-        student_headers.append(header if len(header) else models.student_start)
-        shared = header if len(header) else models.teacher_start
-        teacher_headers.append(models.teacher_header if has_own[index] else shared)
-    return _Samples(
-        table=table.take(kept),
-        prompts=[prompts[index] for index in kept],
-        teacher_prompts=[teacher_prompts[index] for index in kept],
-        teacher_headers=teacher_headers,
-        student_headers=student_headers,
-        responses=[responses[index] for index in kept],
-        generator_logprobs=[logprobs[index] for index in kept],
-        quarantine=quarantine,
-    )
-
-
-def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """The lists of a column as views of one array."""
-    array = column.combine_chunks()
-    values = array.values.to_numpy(zero_copy_only=False)
-    return [values[start:end] for start, end in pairwise(array.offsets.to_pylist())]
-
-
-def _in_range(parts: tuple[Ids, ...], end: int) -> bool:
-    return all(part.min() >= 0 and part.max() < end for part in parts)
+    source: Path,
+    out: Path,
+    teacher: Scorer,
+    setting: Setting,
+    student_loss_alone: npt.NDArray[np.float32],
+    provenance: dict[str, Any],
+) -> None:
+    """Score one shard on all ranks of this model copy; one of them writes and seals it."""
+    started = time.monotonic()
+    samples = read_samples(source, setting)
+    scores = _score(teacher, samples.teacher_prompts, samples.responses, setting.cfg.top_k, f"teacher {out.name}")
+    alone = _score(teacher, samples.teacher_headers, samples.responses, 0, f"teacher {out.name}, responses alone")
+    if not _writes():
+        return
+    assert scores is not None and alone is not None and len(student_loss_alone) == len(samples.responses)
+    losses = {
+        "teacher_loss": scores.losses(),
+        "teacher_loss_alone": alone.losses(),
+        "student_loss": mean_loss(_joined(samples.generator_logprobs, np.float32), scores.starts_N),
+        "student_loss_alone": student_loss_alone,
+    }
+    reasons = Counter(entry["reason"] for entry in samples.quarantine)
+    counts = {
+        "in": len(samples.responses) + reasons.total(),
+        "kept": len(samples.responses),
+        "quarantined": dict(sorted(reasons.items())),
+        "response_tokens": int(scores.starts_N[-1]),
+    }
+    with writing(out):
+        _write_shard(out, samples, scores, losses, setting.student.vocab_size)
+        seal(out, kind=SHARD_KIND, provenance=provenance, counts=counts)
+    seconds = max(time.monotonic() - started, 1e-9)
+    rate = counts["response_tokens"] / seconds
+    get_logger().info("%s: %d samples, %.0f response tokens/s", out, counts["kept"], rate)
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -292,7 +241,7 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def _write_shard(
-    out: Path, samples: _Samples, teacher: Scores, losses: dict[str, npt.NDArray[np.float32]], vocab_size: int
+    out: Path, samples: Samples, teacher: Scores, losses: dict[str, npt.NDArray[np.float32]], vocab_size: int
 ) -> None:
     assert teacher.ids_RK is not None and teacher.logprobs_RK is not None and teacher.log_tail_R is not None
     table, starts_N = samples.table, teacher.starts_N

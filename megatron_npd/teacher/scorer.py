@@ -100,6 +100,7 @@ class Scorer:
         self.model = build_model(self.spec, bf16=bf16)
         load_hf_weights(self.model, self.spec)
         self.model.eval().requires_grad_(False)
+        self._group: Any = parallel_state.get_tensor_model_parallel_group()
         self.device = next(self.model.parameters()).device
         self._head_weight = None
         if self.model.post_process:
@@ -190,7 +191,6 @@ class Scorer:
         """Output layer and top-k of one micro-batch, into ``scores``; runs on the last pipeline stage."""
         assert scores is not None and batch.loss_mask is not None and batch.labels is not None
         positions_R = batch.loss_mask[0].nonzero()[:, 0]
-        group = parallel_state.get_tensor_model_parallel_group()
         for first in range(0, len(positions_R), _HEAD_ROWS):
             rows = positions_R[first : first + _HEAD_ROWS]
             places = places_R[first : first + _HEAD_ROWS]
@@ -200,7 +200,7 @@ class Scorer:
                 max(top_k, 1),
                 vocab_size=self.columns,
                 sampled_ids_T=batch.labels[0, rows],
-                group=group if group.size() > 1 else None,
+                group=self._group,
             )
             assert top.sampled_logprobs_T is not None
             scores.sampled_logprobs_R[places] = top.sampled_logprobs_T.cpu().numpy()

@@ -242,3 +242,7 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "none")
     with pytest.raises(UserError, match="must hold a tokenizer"):
         load_tokenizer(tmp_path)
+    make_tiny_tokenizer(tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    with pytest.raises(UserError, match="must hold a tokenizer"):
+        load_tokenizer(tmp_path / "damaged")

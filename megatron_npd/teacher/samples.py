@@ -1,0 +1,128 @@
+"""The samples of a rollout shard that models can score, and what each model reads before the response.
+
+Legend: N samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.config import AnnotateConfig
+from megatron_npd.log import UserError
+from megatron_npd.manifest import read_manifest
+from megatron_npd.models.families.base import ModelSpec
+from megatron_npd.records import ROLLOUT_SCHEMA, ROLLOUTS_FILE
+from megatron_npd.teacher.scorer import Ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all shards share: the models' shapes, and what opens an answer where a sample's prompt does not say it."""
+
+    cfg: AnnotateConfig
+    teacher: ModelSpec
+    student: ModelSpec
+    teacher_header: Ids  # of the teacher's chat template
+    teacher_start: Ids  # the teacher's BOS or end-of-document token
+    student_start: Ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The samples of a shard that can be scored, and those that cannot with the reason."""
+
+    table: pa.Table  # ROLLOUT_SCHEMA, N rows
+    prompts: list[Ids]
+    teacher_prompts: list[Ids]
+    teacher_headers: list[Ids]
+    student_headers: list[Ids]
+    responses: list[Ids]
+    generator_logprobs: list[npt.NDArray[np.float32]]
+    quarantine: list[dict[str, str]]  # sample_id, reason, detail
+
+
+def read_samples(source: Path, setting: Setting) -> Samples:
+    """Read a sealed rollout shard.
+
+    Raises:
+        UserError: It is not sealed, damaged, or has other columns.
+    """
+    read_manifest(source, kind="rollouts-shard")
+    table = pq.read_table(source / ROLLOUTS_FILE)
+    if not table.schema.equals(ROLLOUT_SCHEMA):
+        raise UserError(f"{source / ROLLOUTS_FILE} must have the columns {ROLLOUT_SCHEMA.names}, got {table.schema}")
+    prompts, own_prompts, responses, logprobs = (
+        _Lists.of(table[name]) for name in ("prompt_ids", "teacher_prompt_ids", "response_ids", "logprobs")
+    )
+    assert np.array_equal(responses.lens, logprobs.lens) and (prompts.lens > 0).all(), source
+    longest = min(setting.cfg.seq_length, setting.teacher.max_position_embeddings)
+    ids_end = min(setting.student.vocab_size, setting.teacher.vocab_size)
+    tokens_N = np.maximum(prompts.lens, own_prompts.lens) + responses.lens
+    outside_N = np.logical_or.reduce(
+        [ids.any((ids.values < 0) | (ids.values >= ids_end)) for ids in (prompts, own_prompts, responses)]
+    )
+    checks = (
+        ("empty_response", responses.lens == 0, "no response token"),
+        ("too_long", tokens_N > longest, f"seq_length and the teacher's context allow {longest} tokens"),
+        ("token_outside_vocabulary", outside_N, f"teacher and student both know the ids 0..{ids_end - 1}"),
+        ("logprob_not_finite", logprobs.any(~np.isfinite(logprobs.values)), "of the generator, for a response token"),
+    )
+    failed_N = np.select([mask for _, mask, _ in checks], range(len(checks)), len(checks))
+    kept = np.flatnonzero(failed_N == len(checks))
+    sample_ids = table["sample_id"].to_pylist()
+    quarantine = [
+        {"sample_id": sample_ids[index], "reason": checks[failed_N[index]][0], "detail": checks[failed_N[index]][2]}
+        for index in np.flatnonzero(failed_N < len(checks))
+    ]
+    table = table.take(pa.array(kept))
+    kept_prompts = prompts.take(kept)
+    student_headers, teacher_prompts, teacher_headers = [], [], []
+    for prompt, own, header_len in zip(
+        kept_prompts, own_prompts.take(kept), table["header_len"].to_pylist(), strict=True
+    ):
+        header = prompt[len(prompt) - header_len :]
+        student_headers.append(header if header_len else setting.student_start)
+        teacher_prompts.append(own if len(own) else prompt)
+        shared = header if header_len else setting.teacher_start
+        teacher_headers.append(setting.teacher_header if len(own) else shared)
+    return Samples(
+        table=table,
+        prompts=kept_prompts,
+        teacher_prompts=teacher_prompts,
+        teacher_headers=teacher_headers,
+        student_headers=student_headers,
+        responses=responses.take(kept),
+        generator_logprobs=logprobs.take(kept),
+        quarantine=quarantine,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lists:
+    """A column of lists: all values one after another, and where each list starts."""
+
+    values: np.ndarray
+    starts: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> _Lists:
+        array = column.combine_chunks()
+        return cls(values=array.values.to_numpy(zero_copy_only=False), starts=array.offsets.to_numpy())
+
+    @property
+    def lens(self) -> npt.NDArray[np.int32]:
+        return np.diff(self.starts)
+
+    def any(self, flags: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Whether any of each list's values is flagged."""
+        return np.diff(np.concatenate([[0], np.cumsum(flags)])[self.starts]) > 0
+
+    def take(self, indices: npt.NDArray[np.integer]) -> list[np.ndarray]:
+        """The lists at ``indices``, as views."""
+        return [self.values[self.starts[index] : self.starts[index + 1]] for index in indices]

@@ -1,0 +1,226 @@
+"""The annotation stage: what the store holds, what is set aside, layouts, and a stage that is killed and run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from megatron_npd.config import AnnotateConfig
+from megatron_npd.log import UserError
+from megatron_npd.manifest import is_sealed, read_manifest, seal
+from tests.dist import run_distributed
+from tests.helpers import VOCAB_SIZE, make_tiny_model
+from tests.teacher.reference import HEADER, TransformersModel, check_top_k, make_rollouts
+from tools.annotate import main as command
+
+CFG = AnnotateConfig(top_k=4, seq_length=128)
+LENGTHS = [(20, 12), (8, 30), (3, 1), (30, 40), (2, 7), (15, 15), (9, 9), (40, 3)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A teacher with more embedding rows than the student, and a student."""
+    path = tmp_path_factory.mktemp("models")
+    return {
+        "teacher_dir": make_tiny_model(path / "teacher", seed=1, vocab_size=320, num_key_value_heads=2),
+        "student_dir": make_tiny_model(path / "student", seed=2),
+    }
+
+
+def annotate(rollouts: Path, out: Path, models: dict[str, Path], cfg: AnnotateConfig = CFG) -> Any:
+    from megatron_npd.teacher.annotate import annotate_round
+
+    return annotate_round(rollouts, out, **models, cfg=cfg)
+
+
+def samples(out: Path) -> list[dict[str, Any]]:
+    return [row for file in sorted(out.glob("shard-*/samples.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def rollout_rows(rollouts: Path) -> list[dict[str, Any]]:
+    return [row for file in sorted(rollouts.glob("*/rollouts.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = (file for file in path.rglob("*") if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def test_the_store_holds_what_transformers_says(tmp_path: Path, models: dict[str, Path]) -> None:
+    from megatron_npd.data.store import AnnotationStore
+
+    make_rollouts(tmp_path / "rollouts", LENGTHS)
+    manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models)
+    assert manifest.counts == {
+        "in": 8,
+        "kept": 8,
+        "quarantined": {},
+        "response_tokens": sum(response for _, response in LENGTHS),
+    }
+    assert manifest.provenance["vocab_size"] == VOCAB_SIZE and manifest.provenance["top_k"] == 4
+    assert manifest.provenance["round"] == 3 and manifest.provenance["policy_version"] == "v0003"
+    store = AnnotationStore(tmp_path / "out")
+    teacher = TransformersModel(models["teacher_dir"], VOCAB_SIZE)
+    student = TransformersModel(models["student_dir"])
+    rows = rollout_rows(tmp_path / "rollouts")
+    for index, (rollout, sample) in enumerate(zip(rows, samples(tmp_path / "out"), strict=True)):
+        prompt, response = rollout["prompt_ids"], rollout["response_ids"]
+        expected = teacher(prompt, response)
+        header = prompt[-3:] if len(prompt) > 3 else [2]  # the tiny tokenizer's end of sequence where there is none
+        assert header in (HEADER, [2])
+        assert store.tokens(index).tolist() == prompt + response
+        records = store.teacher(index)
+        check_top_k(records["ids"], records["logprobs"], expected.logprobs, 4e-3)  # fp16
+        np.testing.assert_allclose(sample["teacher_logprobs"], expected.sampled, atol=1e-4)
+        tail = torch.log1p(-expected.logprobs.topk(4).values.exp().sum(1))
+        np.testing.assert_allclose(records["log_tail"].astype(np.float64), tail, atol=4e-3)
+        assert sample["on_distribution"] == (rollout["temperature"] == 1)
+        if sample["on_distribution"]:
+            np.testing.assert_allclose(records["generator_logprob"], rollout["logprobs"], rtol=1e-3, atol=1e-6)
+        else:
+            assert np.isnan(records["generator_logprob"]).all()
+        losses = {
+            "teacher_loss": expected.loss,
+            "teacher_loss_alone": teacher(header, response).loss,
+            "student_loss": -np.mean(rollout["logprobs"]),
+            "student_loss_alone": student(header, response).loss,
+        }
+        for name, value in losses.items():
+            assert abs(sample[name] - value) < 1e-4, (index, name)
+        for name in ("sample_id", "prompt_id", "path", "finish_reason", "policy_version"):
+            assert sample[name] == rollout[name]
+        assert (sample["prompt_len"], sample["response_len"]) == LENGTHS[index]
+
+
+def test_the_teacher_reads_its_own_prompt(tmp_path: Path, models: dict[str, Path]) -> None:
+    from megatron_npd.data.tokenizer import load_tokenizer, turn_header
+
+    own = [None, [5, 6, 7, 8], None, [9] * 60]
+    make_rollouts(tmp_path / "rollouts", LENGTHS[:4], teacher_prompt_ids=own)
+    annotate(tmp_path / "rollouts", tmp_path / "out", models)
+    teacher = TransformersModel(models["teacher_dir"], VOCAB_SIZE)
+    student = TransformersModel(models["student_dir"])
+    header = turn_header(load_tokenizer(models["teacher_dir"]))
+    rows = rollout_rows(tmp_path / "rollouts")
+    for index, (rollout, sample) in enumerate(zip(rows, samples(tmp_path / "out"), strict=True)):
+        if own[index] is None:
+            continue
+        response = rollout["response_ids"]
+        assert abs(sample["teacher_loss"] - teacher(own[index], response).loss) < 1e-4
+        assert abs(sample["teacher_loss_alone"] - teacher(header, response).loss) < 1e-4
+        assert abs(sample["student_loss_alone"] - student(HEADER, response).loss) < 1e-4
+        assert sample["prompt_len"] == len(rollout["prompt_ids"])
+
+
+def test_samples_that_cannot_be_scored_are_counted(tmp_path: Path, models: dict[str, Path]) -> None:
+    lengths = [(10, 5), (10, 0), (100, 29), (100, 28), (6, 6), (6, 6), (6, 6)]
+    make_rollouts(tmp_path / "plain", lengths)
+    rows = rollout_rows(tmp_path / "plain")
+    prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
+    logprobs = [row["logprobs"] for row in rows]
+    prompts[4][0] = VOCAB_SIZE
+    responses[5][2] = -1
+    logprobs[6][3] = float("-inf")
+    make_rollouts(tmp_path / "rollouts", lengths, prompt_ids=prompts, response_ids=responses, logprobs=logprobs)
+    manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models)
+    assert manifest.counts["in"] == 7 and manifest.counts["kept"] == 2
+    assert manifest.counts["quarantined"] == {
+        "empty_response": 1,
+        "too_long": 1,
+        "token_outside_vocabulary": 2,
+        "logprob_not_finite": 1,
+    }
+    assert [row["sample_id"] for row in samples(tmp_path / "out")] == [f"{0:016x}", f"{3:016x}"]
+    lines = "".join(file.read_text() for file in sorted((tmp_path / "out").glob("*/quarantine.jsonl"))).splitlines()
+    assert [int(json.loads(line)["sample_id"], 16) for line in lines] == [1, 2, 4, 5, 6]
+
+
+def test_refusals(tmp_path: Path, models: dict[str, Path]) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS)
+    with pytest.raises(UserError, match=f"top_k must be at most the vocabulary \\({VOCAB_SIZE}\\), got 305"):
+        annotate(tmp_path / "rollouts", tmp_path / "out", models, AnnotateConfig(top_k=305))
+    with pytest.raises(UserError, match="must hold a scored sample"):
+        annotate(tmp_path / "rollouts", tmp_path / "short", models, AnnotateConfig(top_k=4, seq_length=2))
+    other = make_tiny_model(tmp_path / "other")
+    data = json.loads((other / "tokenizer.json").read_text())
+    vocab = data["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    (other / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="must share their token ids"):
+        annotate(tmp_path / "rollouts", tmp_path / "out", models | {"teacher_dir": other})
+
+
+def test_a_sealed_round_is_kept_and_another_input_refused(tmp_path: Path, models: dict[str, Path]) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS)
+    first = annotate(tmp_path / "rollouts", tmp_path / "out", models)
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.*")}
+    assert annotate(tmp_path / "rollouts", tmp_path / "out", models) == first
+    assert times == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.*")}
+    with pytest.raises(UserError, match="got other top_k"):
+        annotate(tmp_path / "rollouts", tmp_path / "out", models, AnnotateConfig(top_k=5, seq_length=128))
+
+
+def _killed_at(rank: int, world_size: int, shard: str, rollouts: Path, out: Path, models: dict[str, Path]) -> None:
+    """Annotate, and be killed when all files of ``shard`` are written and it is about to be sealed."""
+    from megatron_npd.teacher import annotate as stage
+
+    def seal_or_die(path: Path, **options: Any) -> Any:
+        if path.name == shard:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seal(path, **options)
+
+    stage.seal = seal_or_die
+    annotate(rollouts, out, models)
+
+
+def test_a_killed_stage_goes_on_and_leaves_the_same_bytes(tmp_path: Path, models: dict[str, Path]) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
+    annotate(tmp_path / "rollouts", tmp_path / "whole", models)
+    out = tmp_path / "killed"
+    with pytest.raises(AssertionError, match="-9"):
+        run_distributed(_killed_at, 1, "shard-00001", tmp_path / "rollouts", out, models)
+    assert is_sealed(out / "shard-00000") and (out / "shard-00001" / "samples.parquet").exists()
+    assert not is_sealed(out / "shard-00001") and not (out / "shard-00002").exists()
+    kept = (out / "shard-00000" / "tokens.bin").stat().st_mtime_ns
+    flags = {"rollouts": tmp_path / "rollouts", "out": out, "teacher": models["teacher_dir"], "platform": "cpu"}
+    flags |= {"student": models["student_dir"], "top-k": CFG.top_k, "seq-length": CFG.seq_length}
+    command([f"--{name}={value}" for name, value in flags.items()])
+    assert (out / "shard-00000" / "tokens.bin").stat().st_mtime_ns == kept
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def _annotate_rank(rank: int, world_size: int, rollouts: Path, out: Path, models: Any, cfg: AnnotateConfig) -> Any:
+    manifest = annotate(rollouts, out, models, cfg)
+    return manifest and dict(manifest.counts)
+
+
+def test_data_parallel_ranks_share_the_shards(tmp_path: Path, models: dict[str, Path]) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
+    alone = annotate(tmp_path / "rollouts", tmp_path / "alone", models)
+    results = run_distributed(_annotate_rank, 2, tmp_path / "rollouts", tmp_path / "two", models, CFG)
+    assert results == [dict(alone.counts), None]
+    assert contents(tmp_path / "two") == contents(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("layout", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
+def test_model_parallel_layouts_leave_the_same_store(tmp_path: Path, models: dict[str, Path], layout: str) -> None:
+    """The student has one kv head: under tensor parallelism it runs data-parallel."""
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
+    annotate(tmp_path / "rollouts", tmp_path / "alone", models)
+    cfg = AnnotateConfig(top_k=CFG.top_k, seq_length=CFG.seq_length, **{layout: 2})
+    run_distributed(_annotate_rank, 2, tmp_path / "rollouts", tmp_path / "two", models, cfg)
+    read_manifest(tmp_path / "two", kind="annotations")
+    for one, two in zip(samples(tmp_path / "alone"), samples(tmp_path / "two"), strict=True):
+        for name, value in one.items():
+            if isinstance(value, float | list):
+                np.testing.assert_allclose(two[name], value, atol=1e-4)
+            else:
+                assert two[name] == value
