@@ -157,7 +157,7 @@ class TrainConfig:
     save: str = ""
     """Directory under which checkpoints iter_0000100/ are written; empty: none."""
     load: str = ""
-    """Directory to resume from (its newest whole checkpoint); empty: the same as save."""
+    """Directory whose newest whole checkpoint the run starts from while save holds none; empty: hf_model starts it."""
     save_interval: int = 0
     """Steps between checkpoints; 0: only at the end."""
     log_interval: int = 10
