@@ -85,6 +85,16 @@ def test_losses_alone_need_no_top_k(tiny_model_dir: Path) -> None:
     assert np.abs(scores.losses() - full.losses()).max() < 1e-6
 
 
+def test_bfloat16_is_near_float32(tiny_model_dir: Path) -> None:
+    from megatron_npd.teacher.scorer import Scorer
+
+    full = score(tiny_model_dir, top_k=4)
+    half = Scorer(tiny_model_dir, seq_length=64, micro_batch_size=1, bf16=True).score(*sequences(), top_k=4)
+    assert half is not None
+    difference = np.abs(half.sampled_logprobs_R - full.sampled_logprobs_R)
+    assert 0 < difference.max() < 0.2  # 8 bits of mantissa in two layers
+
+
 def test_nothing_to_score(tiny_model_dir: Path) -> None:
     from megatron_npd.platform.initialize import initialize_distributed
     from megatron_npd.teacher.scorer import Scorer
