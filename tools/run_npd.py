@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_npd.platform import get_platform
-
 from megatron_npd.config import NPDConfig, parse_config
 from megatron_npd.log import run_main
+from megatron_npd.platform import get_platform
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import HEAD_DIM, build_tokenizer, write_models
-from problems import make_splits, write_splits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +14,8 @@ from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies
 from megatron_npd.models.families import load_spec
 from megatron_npd.records import PROMPTS_FILE
+from models import HEAD_DIM, build_tokenizer, write_models
+from problems import make_splits, write_splits
 
 SIZES = {"teacher": 300, "test": 100}
 

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from problems import SPLITS, Problem, make_splits, write_splits
 
 from megatron_npd.config import EvalConfig
+from problems import SPLITS, Problem, make_splits, write_splits
 
 SIZES = {"teacher": 400, "student": 60, "npd": 150, "test": 80}
 

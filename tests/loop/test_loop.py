@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from megatron_npd.config import NPDConfig, parse_config
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.platform import get_platform
+from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.rollout.refresh import refresh
 from tests.helpers import make_tiny_model
 
 get_platform("cpu")
+
+pytestmark = pytest.mark.server
 
 from megatron_npd.loop import controller  # noqa: E402
 
@@ -25,7 +30,9 @@ STAGES = ("generate_round", "select_round", "pack_selection")
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, vllm_server_url: str) -> NPDConfig:
+def recipe(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, served_pool: ServerPool
+) -> Iterator[NPDConfig]:
     root = tmp_path_factory.mktemp("loop")
     teacher = make_tiny_model(root / "teacher", seed=1, num_hidden_layers=3)
     for name, count, first in (("prompts", 12, 0), ("test", 4, 50)):
@@ -41,7 +48,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, vllm_
         "prompts": root / "prompts.jsonl",
         "eval.prompts": root / "test.jsonl",
         "eval.max_tokens": 8,
-        "rollout.urls": json.dumps([vllm_server_url]),
+        "rollout.urls": json.dumps(served_pool.urls),
         "rollout.max_tokens": 12,
         "rollout.max_model_len": 128,
         "rollout.shard_size": 16,
@@ -54,7 +61,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, vllm_
         "train.lr": 1e-3,
         "platform": "cpu",
     }
-    return parse_config(NPDConfig, [f"--{name}={value}" for name, value in flags.items()])
+    yield parse_config(NPDConfig, [f"--{name}={value}" for name, value in flags.items()])
+    refresh(served_pool, tiny_model_dir, "v0000")  # as other tests expect to find it
 
 
 def weights(run: Path, version: str) -> dict[str, torch.Tensor]:
