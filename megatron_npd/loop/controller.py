@@ -89,6 +89,8 @@ class _Loop:
         directory = self.run_dir / "rounds" / f"{index:04d}"
         rollouts, annotations = directory / "rollouts", directory / "annotations"
         selection, packs = directory / "selection", directory / "packs"
+        if not is_sealed(rollouts):
+            self._serve(index)  # before the stage's clock starts: a server's start and refresh have their own
         self._stage("rollout", index, rollouts, lambda: self._rollout(index, rollouts))
         self._stage("annotate", index, annotations, lambda: self._annotate(index, rollouts, annotations))
         self._stage(
@@ -184,9 +186,10 @@ class _Loop:
         done = known["start"] is not None if index == 0 else len(known["rounds"]) >= index
         if done:
             return
+        pool = self._serve(index)
         with timed(self.run_dir, "evaluate", index):
             result = exact_match(
-                self._serve(index),
+                pool,
                 self.run_dir / "eval_prompts",
                 answer_regex=self.cfg.eval.answer_regex,
                 tokenizer=load_tokenizer(self.cfg.student),
