@@ -142,9 +142,10 @@ def test_missing_inputs_are_named(recipe: NPDConfig, field: str, match: str) -> 
 
 
 def test_models_of_other_vocabularies_are_refused(recipe: NPDConfig, tmp_path: Path) -> None:
-    from tests.helpers import make_tiny_tokenizer
-
     other = make_tiny_model(tmp_path / "other")
-    make_tiny_tokenizer(other, vocab_size=290)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="vocabular"):
         controller.run_npd(dataclasses.replace(recipe, teacher=str(other), run_dir=str(tmp_path / "run")))
