@@ -77,6 +77,10 @@ run() {  # print the command, and start it unless this is a dry run
   printf '[node %s] %s\n' "$NODE_RANK" "$*"
   [ "$DRY_RUN" = 1 ] || "$@"
 }
+run_beside() {  # the same, for a job in the background: the job is the command itself, so that a signal reaches it
+  printf '[node %s] %s &\n' "$NODE_RANK" "$*"
+  [ "$DRY_RUN" = 1 ] || exec "$@"
+}
 sealed() { [ -f "$1/manifest.json" ]; }
 wait_for() {  # FILE: until another node has written it
   [ "$DRY_RUN" = 1 ] && return
@@ -119,7 +123,7 @@ done
 policy() { if [ "$1" = 0 ]; then echo "$STUDENT"; else echo "$RUN/policies/$(printf v%04d "$1")"; fi; }
 
 if [ "$NODE_RANK" -ge "$FIRST_SERVER_NODE" ]; then
-  run "$PYTHON" "$ROOT/tools/serve.py" --model "$(policy "$newest")" --policy-version "$(printf v%04d "$newest")" \
+  run_beside "$PYTHON" "$ROOT/tools/serve.py" --model "$(policy "$newest")" --policy-version "$(printf v%04d "$newest")" \
     --num-servers "$SERVERS_PER_NODE" --host "$SERVER_HOST" --port "$SERVER_PORT" --dtype "$SERVER_DTYPE" \
     --max-model-len "$MAX_MODEL_LEN" --platform "$PLATFORM" --urls-file "$SERVERS/$NODE_RANK.urls" &
   [ "$DRY_RUN" = 0 ] || wait

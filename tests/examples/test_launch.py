@@ -96,6 +96,8 @@ def test_two_processes_stand_for_two_nodes(tmp_path: Path) -> None:
             node.terminate()
     printed = "\n".join(path.read_text() for path in logs)
     assert codes == [0, 0], printed[-6000:]
+    with socket.socket() as probe:  # the servers end with the run
+        assert probe.connect_ex(("127.0.0.1", int(environment["SERVER_PORT"]))) != 0
     assert is_sealed(run / "policies" / "v0002"), printed[-6000:]
     assert read_manifest(run / "rounds" / "0001" / "rollouts").provenance["policy_version"] == "v0001"
     for index in (0, 1):
