@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,10 @@ EXTENSION = "megatron_npd.rollout.worker_extension.WorkerExtension"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention; others die in use
 PROBE = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
 _STOP_SECONDS = 10.0
+_LOG_PREFIX = re.compile(
+    r"^\([^)]*\) \w+ [\d-]+ [\d:]+ \[[^\]]*\] ?"
+)  # (Worker pid=1) ERROR 11-22 13:04:31 [core.py:1512]
+_NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|\d+|None")
 _CPU_ENVIRONMENT = {
     # The sampler is wrapped in torch.compile even under --enforce-eager: the first request would start a C++ compiler.
     "TORCHDYNAMO_DISABLE": "1",
@@ -169,13 +174,15 @@ class VLLMServer:
         """The error for a server in trouble: ``what``, the log file and its last lines."""
         return UserError(f"the vLLM server {self.url} {what}; its log {self.log_path} ends:\n{self.log_tail()}")
 
-    def log_tail(self, lines: int = 15) -> str:
-        """The last lines of the server's log."""
-        with open(self.log_path, "rb") as log:
-            log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - 16384))
-            text = log.read().decode(errors="replace").splitlines()
-        return "\n".join(f"  | {line[:300]}" for line in text[-lines:])
+    def log_tail(self, lines: int = 12) -> str:
+        """The last remarks of the server's log, without stack frames, repetitions and messages of level INFO."""
+        told: dict[str, str] = {}
+        with open(self.log_path, errors="replace") as log:
+            for line in log:  # all of it: a dying engine repeats a long trace for each request
+                message = _LOG_PREFIX.sub("", line)
+                if message[:1].strip() and " INFO " not in line[: len(line) - len(message)]:
+                    told.setdefault(_NUMBERS.sub("#", message), f"  | {line.rstrip()[:300]}")
+        return "\n".join(list(told.values())[-lines:])
 
     def stop(self) -> None:
         """End the server and every process it started; harmless where it has ended already."""

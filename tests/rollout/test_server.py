@@ -91,3 +91,16 @@ def test_the_server_ends_with_its_parent(tiny_model_dir: Path, tmp_path: Path, n
         parent.stdout.close()
         if group_exists(group):
             os.killpg(group, signal.SIGKILL)
+
+
+def test_the_logs_tail_tells_the_cause_among_traces(tiny_model_dir: Path, tmp_path: Path) -> None:
+    server = VLLMServer(tiny_model_dir, RolloutConfig(), log_dir=tmp_path)
+    prefix = "(APIServer pid=20005) {} 11-22 13:04:31 [async_llm.py:906] "
+    lines = [prefix.format("INFO") + "ready", prefix.format("ERROR") + "the cause", "Process EngineCore:"]
+    for request in range(1000):
+        lines += [prefix.format("ERROR") + f"Engine Exception caught. Request id: generate-tokens-{request:016x}"]
+        lines += [prefix.format("ERROR") + '  File "x.py", line 1', prefix.format("ERROR") + "    return await func()"]
+    server.log_path.write_text("\n".join(lines))
+    tail = server.log_tail().splitlines()
+    assert len(tail) == 3
+    assert tail[0].endswith("the cause") and "EngineCore" in tail[1] and "caught" in tail[2]
