@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_npd.manifest import is_sealed, read_manifest
 from tests.helpers import make_tiny_model
 
@@ -45,6 +47,7 @@ def test_dry_run_prints_every_stage_with_its_sizes(tmp_path: Path) -> None:
     assert server.stdout.count("tools/serve.py") == 1 and "pretrain_npd" not in server.stdout
 
 
+@pytest.mark.timeout(1200)  # some thirty processes start one after another: 3 minutes where nothing else runs
 def test_two_processes_stand_for_two_nodes(tmp_path: Path) -> None:
     teacher = make_tiny_model(tmp_path / "teacher", seed=1, num_hidden_layers=3, num_key_value_heads=2)
     student = make_tiny_model(tmp_path / "student", num_key_value_heads=2)
@@ -90,7 +93,7 @@ def test_two_processes_stand_for_two_nodes(tmp_path: Path) -> None:
             node_environment = environment | {"NODE_RANK": str(rank)}
             nodes.append(subprocess.Popen([SCRIPT], env=node_environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [node.wait(timeout=420) for node in nodes]
+        codes = [node.wait(timeout=1100) for node in nodes]
     finally:
         for node in nodes:
             node.terminate()
