@@ -42,13 +42,14 @@ class RMSNorm(torch.nn.Module):
         """Args: config: of the model; hidden_size: size of the last dimension; eps: added to the mean square."""
         super().__init__()
         self.eps = eps
-        device = get_platform().device(local_rank())
+        self.platform = get_platform()
+        device = self.platform.device(local_rank())
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (read by megatron-core)
 
     def forward(self, x: Tensor) -> Tensor:
         """Any leading shape; the last dimension is normalised, in x's dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.platform.rms_norm(x, self.weight, self.eps)
 
 
 def build_model(

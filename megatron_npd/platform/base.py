@@ -80,6 +80,10 @@ class Platform(Protocol):
         """
         ...
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x * weight / sqrt(mean(x^2) + eps) over the last dimension, in x's dtype, differentiable."""
+        ...
+
     def adamw(self) -> type[torch.optim.Optimizer]:
         """The AdamW class that megatron-core's optimizers use here."""
         ...

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_npd.platform.base import (
@@ -63,6 +64,9 @@ class Device:
             return attention_by_segment(q, k, v, cu_seqlens, softmax_scale)
         on_device = _to_device(tuple(cu_seqlens.tolist()), q.device)
         return varlen(q, k, v, on_device, max_seqlen, softmax_scale)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     def adamw(self) -> type[torch.optim.Optimizer]:
         from megatron.core import optimizer

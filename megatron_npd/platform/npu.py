@@ -94,6 +94,11 @@ class Device:
             sparse_mode=_LEFT_UP_CAUSAL,
         )[0]
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        import torch_npu
+
+        return torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+
     def adamw(self) -> type[torch.optim.Optimizer]:
         return NPUAdamW
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_npd.log import UserError
 from megatron_npd.platform import get_platform
@@ -41,6 +42,26 @@ def _redirections(rank: int, world_size: int) -> None:
 
 def test_redirections() -> None:
     run_distributed(_redirections, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_torch(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, upstream = (torch.randn(shape, generator=generator) for shape in ((5, 1, 64), (64,), (5, 1, 64)))
+    x[2] *= 1e-4  # eps matters
+    results = []
+    for norm, kind in (
+        (get_platform("cpu").rms_norm, dtype),
+        (lambda x, w, e: F.rms_norm(x, w.shape, w, e), torch.float64),
+    ):
+        inputs = [y.detach().to(kind, copy=True).requires_grad_() for y in (x, weight)]
+        out = norm(*inputs, 1e-6)
+        out.backward(upstream.to(kind))
+        results.append([out.detach(), *(y.grad for y in inputs)])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == dtype
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+        torch.testing.assert_close(got.double(), want, **tolerance)
 
 
 def test_one_platform_a_process() -> None:
