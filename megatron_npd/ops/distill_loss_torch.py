@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_npd.ops.buckets import GradientRule, Objective, Rows, gradient_rule, losses_of
-from megatron_npd.ops.vocab_parallel import Stats, VocabShard, merge_stats
+from megatron_npd.ops.arguments import Problem
+from megatron_npd.ops.buckets import GradientRule
+from megatron_npd.ops.vocab_parallel import Stats
 
 CHUNK_ELEMENTS = 1 << 19
 """Logits of a chunk: 2 MiB of fp32 stay in the cache between the passes over them."""
@@ -34,7 +34,8 @@ class _Chunks:
     With several slices the buffer has a spare column of -inf, which ids owned elsewhere meet (``VocabShard.local``).
     """
 
-    def __init__(self, logits_TV: Tensor, out_TV: Tensor | None, rows: Rows, objective: Objective, shard: VocabShard):
+    def __init__(self, logits_TV: Tensor, out_TV: Tensor | None, problem: Problem):
+        rows, objective, shard = problem.rows, problem.objective, problem.shard
         self.logits_TV, self.out_TV = logits_TV, out_TV
         self.columns, self.spare = shard.columns, int(shard.size > 1)
         self.ids_NK, self.labels_N1 = shard.local(rows.ids_NK), shard.local(rows.labels_N)[:, None]
@@ -133,8 +134,18 @@ class _Chunks:
             self.out_TV.index_fill_(0, masked_T.nonzero()[:, 0], 0.0)
 
 
-def _forward_whole(chunks: _Chunks, rule: GradientRule | None, objective: Objective) -> Stats:
-    """One slice: statistics of all rows and, with a rule, their gradient while each chunk is in the cache."""
+def statistics(
+    logits_TV: Tensor, problem: Problem, rule: GradientRule | None = None, out_TV: Tensor | None = None
+) -> Stats:
+    """This slice's statistics of the rows that count, in one pass.
+
+    Args:
+        logits_TV: Read only, unless it is ``out_TV``.
+        problem: What to compute.
+        rule: With the only slice of a vocabulary, the rule of the gradient to be written while a chunk is in the cache.
+        out_TV: Where to, of the logits' shape and dtype: the logits themselves or another tensor.
+    """
+    chunks = _Chunks(logits_TV, out_TV, problem)
     parts: list[Stats] = []
     for lo, hi in chunks:
         z_CV = chunks.load(lo, hi)
@@ -143,19 +154,14 @@ def _forward_whole(chunks: _Chunks, rule: GradientRule | None, objective: Object
         if rule is None:
             continue
         part = rule.part(lo, hi)
-        grad_CB, tempered_C1 = part.apply(stats, objective)
+        grad_CB, tempered_C1 = part.apply(stats, problem.objective)
         if tempered_C1 is not None and sum_tempered_C1 is not None:
             tempered_C1 = tempered_C1 / sum_tempered_C1.clamp(min=1.0)
         # A sum is at least 1, the largest column's share, or 0 where no column is off S: nothing is left to scale.
-        chunks.store(
-            z_CV, lo, hi, grad_CB[:, :-1], grad_CB[:, -1:] / sum_C1.clamp_(min=1.0), tempered_C1, part.label_N1
-        )
+        off_C1 = grad_CB[:, -1:] / sum_C1.clamp_(min=1.0)
+        chunks.store(z_CV, lo, hi, grad_CB[:, :-1], off_C1, tempered_C1, part.label_N1)
     if rule is not None:
         chunks.finish()
-    return _cat(parts)
-
-
-def _cat(parts: list[Stats]) -> Stats:
     if len(parts) == 1:
         return parts[0]
     buckets, labels, largest, tempered = zip(*parts, strict=True)
@@ -163,61 +169,22 @@ def _cat(parts: list[Stats]) -> Stats:
     return Stats(torch.cat(buckets), torch.cat(labels), torch.cat(largest), tempered_N)
 
 
-class DistillLossFunction(torch.autograd.Function):
-    """Loss and parts of the rows that count, in the order of ``Losses``.
+def gradient(logits_TV: Tensor, problem: Problem, merged: Stats, rule: GradientRule, out_TV: Tensor) -> None:
+    """Write this slice's gradient, by the statistics of the whole vocabulary, in a pass of its own.
 
-    With one slice the gradient is computed in the forward; with several it waits for the exchange, so the backward
-    reads the logits a second time. Either way it is written into the logits' own storage if ``inplace``. The
-    storage's version counter moves with it, so autograd refuses, rather than computes, a gradient that would need the
-    logits' old values.
+    Args:
+        logits_TV: Read only, unless it shares its storage with ``out_TV``.
+        problem: What to compute.
+        merged: Statistics after ``merge_stats``.
+        rule: Rule of the gradient.
+        out_TV: Where to, of the logits' shape and dtype.
     """
-
-    @staticmethod
-    def forward(
-        ctx, logits_TV: Tensor, rows: Rows, objective: Objective, shard: VocabShard, inplace: bool, needs_grad: bool
-    ) -> tuple[Tensor, ...]:
-        rule = gradient_rule(rows, objective) if needs_grad else None
-        if shard.size == 1:
-            out_TV = (logits_TV if inplace else torch.empty_like(logits_TV)) if needs_grad else None
-            stats = _forward_whole(_Chunks(logits_TV, out_TV, rows, objective, shard), rule, objective)
-            if out_TV is not None:
-                ctx.save_for_backward(out_TV)
-        else:
-            chunks = _Chunks(logits_TV, None, rows, objective, shard)
-            stats = _cat([chunks.statistics(chunks.load(lo, hi), lo, hi)[0] for lo, hi in chunks])
-            stats = merge_stats(stats, rows.ids_NK, shard)
-            ctx.save_for_backward(logits_TV)
-            ctx.deferred = stats, rule
-        ctx.rows, ctx.objective, ctx.shard, ctx.inplace = rows, objective, shard, inplace
-        losses = losses_of(stats, rows, objective)
-        ctx.mark_non_differentiable(*losses[1:])
-        ctx.set_materialize_grads(False)
-        return tuple(losses)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor | None):
-        rows, (saved_TV,), grad_N = ctx.rows, ctx.saved_tensors, grads[0]
-        if grad_N is None:
-            return (None,) * 6
-        if ctx.shard.size == 1:
-            out_TV = saved_TV.detach()
-            # A summed loss has a gradient of ones: no pass over the logits then.
-            if not bool((grad_N == 1).all()):
-                if rows.index_N is not None:
-                    grad_N = grad_N.new_ones(len(out_TV)).index_copy_(0, rows.index_N, grad_N)
-                out_TV.mul_(grad_N[:, None])
-        else:
-            out_TV = saved_TV.detach() if ctx.inplace else torch.empty_like(saved_TV)
-            stats, rule = ctx.deferred
-            rule = rule.scaled(grad_N)
-            grad_NB, tempered_N1 = rule.apply(stats, ctx.objective)
-            chunks = _Chunks(saved_TV, out_TV, rows, ctx.objective, ctx.shard)
-            for lo, hi in chunks:
-                z_CV = chunks.load(lo, hi)
-                chunks.exponentials(z_CV, lo, hi, stats)
-                tempered_C1 = None if tempered_N1 is None else tempered_N1[lo:hi]
-                grad_CB = grad_NB[lo:hi]
-                chunks.store(z_CV, lo, hi, grad_CB[:, :-1], grad_CB[:, -1:], tempered_C1, rule.label_N1[lo:hi])
-            chunks.finish()
-        return out_TV, None, None, None, None, None
+    grad_NB, tempered_N1 = rule.apply(merged, problem.objective)
+    chunks = _Chunks(logits_TV, out_TV, problem)
+    for lo, hi in chunks:
+        z_CV = chunks.load(lo, hi)
+        chunks.exponentials(z_CV, lo, hi, merged)
+        tempered_C1 = None if tempered_N1 is None else tempered_N1[lo:hi]
+        grad_CB = grad_NB[lo:hi]
+        chunks.store(z_CV, lo, hi, grad_CB[:, :-1], grad_CB[:, -1:], tempered_C1, rule.label_N1[lo:hi])
+    chunks.finish()

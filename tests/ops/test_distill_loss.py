@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_npd.log import UserError
 from megatron_npd.ops import distill_loss_torch
-from megatron_npd.ops.distill_loss import MODES, DistillLoss, distill_loss
+from megatron_npd.ops.arguments import MODES
+from megatron_npd.ops.distill_loss import DistillLoss, distill_loss
 from tests.ops.reference import Case, compare, make_case, reference
 
 T = 12

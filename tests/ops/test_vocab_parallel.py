@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_npd.ops import distill_loss_torch
-from megatron_npd.ops.distill_loss import MODES, distill_loss
+from megatron_npd.ops.arguments import MODES
+from megatron_npd.ops.distill_loss import distill_loss
 from megatron_npd.ops.vocab_parallel import vocab_shard
 from tests.dist import run_distributed
 from tests.ops.reference import Case, compare, make_case, reference
