@@ -139,12 +139,13 @@ class ServerPool:
             UserError: No answer within ``timeout`` seconds, or an answer that is not 2xx.
         """
         try:
-            response = httpx.request(method, url + path, json=body, params=params, timeout=timeout, verify=self._tls)
+            with httpx.Client(timeout=timeout, verify=self._tls, trust_env=False) as client:  # no proxy in between
+                response = client.request(method, url + path, json=body, params=params)
         except httpx.TransportError as error:
             raise self._dead(url, f"must answer {path}, got {_words(error)}") from error
         if response.status_code == 404:
             raise UserError(
-                f"the server {url} must have {path}, got 404; start it with tools/rollout.py, or with "
+                f"the server {url} must have {path}, got 404; start it with tools/serve.py, or with "
                 "VLLM_SERVER_DEV_MODE=1 and the arguments that rollout/server.py gives it"
             )
         if response.is_error:
@@ -205,7 +206,7 @@ class ServerPool:
     ) -> None:
         async def worker(url: str) -> None:
             # A client of its own: httpx's shared connection pool looks at every connection for every request.
-            async with httpx.AsyncClient(timeout=timeout, verify=self._tls) as client:
+            async with httpx.AsyncClient(timeout=timeout, verify=self._tls, trust_env=False) as client:
                 for request in requests:
                     on_result(request, await self._generate(client, url, request, logprobs))
 

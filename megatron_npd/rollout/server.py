@@ -145,7 +145,7 @@ class VLLMServer:
             UserError: It died or gave no answer within ``cfg.start_timeout``; it is stopped then.
         """
         try:
-            with httpx.Client(base_url=self.url, timeout=self.cfg.start_timeout) as client:
+            with httpx.Client(base_url=self.url, timeout=self.cfg.start_timeout, trust_env=False) as client:
                 while not _is_healthy(client):
                     self.check_alive()
                     if time.monotonic() - self._started > self.cfg.start_timeout:

@@ -255,6 +255,13 @@ def test_a_hung_server_is_told_from_a_slow_request(prompts: Path, tmp_path: Path
     assert manifest.counts["quarantined"] == {"timeout": 3} and manifest.counts["kept"] == 33
 
 
+def test_servers_are_reached_past_a_proxy(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with FakeServer() as server:
+        assert generate(prompts, tmp_path / "out", server).counts["kept"] == 36
+
+
 def test_a_passing_failure_is_retried(prompts: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
     with FakeServer() as server:
         server.trouble = lambda body: 503 if len(server.asked) in (5, 9) else None
