@@ -147,5 +147,5 @@ def test_models_of_other_vocabularies_are_refused(recipe: NPDConfig, tmp_path: P
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match="vocabular"):
+    with pytest.raises(UserError, match="must share their token ids, got 2 that differ"):
         controller.run_npd(dataclasses.replace(recipe, teacher=str(other), run_dir=str(tmp_path / "run")))
