@@ -19,8 +19,8 @@ from torch import Tensor
 
 # A group costs CALL + S * (TOKEN * L + L * L), in query-key pairs; the ratios are those of forward + backward with
 # 4 heads of 32 on one core. They only decide where to cut the sorted lengths, so they need not be exact.
-_CALL_COST = 6_000
-_TOKEN_COST = 200
+_CALL_COST = 50_000
+_TOKEN_COST = 50
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,42 @@
+"""The CUDA platform on a GPU: its packed attention against attention over each segment in float32."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_npd.platform.base import PlatformUnavailable, attention_by_segment
+from megatron_npd.platform.cuda import Device
+
+
+@pytest.fixture
+def device() -> Device:
+    device = Device()
+    try:
+        device.check_available()
+    except PlatformUnavailable as error:
+        pytest.skip(str(error))
+    return device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_packed_attention(device: Device, dtype: torch.dtype, kv_heads: int) -> None:
+    lengths = [1, 80, 16, 300]
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), heads, 64) for heads in (8, kv_heads, kv_heads)]
+    exact = [torch.randn(shape, generator=generator).to(dtype).double().requires_grad_() for shape in shapes]
+    ours = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
+    upstream = torch.randn(shapes[0], generator=generator)
+    want = attention_by_segment(*exact, bounds, 0.125)
+    got = device.packed_attention(*ours, bounds, 300, 0.125)
+    want.backward(upstream.double())
+    got.backward(upstream.to("cuda", dtype))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for a, b in [(got, want), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))]:
+        assert a is not None and b is not None
+        torch.testing.assert_close(a.detach().cpu().double(), b.detach(), atol=tolerance, rtol=tolerance)
