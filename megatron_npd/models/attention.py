@@ -118,6 +118,7 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query [T, H, D], key and value [T, H_kv, D] -> [T, H, D]."""
         row = packed_seq_params
+        assert isinstance(row, PackedRow), "call the model with packed_seq_params=packed_params(cu_seqlens)"
         cos, sin = self.rotary.of_row(row, query.dtype, query.device)
         return self.platform.packed_attention(
             _Rotate.apply(query, cos, sin),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ class Device:
     def prepare(self) -> None:
         assert_megatron_not_imported()
         silence_library_warnings()
+        # One hardware queue: tensor-parallel communication starts in the order it was issued. Read at CUDA's start.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if not has_fused_adam():
             install_adamw(GroupStepAdamW)
 
