@@ -50,6 +50,11 @@ class Problem(NamedTuple):
     teacher_mass_N: Tensor
     num_tokens: int
 
+    def part(self, lo: int, hi: int) -> Problem:
+        """The problem of the ``lo``-th to ``hi``-th tokens that count, as if there were no others."""
+        rows = self.rows.part(lo, hi)
+        return self._replace(rows=rows, teacher_mass_N=self.teacher_mass_N[lo:hi], num_tokens=len(rows.labels_N))
+
     def whole(self, values_N: Tensor) -> Tensor:
         """Values of the tokens that count among zeros for the others, ``[T]``."""
         if self.rows.index_N is None:

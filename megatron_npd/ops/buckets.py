@@ -141,6 +141,16 @@ class Rows:
     log_target_NB: Tensor
     weights_N: Tensor | None
 
+    def part(self, lo: int, hi: int) -> Rows:
+        """The ``lo``-th to ``hi``-th of these, in rows of their own."""
+        return Rows(
+            index_N=None,
+            labels_N=self.labels_N[lo:hi],
+            ids_NK=self.ids_NK[lo:hi],
+            log_target_NB=self.log_target_NB[lo:hi],
+            weights_N=None if self.weights_N is None else self.weights_N[lo:hi],
+        )
+
 
 class Losses(NamedTuple):
     """The loss of each token (weights included) and its parts (without weights), fp32 ``[N]`` each."""
