@@ -22,6 +22,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 PlatformName = Literal["auto", "cpu", "cuda", "npu"]
 KDMode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]
+KDDivergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 
 
 def _require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:
@@ -186,6 +187,17 @@ class TrainConfig:
     """Weight of KD in (1 - kd_alpha) * CE + kd_alpha * KD; 0 is SFT."""
     kd_mode: KDMode = "tail"
     """What becomes of the probability outside the teacher's top-k (METHOD section 2)."""
+    kd_divergence: KDDivergence = "forward_kl"
+    """Divergence of student and teacher; those but forward_kl need kd_mode tail or renorm_both."""
+    kd_beta: float = 0.5
+    """Teacher's share of the mixture in jsd."""
+    kd_skew: float = 0.1
+    """Share of the first distribution in the second one of skew_kl and skew_reverse_kl."""
+    kd_temperature: float = 1.0
+    """Divides both sets of logits in KD, which is multiplied by its square; other than 1 for the renormalised modes."""
+    fused_linear_loss: bool = False
+    """Fuse the output layer into the loss: the logits are never whole, but from forward to backward there is a float32
+    gradient of the output layer's weight."""
 
     lr: float = 1e-4
     """Highest learning rate."""

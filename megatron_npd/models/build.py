@@ -5,6 +5,8 @@ The layers are megatron-core's local ones (no Transformer Engine), with RMSNorm 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -29,7 +31,7 @@ from megatron_npd.models.families.base import ModelSpec, load_spec
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
 
-__all__ = ["ModelSpec", "build_model", "load_spec", "packed_params"]
+__all__ = ["ModelSpec", "build_model", "head_weight", "load_spec", "packed_params", "without_output_layer"]
 
 
 class RMSNorm(torch.nn.Module):
@@ -101,6 +103,27 @@ def build_model(
         parallel_output=True,
     )
     return model.to(get_platform().device(local_rank()))
+
+
+@contextmanager
+def without_output_layer(model: GPTModel) -> Iterator[None]:
+    """Within it a forward of the last stage ends in hidden states ``[T, 1, H]``, after the final norm.
+
+    For callers that apply the output layer to some rows only, or fused with something else.
+    """
+    last, model.post_process = model.post_process, False
+    try:
+        yield
+    finally:
+        model.post_process = last
+
+
+def head_weight(model: GPTModel) -> Tensor:
+    """The output layer's weight on the last stage, ``[V / TP, H]``: its own, or the embedding's where they are tied."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    assert model.output_layer.weight is not None
+    return model.output_layer.weight
 
 
 def _check_layout(spec: ModelSpec, tensor_size: int, pipeline_size: int) -> None:

@@ -86,8 +86,7 @@ def make_problem(
         UserError: An argument breaks its rule.
     """
     _check_shapes(labels_T, mask_T, weights_T)
-    _check_numbers(alpha, mode, temperature)
-    _check_divergence(divergence, mode, beta, skew)
+    check_objective(alpha=alpha, mode=mode, divergence=divergence, beta=beta, skew=skew, temperature=temperature)
     shard = vocab_shard(width, vocab_size, group)
     vocab_size = shard.size * shard.width if vocab_size is None else vocab_size
     _check_teacher(
@@ -164,7 +163,12 @@ def _check_shapes(labels_T: Tensor, mask_T: Tensor | None, weights_T: Tensor | N
         refuse("labels_T", "of an integer dtype", labels_T.dtype, "give token ids")
 
 
-def _check_numbers(alpha: float, mode: str, temperature: float) -> None:
+def check_objective(*, alpha: float, mode: str, divergence: str, beta: float, skew: float, temperature: float) -> None:
+    """Check the numbers and names of a loss, whose meaning ``distill_loss`` explains.
+
+    Raises:
+        UserError: One breaks its rule, or they do not go together.
+    """
     if not 0 <= alpha <= 1:
         refuse("alpha", "in [0, 1]", alpha, "0 is cross-entropy alone, 1 the divergence alone")
     if mode not in MODES:
@@ -178,9 +182,6 @@ def _check_numbers(alpha: float, mode: str, temperature: float) -> None:
             temperature,
             "use renorm_teacher or renorm_both",
         )
-
-
-def _check_divergence(divergence: str, mode: str, beta: float, skew: float) -> None:
     if divergence not in DIVERGENCES:
         refuse("divergence", f"one of {', '.join(DIVERGENCES)}", repr(divergence), "choose one")
     if divergence != "forward_kl" and mode not in ("tail", "renorm_both"):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.packing import pack_lengths
-from megatron_npd.models.build import build_model, load_spec, packed_params
+from megatron_npd.models.build import build_model, head_weight, load_spec, packed_params, without_output_layer
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.topk import topk_logprobs
 from megatron_npd.records import LOG_TAIL_FLOOR
@@ -102,12 +102,6 @@ class Scorer:
         self.model.eval().requires_grad_(False)
         self._group: Any = parallel_state.get_tensor_model_parallel_group()
         self.device = next(self.model.parameters()).device
-        self._head_weight = None
-        if self.model.post_process:
-            if self.model.share_embeddings_and_output_weights:
-                self._head_weight = self.model.shared_embedding_or_output_weight()
-            # The forward then ends in hidden states, and the output layer sees response positions only.
-            self.model.post_process = False
 
     def score(
         self,
@@ -156,12 +150,13 @@ class Scorer:
         def forward_step(data: Iterator[_MicroBatch], model: Any) -> tuple[Tensor, Callable[..., None]]:
             micro = next(data)
             batch = micro.batch.to(self.device)
-            hidden_T1H = model(
-                input_ids=batch.tokens,
-                position_ids=batch.position_ids,
-                attention_mask=None,
-                packed_seq_params=packed_params(batch.cu_seqlens),
-            )
+            with without_output_layer(model):  # which then sees response positions only
+                hidden_T1H = model(
+                    input_ids=batch.tokens,
+                    position_ids=batch.position_ids,
+                    attention_mask=None,
+                    packed_seq_params=packed_params(batch.cu_seqlens),
+                )
             if on_tokens is not None:
                 on_tokens(micro.tokens)
             return hidden_T1H, partial(self._collect, micro.places_R, batch, scores, top_k)
@@ -190,11 +185,11 @@ class Scorer:
     ) -> None:
         """Output layer and top-k of one micro-batch, into ``scores``; runs on the last pipeline stage."""
         assert scores is not None and batch.loss_mask is not None and batch.labels is not None
-        positions_R = batch.loss_mask[0].nonzero()[:, 0]
+        positions_R, weight_VH = batch.loss_mask[0].nonzero()[:, 0], head_weight(self.model)
         for first in range(0, len(positions_R), _HEAD_ROWS):
             rows = positions_R[first : first + _HEAD_ROWS]
             places = places_R[first : first + _HEAD_ROWS]
-            logits_R1V, _ = self.model.output_layer(hidden_T1H[rows], weight=self._head_weight)
+            logits_R1V, _ = self.model.output_layer(hidden_T1H[rows], weight=weight_VH)
             top = topk_logprobs(
                 logits_R1V[:, 0],
                 max(top_k, 1),

@@ -1,64 +1,93 @@
 """What a training step minimises: one function an objective, and the table that names them.
 
-An objective takes this rank's logits and a batch and returns ``ops.distill_loss.DistillLoss``: a differentiable loss
-for each token, 0 where masked, and detached parts for the metrics. To add one, write a function of the same signature
-and name it in ``OBJECTIVES``.
+An objective takes what the last stage gives and a batch and returns the loss's sum over the micro-batch's response
+tokens, to differentiate, and each token's loss and parts (``ops.distill_loss.DistillLoss``) for the metrics. To add
+one, write a function of the same signature and name it in ``OBJECTIVES``.
 
-Legend: T tokens of a micro-batch, V this rank's slice of the vocabulary.
+Legend: T tokens of a micro-batch, V this rank's slice of the vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_npd.config import TrainConfig
 from megatron_npd.data.batch import PackedBatch
+from megatron_npd.ops.arguments import LossOptions
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss
+from megatron_npd.ops.fused_linear import distill_linear_loss
 
-Objective = Callable[[Tensor, PackedBatch, TrainConfig, int], DistillLoss]
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOutput:
+    """What the last pipeline stage gives: logits, or hidden states with the weight that makes logits of them.
+
+    Attributes:
+        tensor: Logits ``[T, V]``, destroyed by the loss (their gradient takes their place); or, with
+            ``head_weight_VH``, hidden states ``[T, H]`` (``[T / TP, H]`` where sequence-parallel).
+        vocab_size: V*, without the padded columns.
+        head_weight_VH: This rank's slice of the output layer, or None.
+        sequence_parallel: Whether the hidden states are split over the tensor-parallel ranks.
+    """
+
+    tensor: Tensor
+    vocab_size: int
+    head_weight_VH: Tensor | None = None
+    sequence_parallel: bool = False
 
 
-def sft(logits_TV: Tensor, batch: PackedBatch, cfg: TrainConfig, vocab_size: int) -> DistillLoss:
+Objective = Callable[[ModelOutput, PackedBatch, TrainConfig], tuple[Tensor, DistillLoss]]
+
+
+def sft(output: ModelOutput, batch: PackedBatch, cfg: TrainConfig) -> tuple[Tensor, DistillLoss]:
     """Cross-entropy of the response's own tokens.
 
     Args:
-        logits_TV: This rank's vocabulary slice; destroyed, the gradient takes its place.
-        batch: The micro-batch, on the logits' device.
+        output: Of the last stage.
+        batch: The micro-batch, on the output's device.
         cfg: Unused.
-        vocab_size: V*, without the padded columns.
     """
-    assert batch.labels is not None and batch.loss_mask is not None
-    return distill_loss(
-        logits_TV,
-        batch.labels[0],
-        mask_T=batch.loss_mask[0],
-        alpha=0.0,
-        vocab_size=vocab_size,
-        group=_tensor_parallel_group(),
-    )
+    return _loss(output, batch, alpha=0.0)
 
 
-def distill(logits_TV: Tensor, batch: PackedBatch, cfg: TrainConfig, vocab_size: int) -> DistillLoss:
-    """The composite of METHOD section 2: (1 - kd_alpha) * CE + kd_alpha * KD over the teacher's top-k.
+def distill(output: ModelOutput, batch: PackedBatch, cfg: TrainConfig) -> tuple[Tensor, DistillLoss]:
+    """The composite of METHOD section 2: (1 - kd_alpha) * CE + kd_alpha * divergence from the teacher's top-k.
 
-    Args: as of ``sft``; ``cfg`` gives kd_alpha and kd_mode.
+    Args: as of ``sft``; ``cfg`` gives the kd_ settings.
     """
-    assert batch.labels is not None and batch.loss_mask is not None
-    return distill_loss(
-        logits_TV,
-        batch.labels[0],
+    return _loss(
+        output,
+        batch,
         teacher_ids_TK=batch.teacher_ids,
         teacher_logprobs_TK=batch.teacher_logprobs,
         teacher_log_tail_T=batch.teacher_log_tail,
-        mask_T=batch.loss_mask[0],
         alpha=cfg.kd_alpha,
         mode=cfg.kd_mode,
-        vocab_size=vocab_size,
-        group=_tensor_parallel_group(),
+        divergence=cfg.kd_divergence,
+        beta=cfg.kd_beta,
+        skew=cfg.kd_skew,
+        temperature=cfg.kd_temperature,
+    )
+
+
+def _loss(output: ModelOutput, batch: PackedBatch, **options: Unpack[LossOptions]) -> tuple[Tensor, DistillLoss]:
+    assert batch.labels is not None and batch.loss_mask is not None
+    labels_T, group = batch.labels[0], _tensor_parallel_group()
+    options |= {"mask_T": batch.loss_mask[0], "vocab_size": output.vocab_size, "group": group}
+    if output.head_weight_VH is None:
+        loss = distill_loss(output.tensor, labels_T, **options)
+        return loss.loss_T.sum(), loss
+    return distill_linear_loss(
+        output.tensor,
+        output.head_weight_VH,
+        labels_T,
+        sequence_parallel=output.sequence_parallel,
+        **options,
     )
 
 

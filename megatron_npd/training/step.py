@@ -1,12 +1,13 @@
 """One optimizer step on megatron-core: DDP, optimizer, schedules, and the forward-backward over a global batch.
 
-Legend: T tokens of a micro-batch, V this rank's slice of the vocabulary, M metrics.
+Legend: T tokens of a micro-batch, M metrics.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -23,10 +24,10 @@ from torch import Tensor
 from megatron_npd.config import TrainConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.log import UserError
-from megatron_npd.models.build import packed_params
+from megatron_npd.models.build import head_weight, packed_params, without_output_layer
 from megatron_npd.ops.distill_loss import DistillLoss
 from megatron_npd.training.lag import lag_sums
-from megatron_npd.training.objectives import OBJECTIVES, objective_name
+from megatron_npd.training.objectives import OBJECTIVES, ModelOutput, objective_name
 
 # What a step reports, in the order of the vector that is reduced: sums over the global batch's response tokens.
 SUMS = (
@@ -164,20 +165,30 @@ class TrainStep:
 
     def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
-        output = model(
-            input_ids=batch.tokens,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            packed_seq_params=packed_params(batch.cu_seqlens),
-        )
-        return output, partial(self._loss, batch)
+        with without_output_layer(model.module) if self._cfg.fused_linear_loss else nullcontext():
+            output = model(
+                input_ids=batch.tokens,
+                position_ids=batch.position_ids,
+                attention_mask=None,
+                packed_seq_params=packed_params(batch.cu_seqlens),
+            )
+        return output, partial(self._loss, batch, model.module)
 
-    def _loss(self, batch: PackedBatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, batch: PackedBatch, model: GPTModel, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """megatron-core's triple for a loss by token: sum to differentiate, int token count, what to report."""
         assert batch.loss_mask is not None
-        logits_TV, mask_T = logits.squeeze(0), batch.loss_mask[0]
-        loss = self._objective(logits_TV, batch, self._cfg, self._vocab_size)
-        return loss.loss_T.sum(), mask_T.sum().int(), self._sums(batch, loss, mask_T)
+        if self._cfg.fused_linear_loss:
+            last = ModelOutput(
+                tensor=output.squeeze(1),
+                vocab_size=self._vocab_size,
+                head_weight_VH=head_weight(model),
+                sequence_parallel=model.config.sequence_parallel,
+            )
+        else:
+            last = ModelOutput(tensor=output.squeeze(0), vocab_size=self._vocab_size)
+        total, loss = self._objective(last, batch, self._cfg)
+        mask_T = batch.loss_mask[0]
+        return total, mask_T.sum().int(), self._sums(batch, loss, mask_T)
 
     def _sums(self, batch: PackedBatch, loss: DistillLoss, mask_T: Tensor) -> Tensor:
         """``SUMS`` of one micro-batch, fp32 [M], without a synchronisation."""

@@ -21,6 +21,7 @@ from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.build import ModelSpec, build_model, load_spec
 from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_npd.models.convert import load_hf_weights
+from megatron_npd.ops.arguments import check_objective
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
 from megatron_npd.platform.initialize import initialize_distributed
@@ -56,6 +57,14 @@ def train(cfg: TrainConfig) -> TrainResult:
     """
     platform = get_platform(cfg.platform)
     _check_paths(cfg)
+    check_objective(
+        alpha=cfg.kd_alpha,
+        mode=cfg.kd_mode,
+        divergence=cfg.kd_divergence,
+        beta=cfg.kd_beta,
+        skew=cfg.kd_skew,
+        temperature=cfg.kd_temperature,
+    )
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
     checkpoint = _newest_checkpoint(cfg)
     state = {"iteration": 0, "rows_consumed": 0} if checkpoint is None else _saved_state(checkpoint)

@@ -25,6 +25,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "dp2": {},
     "dp2-mbs2": {"micro_batch_size": 2, "use_distributed_optimizer": False},
+    "tp2-sp-fused": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "fused_linear_loss": True},
+    "pp2-fused": {"pipeline_model_parallel_size": 2, "fused_linear_loss": True},
+    "dp2-fused": {"fused_linear_loss": True},
 }
 TOLERANCE = 1e-4
 
@@ -85,7 +88,7 @@ def _final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Te
     return result
 
 
-@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2"])
+@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2", "tp2-sp-fused", "pp2-fused", "dp2-fused"])
 def test_weights_and_gradient_moments_are_those_of_one_process(runs: Path, tiny_model_dir: Path, name: str) -> None:
     expected, got = (_final_state(runs / run / "iter_0000020", tiny_model_dir, runs / "packs") for run in ("tp1", name))
     start = _final_state(runs / "tp1/iter_0000010", tiny_model_dir, runs / "packs")

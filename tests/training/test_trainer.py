@@ -150,6 +150,42 @@ def test_bf16_stays_near_fp32(tmp_path: Path, tiny_model_dir: Path, packs: Path)
     assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[0] != losses[1]
 
 
+@pytest.mark.parametrize(
+    ("fields", "tolerance"),
+    [
+        ({}, 1e-5),
+        ({"kd_divergence": "jsd"}, 1e-5),
+        ({"kd_mode": "renorm_both", "kd_temperature": 2.0}, 1e-5),
+        ({"kd_alpha": 0.0}, 1e-5),
+        ({"bf16": True}, 2e-3),  # the output layer's gradient is added up in fp32 rather than in bf16
+    ],
+    ids=str,
+)
+def test_the_loss_fused_with_the_output_layer_gives_the_same_curve(
+    tmp_path: Path, packs: Path, fields: dict[str, Any], tolerance: float
+) -> None:
+    model = make_tiny_model(tmp_path / "model", tie_word_embeddings=False)  # the layouts' tests have a tied one
+    curves = []
+    for fused in (False, True):
+        cfg = config(model, packs, metrics_path=str(tmp_path / str(fused)), fused_linear_loss=fused, **fields)
+        path = train(cfg).metrics_path
+        curves.append(column(path, "loss") + column(path, "grad_norm") + column(path, "ce"))
+    assert curves[1] == pytest.approx(curves[0], rel=tolerance, abs=tolerance)
+    assert curves[0][19] < curves[0][0] - 0.05
+
+
+def test_settings_of_the_objective_that_do_not_go_together_are_refused_at_once(
+    tmp_path: Path, tiny_model_dir: Path, packs: Path
+) -> None:
+    for fields, words in (
+        ({"kd_temperature": 2.0}, "temperature must be 1 for mode tail"),
+        ({"kd_divergence": "reverse_kl", "kd_mode": "truncated"}, "mode must be tail or renorm_both"),
+        ({"kd_divergence": "jsd", "kd_beta": 1.0}, "beta must be in"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(config(tiny_model_dir, packs, tmp_path / "run", **fields))
+
+
 def test_constant_rate_without_clipping_reports_the_norm(tmp_path: Path, tiny_model_dir: Path, packs: Path) -> None:
     fields = {"lr_decay_style": "constant", "lr_warmup_iters": 0, "clip_grad": 0.0, "train_iters": 3}
     lines = read_metrics(train(config(tiny_model_dir, packs, metrics_path=str(tmp_path / "m"), **fields)).metrics_path)
