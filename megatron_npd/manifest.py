@@ -1,30 +1,37 @@
 """Sealed directories: how stages hand data to one another.
 
-A directory is sealed when its ``manifest.json`` exists. The manifest is written last and atomically; it holds the
-schema version, what made the directory, the books (in = kept + quarantined + pending) and sha256 and bytes of every
-file. One writer at a time holds the directory's lock; readers check the manifest before they use anything.
+Files are written in a hidden directory, flushed, renamed into place, the directory flushed; ``manifest.json`` is
+written last and atomically, and what has one is sealed. It holds the schema version, what made the directory, the books
+(in = kept + quarantined + pending), sha256 and bytes of every file, and a sha256 of itself. One writer at a time holds
+the directory's lock; readers check the manifest and every file before they use anything.
 """
 
 from __future__ import annotations
 
-import fcntl
+import atexit
 import hashlib
 import json
 import os
 import shutil
-import socket
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_npd.lock import LOCK, check_lock, hold_lock
 from megatron_npd.log import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-LOCK = ".lock"
-_verified: dict[str, tuple[int, int]] = {}  # file -> (bytes, mtime_ns) at its last full hash in this process
+PART = ".part"  # where the files of a directory are written before it is sealed
+_KNOWN_FILE = "MEGATRON_NPD_VERIFIED"  # environment: the process tree's file of hashes
+_RACY_SECONDS = 0.1  # a file changed this shortly before it was hashed may change again within its mtime's tick
+_FILE_TYPES = {"sha256": str, "bytes": int}
+_known: dict[str, list[Any]] = {}  # file -> size, mtime_ns, ctime_ns, inode, sha256 at its last full hash
+_known_read = 0  # bytes of the process tree's file that _known holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,34 +91,51 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
     fsync_path(path.parent)
 
 
-def read_manifest(path: str | Path, *, kind: str | None = None, verify: bool = True) -> Manifest:
+def read_manifest(path: str | Path, *, kind: str | None = None, verify: bool = True, full: bool = False) -> Manifest:
     """Read and check the manifest of a sealed directory.
 
     Args:
         path: The sealed directory.
         kind: The kind it must be of, if the caller cares.
-        verify: Check every file: a full hash once per process, then size and mtime only.
+        verify: Check every file: a full hash once in this tree of processes, then size and times only.
+        full: Hash every file whatever is known of it.
 
     Raises:
-        UserError: It is not sealed, of another kind or schema version, or a file is missing or differs.
+        UserError: It is not sealed, of another kind or schema version, or a file is missing, differs or lies elsewhere.
     """
     path = Path(path)
     if not is_sealed(path):
         raise UserError(f"{path} must be a sealed directory, got no {MANIFEST} in it; run the stage that writes it")
-    try:
-        manifest = Manifest(**json.loads((path / MANIFEST).read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path / MANIFEST} must be a manifest, got {error}; remove the directory and rerun") from error
-    if manifest.schema_version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} must have schema version {SCHEMA_VERSION}, got {manifest.schema_version}; "
-            "use the release that wrote it"
-        )
+    manifest = _parse(path)
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{path} must hold {kind}, got {manifest.kind}; check the path")
+    files = {name: file_inside(path, name) for name in manifest.files}
     if verify:
-        _verify_files(path, manifest)
+        for name, file in files.items():
+            _verify(path, file, manifest.files[name], full=full)
     return manifest
+
+
+def file_inside(root: str | Path, name: object) -> Path:
+    """The path of ``name`` under ``root``, where it leads nowhere else: not up, not absolute, not through a link.
+
+    Raises:
+        UserError: It does.
+    """
+    root = Path(root)
+    if isinstance(name, str):
+        with suppress(ValueError, OSError, RuntimeError):  # a NUL byte, a name too long, a loop of links
+            top = root.resolve()
+            if (file := (top / name).resolve()) == top / name and file.is_relative_to(top) and file != top:
+                file.is_file()  # raises where the name is too long for the file system
+                return root / name
+    raise UserError(f"{root} must name files inside itself, got {str(name)[:200]!r}; do not use it")
+
+
+def unlisted(path: str | Path, manifest: Manifest) -> list[str]:
+    """Files of a sealed directory that its manifest does not know, relative to it."""
+    path = Path(path)
+    return sorted({str(file.relative_to(path)) for file in _content(path, path)} - manifest.files.keys())
 
 
 def sealed_from(path: str | Path, *, kind: str, provenance: Mapping[str, Any]) -> Manifest | None:
@@ -133,29 +157,105 @@ def sealed_from(path: str | Path, *, kind: str, provenance: Mapping[str, Any]) -
     return manifest
 
 
-def _verify_files(path: Path, manifest: Manifest) -> None:
-    for name, expected in manifest.files.items():
-        file = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
-            raise UserError(f"{path / MANIFEST} must name files inside its directory, got {name!r}; do not use it")
-        if not file.is_file():
-            raise UserError(f"{file} must exist as {path / MANIFEST} lists it, got nothing; remove {path} and rerun")
-        stat = file.stat()
-        if stat.st_size != expected["bytes"]:
+def _render(manifest: Manifest) -> str:
+    """The text of a manifest; its hash covers all the rest."""
+    fields = asdict(manifest)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return json.dumps(fields | {"sha256": digest}, indent=1, sort_keys=True) + "\n"
+
+
+def _parse(path: Path) -> Manifest:
+    file = file_inside(path, MANIFEST)
+    try:
+        text = file.read_bytes().decode()
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise TypeError(f"{type(value).__name__} in place of an object")
+        if (version := value.get("schema_version")) != SCHEMA_VERSION:
             raise UserError(
-                f"{file} must have {expected['bytes']} bytes, got {stat.st_size}; it was cut or changed: "
-                f"remove {path} and rerun the stage"
+                f"{path} must have schema version {SCHEMA_VERSION}, got {str(version)[:50]}; use the release that "
+                "wrote it, or remove it and rerun"
             )
-        key, state = str(file.resolve()), (stat.st_size, stat.st_mtime_ns)
-        if _verified.get(key) == state:
-            continue
-        digest = file_sha256(file)
-        if digest != expected["sha256"]:
-            raise UserError(
-                f"{file} must have sha256 {expected['sha256'][:12]}..., got {digest[:12]}...; it was damaged or "
-                f"changed: remove {path} and rerun the stage"
-            )
-        _verified[key] = state
+        value.pop("sha256", None)
+        manifest = Manifest(**value)
+        if _render(manifest) != text:
+            raise ValueError("another text than its own sha256 says")
+        parts = (manifest.provenance, manifest.counts, manifest.files)
+        if not isinstance(manifest.kind, str) or not all(isinstance(part, dict) for part in parts):
+            raise TypeError("fields of other types")
+        for name, entry in manifest.files.items():
+            if not isinstance(entry, dict) or {key: type(item) for key, item in entry.items()} != _FILE_TYPES:
+                raise TypeError(f"no sha256 and bytes for {name}")
+    except UserError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} must be a whole manifest, got {str(error)[:300]}; remove {path} and rerun the stage"
+        ) from error
+    return manifest
+
+
+def _verify(path: Path, file: Path, expected: Mapping[str, Any], *, full: bool) -> None:
+    if not file.is_file():
+        raise UserError(f"{file} must exist as {path / MANIFEST} lists it, got nothing; remove {path} and rerun")
+    if (size := file.stat().st_size) != expected["bytes"]:
+        raise UserError(
+            f"{file} must have {expected['bytes']} bytes, got {size}; it was cut or changed: "
+            f"remove {path} and rerun the stage"
+        )
+    digest = None if full else _known_sha256(file)
+    if digest is None:
+        before = _state(file)
+        _remember(file, before, digest := file_sha256(file))
+    if digest != expected["sha256"]:
+        raise UserError(
+            f"{file} must have sha256 {expected['sha256'][:12]}..., got {digest[:12]}...; it was damaged or "
+            f"changed: remove {path} and rerun the stage"
+        )
+
+
+def _state(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _known_sha256(file: Path) -> str | None:
+    """The hash of a file that a process of this tree has read since it last changed."""
+    global _known_read
+    key, state = str(file.resolve()), _state(file)
+    if _known.get(key, [])[:4] != state and (shared := os.environ.get(_KNOWN_FILE)):
+        with suppress(OSError), open(shared, "rb") as stream:
+            stream.seek(_known_read)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break  # being written
+                _known_read += len(line)
+                with suppress(ValueError):
+                    name, *values = json.loads(line)
+                    _known[name] = values
+    entry = _known.get(key, [])
+    return entry[4] if entry[:4] == state else None
+
+
+def _remember(file: Path, state: list[int], digest: str) -> None:
+    """Keep a hash for this process and those that it starts, in a private file that the environment names."""
+    if time.time_ns() - state[1] < _RACY_SECONDS * 1e9:
+        return
+    key = str(file.resolve())
+    _known[key] = [*state, digest]
+    with suppress(OSError):
+        if _KNOWN_FILE not in os.environ:
+            fd, os.environ[_KNOWN_FILE] = tempfile.mkstemp(prefix="megatron_npd-")
+            os.close(fd)
+            atexit.register(_forget, os.getpid(), os.environ[_KNOWN_FILE])
+        with open(os.environ[_KNOWN_FILE], "ab", buffering=0) as stream:
+            stream.write(json.dumps([key, *state, digest]).encode() + b"\n")
+
+
+def _forget(owner: int, shared: str) -> None:
+    if os.getpid() == owner:
+        with suppress(OSError):
+            os.unlink(shared)
 
 
 def seal(
@@ -165,22 +265,41 @@ def seal(
     provenance: Mapping[str, Any] | None = None,
     counts: Mapping[str, Any] | None = None,
 ) -> Manifest:
-    """Hash and flush every file below ``path`` and write its manifest last.
+    """Hash and flush every file below ``path``, put them in place and write the manifest last.
 
     Sealed sub-directories (shards) are represented by their own manifests. Hidden files (locks, temporaries) and
     journals (``*.journal``) are not part of the sealed content.
+
+    Args:
+        path: What ``writing`` gave: the files move up into the directory that it was asked for. Or that directory,
+            for what its shards and other writers have put in place already.
+        kind: The stage.
+        provenance: What made it.
+        counts: The books.
+
+    Raises:
+        UserError: Another process has taken the directory over.
     """
     path = Path(path)
+    out = path.parent if path.name == PART else path
     files: dict[str, dict[str, Any]] = {}
     for file in sorted(_content(path, path)):
         fsync_path(file)
         files[str(file.relative_to(path))] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
     for directory in {(path / name).parent for name in files} | {path}:
         fsync_path(directory)
+    check_lock(out)
+    if path != out:
+        for entry in sorted(path.iterdir()):
+            os.rename(entry, out / entry.name)
+        path.rmdir()
+        fsync_path(out)
+    for name, entry in files.items():
+        _remember(out / name, _state(out / name), entry["sha256"])
     manifest = Manifest(kind=kind, provenance=dict(provenance or {}), counts=dict(counts or {}), files=files)
-    write_atomic(path / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
-    fsync_path(path.parent)
-    return manifest
+    write_atomic(out / MANIFEST, _render(manifest))
+    fsync_path(out.parent)
+    return _parse(out)
 
 
 def _content(root: Path, directory: Path) -> Iterator[Path]:
@@ -188,7 +307,7 @@ def _content(root: Path, directory: Path) -> Iterator[Path]:
         hidden = entry.name.startswith(".") and entry.name != ".metadata"  # that one is a dist checkpoint's index
         if hidden or entry.suffix == ".journal" or (directory == root and entry.name == MANIFEST):
             continue
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():
             if is_sealed(entry):
                 yield entry / MANIFEST
             else:
@@ -199,32 +318,31 @@ def _content(root: Path, directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: str | Path, *, resume: bool = False) -> Iterator[Path]:
-    """Hold the writer's lock of an unsealed directory; the caller calls ``seal`` inside.
+    """Hold the writer's lock of an unsealed directory; the caller calls ``seal`` inside, with what this gives.
 
     Args:
         path: Directory to write. Content without a manifest is a killed attempt's: it is removed unless ``resume``.
         resume: Keep what an earlier attempt left (the stage knows how to go on from it).
+
+    Returns:
+        Where to write: a hidden directory, whose content ``seal`` puts in place; with ``resume`` the directory itself.
 
     Raises:
         UserError: Another process is writing it, or it is sealed already.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / LOCK, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(
-                f"{path} must have one writer, got a second one beside {lock.read().strip()}; wait for it or stop it"
-            ) from None
+    with hold_lock(path):
         if is_sealed(path):
             raise UserError(f"{path} must not be sealed yet, got a finished stage; remove it to make it anew")
-        if not resume:
-            for entry in path.iterdir():
-                if entry.name != LOCK:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        yield path
+        if resume:
+            yield path
+            return
+        for entry in path.iterdir():
+            if entry.name != LOCK:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        part = path / PART
+        part.mkdir()
+        yield part
+        with suppress(OSError):
+            part.rmdir()  # of a caller that wrote into the directory itself

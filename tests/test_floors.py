@@ -15,6 +15,7 @@ FLOORS = {
     "config": 0,
     "records": 0,
     "manifest": 0,
+    "lock": 0,
     "log": 0,
     "data": 1,
     "ops": 1,

@@ -118,15 +118,15 @@ def prepare_prompts(
     }
     if manifest := sealed_from(out_dir, kind="prompts", provenance=provenance):
         return manifest
-    with writing(out_dir):
-        counts = _write(source, out_dir, tokenizer, teacher_tokenizer, max_prompt_len)
+    with writing(out_dir) as directory:
+        counts = _write(source, directory, tokenizer, teacher_tokenizer, max_prompt_len)
         dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["quarantined"].items()))
         if not counts["kept"]:
             raise UserError(
                 f"{source} must hold a usable prompt, got {counts['in']} records and {dropped or 'nothing else'}; "
-                f"see {out_dir / QUARANTINE_FILE}"
+                f"see {directory / QUARANTINE_FILE}"
             )
-        manifest = seal(out_dir, kind="prompts", provenance=provenance, counts=counts)
+        manifest = seal(directory, kind="prompts", provenance=provenance, counts=counts)
     note = f"; quarantined: {dropped} (see {out_dir / QUARANTINE_FILE})" if dropped else ""
     get_logger().info("%d of %d prompts of %s kept%s", counts["kept"], counts["in"], source, note)
     return manifest

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import queue
 import re
 from collections.abc import Iterator, Mapping
@@ -28,12 +27,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
 from megatron_npd.log import UserError, get_logger
-from megatron_npd.manifest import is_sealed, read_manifest, seal, writing
+from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal, unlisted, writing
 
 KIND = "checkpoint"
 _STATE_FILE = "state.json"
-# Its warning of an incomplete checkpoint is about our lock file; ``writing`` has removed anything else.
-logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -69,9 +66,10 @@ def save_checkpoint(
         with _together():
             if dist.get_rank() == 0:
                 stack.enter_context(writing(path))
+        part = path / PART
         tensors = _sharded_state(model, optimizer, scheduler, is_loading=False)
         try:
-            _save(tensors, path)
+            _save(tensors, part)
         except CheckpointException as error:
             raise UserError(
                 f"{path} must be writable, got: {_reason(error)}; mend that and run the same command again"
@@ -79,8 +77,8 @@ def save_checkpoint(
         with _together():
             if dist.get_rank() == 0:
                 content = {"state": dict(state), "optimizer": optimizer is not None, "scheduler": scheduler is not None}
-                (path / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
-                seal(path, kind=KIND, counts={"iteration": iteration})
+                (part / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+                seal(part, kind=KIND, counts={"iteration": iteration})
     return path
 
 
@@ -118,7 +116,8 @@ def load_checkpoint(
     path = Path(path)
     with _together():
         if dist.get_rank() == 0:
-            read_manifest(path, kind=KIND)
+            if foreign := unlisted(path, read_manifest(path, kind=KIND)):  # a pickle that nothing vouches for, maybe
+                raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
     content = json.loads((path / _STATE_FILE).read_text())
     with_optimizer = optimizer is not None and content["optimizer"]
     with_scheduler = scheduler is not None and content["scheduler"]

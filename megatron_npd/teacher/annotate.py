@@ -228,9 +228,9 @@ def _annotate_shard(
         "quarantined": dict(sorted(reasons.items())),
         "response_tokens": int(scores.starts_N[-1]),
     }
-    with writing(out):
-        _write_shard(out, samples, scores, losses, setting.student.vocab_size)
-        seal(out, kind=SHARD_KIND, provenance=provenance, counts=counts)
+    with writing(out) as directory:
+        _write_shard(directory, samples, scores, losses, setting.student.vocab_size)
+        seal(directory, kind=SHARD_KIND, provenance=provenance, counts=counts)
     seconds = max(time.monotonic() - started, 1e-9)
     rate = counts["response_tokens"] / seconds
     get_logger().info("%s: %d samples, %.0f response tokens/s", out, counts["kept"], rate)

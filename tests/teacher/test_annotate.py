@@ -15,7 +15,7 @@ import torch
 
 from megatron_npd.config import AnnotateConfig
 from megatron_npd.log import UserError
-from megatron_npd.manifest import is_sealed, read_manifest, seal
+from megatron_npd.manifest import PART, is_sealed, read_manifest, seal
 from tests.dist import run_distributed
 from tests.helpers import VOCAB_SIZE, make_tiny_model
 from tests.teacher.reference import HEADER, TransformersModel, check_top_k, make_rollouts
@@ -173,7 +173,7 @@ def _killed_at(rank: int, world_size: int, shard: str, rollouts: Path, out: Path
     from megatron_npd.teacher import annotate as stage
 
     def seal_or_die(path: Path, **options: Any) -> Any:
-        if path.name == shard:
+        if path.parent.name == shard:
             os.kill(os.getpid(), signal.SIGKILL)
         return seal(path, **options)
 
@@ -187,7 +187,7 @@ def test_a_killed_stage_goes_on_and_leaves_the_same_bytes(tmp_path: Path, models
     out = tmp_path / "killed"
     with pytest.raises(AssertionError, match="-9"):
         run_distributed(_killed_at, 1, "shard-00001", tmp_path / "rollouts", out, models)
-    assert is_sealed(out / "shard-00000") and (out / "shard-00001" / "samples.parquet").exists()
+    assert is_sealed(out / "shard-00000") and (out / "shard-00001" / PART / "samples.parquet").exists()
     assert not is_sealed(out / "shard-00001") and not (out / "shard-00002").exists()
     kept = (out / "shard-00000" / "tokens.bin").stat().st_mtime_ns
     flags = {"rollouts": tmp_path / "rollouts", "out": out, "teacher": models["teacher_dir"], "platform": "cpu"}
