@@ -1,10 +1,12 @@
 """Exact top-k of a language model's logits, with the log of the mass outside it, over a vocabulary cut or whole.
 
-A wide row is cut into tiles: its k + 1 largest logits are in the k + 1 tiles of largest maximum, so one pass for the
-maxima and a look into those few tiles find them. Equal logits are ordered by id, smallest first, whatever the cut:
-selection compares 64-bit keys made of logit and id.
+A row is cut into tiles: its k largest logits are in the k tiles of largest maximum. So one pass over the logits, for
+the maximum and the log-sum-exp of each tile, and a look into those few tiles give the top-k, and the mass outside it
+from the other tiles and the rest of these. Equal logits are ordered by id, smallest first, whatever the cut: selection
+compares 64-bit keys made of logit and id.
 
-Legend: T tokens, C tokens of a chunk, V columns of this rank's slice, K top-k, J = K + 1, R ranks of the group.
+Legend: T tokens, C tokens of a chunk, V columns of this rank's slice, N tiles, K top-k, J tiles looked into,
+R ranks of the group.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from megatron_npd.log import UserError
 from megatron_npd.ops.vocab_parallel import VocabShard, vocab_shard
 
 TILE = 128
-PLAIN_COLUMNS = 4096
-"""Narrower rows are searched without tiles."""
 CHUNK_ELEMENTS = 1 << 19
-"""Elements of the fp32 buffers: 2 MiB stay in a core's cache between the passes over a chunk."""
+"""Elements of the fp32 buffer: 2 MiB stay in a core's cache between the passes over a chunk."""
+CANDIDATES = 1 << 20
+"""Columns of the tiles looked into at once."""
 _ABSENT = 0x7FFFFFFF  # an id behind every real one
 
 
@@ -114,28 +116,55 @@ def _local(logits_TV: Tensor, k: int, sampled_ids_T: Tensor | None, shard: Vocab
     top = _Top(logits_TK=logits_TK, ids_TK=ids_TK, lse_off_T=lse_off_T, sampled_T=sampled_T)
     if not columns or not num_tokens:
         return top
-    height = max(1, min(num_tokens, CHUNK_ELEMENTS // columns))
-    buffer = torch.empty(height, columns, dtype=torch.float32, device=logits_TV.device)
-    held = min(k, columns)
+    z_TV = logits_TV[:, :columns]
+    if sampled_ids_T is not None:
+        index_T = shard.local(sampled_ids_T)
+        picked_T = z_TV.gather(1, index_T.clamp(max=columns - 1)[:, None])[:, 0].float()
+        sampled_T.copy_(torch.where(index_T < columns, picked_T, -torch.inf))
+    held, height = min(k, columns), max(1, CANDIDATES // (k * TILE))
     for lo in range(0, num_tokens, height):
         hi = min(lo + height, num_tokens)
-        e, z = buffer[: hi - lo], logits_TV[lo:hi, :columns]
+        top_CK, index_CK, lse_off_T[lo:hi] = _top_of_tiles(z_TV[lo:hi], held)
+        logits_TK[lo:hi, :held] = top_CK
+        ids_TK[lo:hi, :held] = index_CK + shard.rank * shard.width
+    return top
+
+
+def _top_of_tiles(z_CV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-k logits of each row, fp32 ``[C, K]``, their columns, and the log-sum-exp of all other columns ``[C]``."""
+    width = z_CV.shape[1]
+    max_CN, lse_CN = _tile_stats(z_CV)
+    num_tiles = max_CN.shape[1]
+    tiles_CJ = _keys(max_CN, torch.arange(num_tiles, device=z_CV.device)).topk(min(k, num_tiles)).indices
+    columns = (tiles_CJ[:, :, None] * TILE + torch.arange(TILE, device=z_CV.device)).flatten(1)
+    candidates = z_CV.gather(1, columns.clamp(max=width - 1)).float().masked_fill_(columns >= width, -torch.inf)
+    chosen_CK = _keys(candidates, columns).topk(k).indices
+    top_CK, index_CK = candidates.gather(1, chosen_CK), columns.gather(1, chosen_CK)
+    others = [lse_CN.scatter_(1, tiles_CJ, -torch.inf), candidates.scatter_(1, chosen_CK, -torch.inf)]
+    return top_CK, index_CK, torch.cat(others, dim=1).logsumexp(1)
+
+
+def _tile_stats(z_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit and log-sum-exp of each tile, fp32 ``[T, N]``, in one pass; the last tile may be narrower."""
+    num_tokens, width = z_TV.shape
+    num_tiles = -(-width // TILE)
+    max_TN, sum_TN = torch.empty(2, num_tokens, num_tiles, dtype=torch.float32, device=z_TV.device).unbind(0)
+    height = max(1, min(num_tokens, CHUNK_ELEMENTS // width))
+    buffer = torch.empty(height, width, dtype=torch.float32, device=z_TV.device)
+    for lo in range(0, num_tokens, height):
+        hi = min(lo + height, num_tokens)
+        z, e = z_TV[lo:hi], buffer[: hi - lo]
         if z.dtype != torch.float32:
             z = e.copy_(z)
-        if sampled_ids_T is not None:
-            index_C = shard.local(sampled_ids_T[lo:hi])
-            picked_C = z.gather(1, index_C.clamp(max=columns - 1)[:, None])[:, 0]
-            sampled_T[lo:hi] = torch.where(index_C < columns, picked_C, -torch.inf)
-        ids_CJ = _select(z, min(k + 1, columns))
-        top_CJ = z.gather(1, ids_CJ)
-        logits_TK[lo:hi, :held] = top_CJ[:, :held]
-        ids_TK[lo:hi, :held] = ids_CJ[:, :held] + shard.rank * shard.width
-        if columns > k:
-            # The largest logit outside the top-k is the shift, so that a tail far below the top stays exact.
-            shift_C1 = top_CJ[:, k:].clamp(min=torch.finfo(torch.float32).min)
-            torch.sub(z, shift_C1, out=e).exp_().scatter_(1, ids_CJ[:, :k], 0.0)
-            lse_off_T[lo:hi] = top_CJ[:, k] + e.sum(1).log()
-    return top
+        whole = width // TILE
+        parts = [(slice(0, whole), slice(0, whole * TILE), whole), (slice(whole, None), slice(whole * TILE, None), 1)]
+        for tiles, inside, count in parts[: 1 + (whole < num_tiles)] if whole else parts[1:]:
+            max_CN, tile = max_TN[lo:hi, tiles], z[:, inside].unflatten(1, (count, -1))
+            torch.amax(tile, 2, out=max_CN)
+            shift_CN1 = max_CN[:, :, None].clamp(min=torch.finfo(torch.float32).min)  # -inf - -inf is not a number
+            terms = torch.sub(tile, shift_CN1, out=e[:, inside].unflatten(1, (count, -1))).exp_()
+            torch.sum(terms, 2, out=sum_TN[lo:hi, tiles])
+    return max_TN, max_TN + sum_TN.log_()
 
 
 def _keys(logits: Tensor, ids: Tensor) -> Tensor:
@@ -143,22 +172,6 @@ def _keys(logits: Tensor, ids: Tensor) -> Tensor:
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the equal of 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # two's complement runs backwards below zero
     return (ordered.long() << 32) + (_ABSENT - ids)
-
-
-def _select(z_CV: Tensor, j: int) -> Tensor:
-    """Columns of the ``j`` largest of each row, in order, int64 ``[C, J]``."""
-    width = z_CV.shape[1]
-    whole = width // TILE
-    if width <= PLAIN_COLUMNS or whole <= j:
-        return _keys(z_CV, torch.arange(width, device=z_CV.device)).topk(j).indices
-    maxima = z_CV[:, : whole * TILE].unflatten(1, (whole, TILE)).amax(2)
-    if whole * TILE < width:
-        maxima = torch.cat([maxima, z_CV[:, whole * TILE :].amax(1, keepdim=True)], dim=1)
-    tiles_CJ = _keys(maxima, torch.arange(maxima.shape[1], device=z_CV.device)).topk(j).indices
-    columns = (tiles_CJ[:, :, None] * TILE + torch.arange(TILE, device=z_CV.device)).flatten(1)
-    inside = columns < width
-    candidates = z_CV.gather(1, columns.clamp(max=width - 1)).masked_fill(~inside, -torch.inf)
-    return columns.gather(1, _keys(candidates, columns).topk(j).indices)
 
 
 def _merge(top: _Top, shard: VocabShard) -> _Top:

@@ -14,7 +14,7 @@ from megatron_npd.ops import topk
 from megatron_npd.ops.topk import TopK, topk_logprobs
 from tests.dist import run_distributed
 
-# 5003 is the first odd width beyond the plain path with a last tile that is cut; 37 and 200 are plain.
+# Less than a tile, a tile and a cut one, and more tiles than are looked into.
 WIDTHS = (37, 200, 5003)
 
 
@@ -55,6 +55,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_TV = random_logits(9, 5003, torch.bfloat16)
     whole = topk_logprobs(logits_TV, 10, vocab_size=5003)
     monkeypatch.setattr(topk, "CHUNK_ELEMENTS", 2 * 5003)
+    monkeypatch.setattr(topk, "CANDIDATES", 3 * 10 * topk.TILE)
     chunked = topk_logprobs(logits_TV, 10, vocab_size=5003)
     assert torch.equal(whole.ids_TK, chunked.ids_TK) and torch.equal(whole.log_tail_T, chunked.log_tail_T)
     assert whole.sampled_logprobs_T is None
@@ -96,18 +97,21 @@ def test_whole_vocabulary_has_no_tail() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 6), st.integers(1, 700), st.integers(0, 2**31), st.integers(1, 3), st.data())
-def test_tiles_find_what_the_plain_way_finds(num_tokens: int, width: int, seed: int, levels: int, data: st.DataObject):
-    """Small tiles with many ties, on any width: the tiled search is the plain one."""
-    j = data.draw(st.integers(1, width))
+def test_tiles_find_what_a_stable_sort_finds(num_tokens: int, width: int, seed: int, levels: int, data: st.DataObject):
+    """Small tiles with many ties, on any width."""
+    k = data.draw(st.integers(1, width))
     z_CV = random_logits(num_tokens, width, torch.float32, seed=seed, levels=levels)
     z_CV[z_CV < -4] = -torch.inf
-    plain = torch.sort(z_CV, dim=1, descending=True, stable=True).indices[:, :j]
-    tile, narrow = topk.TILE, topk.PLAIN_COLUMNS
+    columns_CK = torch.sort(z_CV, dim=1, descending=True, stable=True).indices[:, :k]
+    tile = topk.TILE
     try:
-        topk.TILE, topk.PLAIN_COLUMNS = 8, 0
-        assert torch.equal(topk._select(z_CV, j), plain)
+        topk.TILE = 8
+        top_CK, index_CK, lse_off_C = topk._top_of_tiles(z_CV, k)
     finally:
-        topk.TILE, topk.PLAIN_COLUMNS = tile, narrow
+        topk.TILE = tile
+    assert torch.equal(index_CK, columns_CK) and torch.equal(top_CK, z_CV.gather(1, columns_CK))
+    expected_C = z_CV.double().scatter(1, columns_CK, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(lse_off_C.double(), expected_C, atol=2e-6, rtol=1e-6)
 
 
 def _parallel(rank: int, world_size: int) -> int:
@@ -116,7 +120,7 @@ def _parallel(rank: int, world_size: int) -> int:
     all_gather = dist.all_gather
     dist.all_gather = lambda *args, **kwargs: (calls.append(args[1].shape), all_gather(*args, **kwargs))[1]
     for vocab_size in (5, 37, 200, 20011):
-        for k in {1, 5, min(10, vocab_size), min(37, vocab_size)}:
+        for k in {1, 5, min(10, vocab_size), min(128, vocab_size)}:
             for levels in (0, 1):
                 logits_TV = random_logits(8, vocab_size, torch.bfloat16, levels=levels)
                 width = -(-vocab_size // world_size)
