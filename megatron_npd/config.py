@@ -174,6 +174,8 @@ class TrainConfig:
     """Rows of one optimizer step."""
     global_batch_tokens: int = 0
     """Tokens of one optimizer step; where given, it sets global_batch_size = global_batch_tokens / row length."""
+    balance_attention: bool = True
+    """Deal a global batch's rows to data-parallel ranks by attention cost, so that they finish together."""
     tensor_model_parallel_size: int = 1
     """Ranks that share a layer."""
     sequence_parallel: bool = False

@@ -34,7 +34,7 @@ def main() -> None:
     """Check the packs and append their line; the same line a second time changes nothing."""
     cfg = parse_config(ScheduleToolConfig, description=__doc__ or "")
     get_platform(cfg.platform)
-    from megatron_npd.data.packed_dataset import ScheduleEntry
+    from megatron_npd.data.order import ScheduleEntry
     from megatron_npd.loop.schedule import append_entry
 
     read_manifest(cfg.packs, kind="packs", verify=False)

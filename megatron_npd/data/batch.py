@@ -1,4 +1,4 @@
-"""One micro-batch of packed rows, as the model and the loss take it.
+"""One micro-batch of packed rows: as it is read, compact and on the host, and as the model and the loss take it.
 
 Legend: T tokens of the micro-batch (rows x seq_length), K teacher columns, S segments.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from megatron_npd.data.decode import rescaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class PackedBatch:
         max_seqlen: Longest segment, in tokens.
         labels: int64 [1, T]; an arbitrary id in range where the mask is 0.
         loss_mask: float32 [1, T], 1 or 0.
-        teacher_ids: int64 [T, K], distinct in a row and in range, arbitrary where the mask is 0.
+        teacher_ids: int32 [T, K], distinct in a row and in range, arbitrary where the mask is 0.
         teacher_logprobs: float32 [T, K], natural logs, rescaled so that a row's mass is 1 - exp(teacher_log_tail).
         teacher_log_tail: float32 [T], log of the mass outside the K.
         generator_logprobs: float32 [T], log-probability of the label under the policy that sampled it; NaN where the
@@ -52,3 +54,56 @@ class PackedBatch:
             if isinstance(value := getattr(self, field.name), Tensor) and field.name != "cu_seqlens"
         }
         return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBatch:
+    """What ``PackedBatch`` is made from, in the types of the store: 64 bytes a token go to the device at k = 10.
+
+    A stream that this rank does not read is None.
+
+    Attributes:
+        tokens_T: int32 [T]; read for the labels too.
+        mask_T: bool [T].
+        positions_T: int32 [T].
+        cu_seqlens: int32 [S + 1].
+        max_seqlen: Longest segment, in tokens.
+        teacher_ids_TK: int32 [T, K].
+        teacher_halves_TK2: fp16 [T, K + 2], as ``decode.empty_parts``.
+        feeds_tokens: Whether the model of this rank takes the tokens, or only the loss their labels.
+    """
+
+    tokens_T: Tensor | None
+    mask_T: Tensor | None
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    teacher_ids_TK: Tensor | None
+    teacher_halves_TK2: Tensor | None
+    feeds_tokens: bool
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on ``device``, where it is widened and rescaled."""
+        tokens_T = None if self.tokens_T is None else self.tokens_T.to(device, non_blocking=True).long()
+        positions_T = self.positions_T.to(device, non_blocking=True).long()
+        labels = loss_mask = ids_TK = logprobs_TK = log_tail_T = generator_T = None
+        if self.mask_T is not None:
+            assert tokens_T is not None
+            mask_T = self.mask_T.to(device, non_blocking=True)
+            labels = (tokens_T.roll(-1) * mask_T)[None]  # at a segment's last position stands the next one's token
+            loss_mask = mask_T.float()[None]
+        if self.teacher_ids_TK is not None and self.teacher_halves_TK2 is not None:
+            ids_TK = self.teacher_ids_TK.to(device, non_blocking=True)
+            logprobs_TK, log_tail_T, generator_T = rescaled(self.teacher_halves_TK2.to(device, non_blocking=True))
+        return PackedBatch(
+            tokens=tokens_T[None] if tokens_T is not None and self.feeds_tokens else None,
+            position_ids=positions_T[None],
+            cu_seqlens=self.cu_seqlens,
+            max_seqlen=self.max_seqlen,
+            labels=labels,
+            loss_mask=loss_mask,
+            teacher_ids=ids_TK,
+            teacher_logprobs=logprobs_TK,
+            teacher_log_tail=log_tail_T,
+            generator_logprobs=generator_T,
+        )

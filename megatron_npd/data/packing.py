@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_npd.config import PackConfig
-from megatron_npd.data.packed_dataset import PACKS_KIND
+from megatron_npd.data.order import PACKS_KIND
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore, StoreShardWriter
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing

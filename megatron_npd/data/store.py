@@ -14,9 +14,10 @@ Legend: P prompt tokens, n response tokens, k top-k width, N samples.
 
 from __future__ import annotations
 
+import mmap
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, read_manifest
 from megatron_npd.platform import get_platform
-from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLE_SCHEMA, SAMPLES_FILE, teacher_record_dtype
+from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLE_SCHEMA, SAMPLES_FILE, record_parts, teacher_record_dtype
 
 STORE_KIND = "annotations"
 SHARD_KIND = "annotations-shard"
@@ -157,11 +158,31 @@ class StoreShardWriter:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """One mapped ``.bin``: the items of all samples one after another, and where each sample's begin."""
+
+    items: np.ndarray
+    starts: npt.NDArray[np.int64]  # [N + 1]
+    mapping: mmap.mmap | None  # None where the file is empty
+
+    def will_need(self, locals_M: npt.NDArray[np.integer]) -> None:
+        """Ask the kernel for the samples' bytes in large reads; neighbours in the file as one range."""
+        if self.mapping is None:
+            return
+        locals_M = np.sort(locals_M)
+        size, page = self.items.itemsize, mmap.PAGESIZE
+        firsts = self.starts[locals_M] * size // page * page
+        ends = self.starts[locals_M + 1] * size
+        apart = np.flatnonzero(np.concatenate([[True], firsts[1:] > ends[:-1], [True]]))
+        for begin, after in pairwise(apart.tolist()):
+            self.mapping.madvise(mmap.MADV_WILLNEED, int(firsts[begin]), int(ends[after - 1] - firsts[begin]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Shard:
-    tokens: npt.NDArray[np.int32]  # all samples one after another
-    token_starts: npt.NDArray[np.int64]  # [N + 1]
-    teacher: np.ndarray | None  # records of all response tokens
-    teacher_starts: npt.NDArray[np.int64]  # [N + 1]
+    tokens: _Stream  # int32
+    teacher: _Stream | None  # records of all response tokens
+    parts: tuple[np.ndarray, np.ndarray] | None  # the same, ids and halves apart
 
 
 class AnnotationStore:
@@ -204,7 +225,7 @@ class AnnotationStore:
             self._shards.append(self._open_shard(shard_path, shard_lens_N2))
             lens_N2.append(shard_lens_N2)
         self.prompt_lens, self.response_lens = np.concatenate(lens_N2).T.copy()
-        self._bounds = [0, *accumulate(len(shard.token_starts) - 1 for shard in self._shards)]
+        self._bounds = [0, *accumulate(len(shard.tokens.starts) - 1 for shard in self._shards)]
 
     def _provenance_int(self, name: str, least: int) -> int:
         value = self.manifest.provenance.get(name)
@@ -222,20 +243,20 @@ class AnnotationStore:
     def _open_shard(self, shard_path: Path, lens_N2: npt.NDArray[np.int32]) -> _Shard:
         if len(lens_N2) and lens_N2.min() < 1:
             raise UserError(f"{shard_path} must have prompts and responses of 1 token or more, got 0; annotate again")
-        tokens, token_starts = self._open_pair(shard_path / "tokens", np.dtype("<i4"), 1, lens_N2.sum(axis=1))
+        tokens = self._open_pair(shard_path / "tokens", np.dtype("<i4"), 1, lens_N2.sum(axis=1))
         if not self.top_k:
-            return _Shard(tokens=tokens, token_starts=token_starts, teacher=None, teacher_starts=token_starts)
+            return _Shard(tokens=tokens, teacher=None, parts=None)
         dtype = teacher_record_dtype(self.top_k)
-        teacher, starts = self._open_pair(shard_path / "teacher", dtype, dtype.itemsize // 2, lens_N2[:, 1])
-        return _Shard(tokens=tokens, token_starts=token_starts, teacher=teacher, teacher_starts=starts)
+        teacher = self._open_pair(shard_path / "teacher", dtype, dtype.itemsize // 2, lens_N2[:, 1])
+        return _Shard(tokens=tokens, teacher=teacher, parts=record_parts(teacher.items))
 
     def _open_pair(
         self, prefix: Path, dtype: np.dtype, numbers_per_item: int, lens_N: npt.NDArray[np.integer]
-    ) -> tuple[np.ndarray, npt.NDArray[np.int64]]:
-        """Map a pair as one flat array of items; returns it and the first item of each sample [N + 1]."""
+    ) -> _Stream:
+        """Map a pair as one flat array of items."""
         starts = np.concatenate([[0], np.cumsum(lens_N, dtype=np.int64)])
         if not len(lens_N):  # an empty file cannot be mapped
-            return np.zeros(0, dtype), starts
+            return _Stream(items=np.zeros(0, dtype), starts=starts, mapping=None)
         dataset = _indexed_dataset().IndexedDataset(str(prefix))
         code, lengths = np.dtype(dataset.index.dtype), np.array(dataset.sequence_lengths)
         bin_file = prefix.with_suffix(".bin")
@@ -244,7 +265,9 @@ class AnnotationStore:
         if bin_file.stat().st_size != starts[-1] * dtype.itemsize:
             raise UserError(f"{bin_file} must have {starts[-1] * dtype.itemsize} bytes, got another size")
         # Mapped here rather than through the dataset, which unmaps on deletion while slices may still be in use.
-        return np.asarray(np.memmap(bin_file, dtype=dtype, mode="r")), starts
+        with open(bin_file, "rb") as stream:
+            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return _Stream(items=np.frombuffer(mapping, dtype), starts=starts, mapping=mapping)
 
     def __len__(self) -> int:
         return len(self.prompt_lens)
@@ -263,10 +286,27 @@ class AnnotationStore:
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
         """Prompt + response ids of a sample, int32 [P + n], a read-only view."""
         shard, local = self._locate(index)
-        return shard.tokens[shard.token_starts[local] : shard.token_starts[local + 1]]
+        return shard.tokens.items[shard.tokens.starts[local] : shard.tokens.starts[local + 1]]
 
     def teacher(self, index: int) -> np.ndarray:
         """Teacher records of a sample, ``teacher_record_dtype(top_k)`` [n], a read-only view; needs ``top_k > 0``."""
         shard, local = self._locate(index)
         assert shard.teacher is not None, f"{self.path} holds no teacher records"
-        return shard.teacher[shard.teacher_starts[local] : shard.teacher_starts[local + 1]]
+        return shard.teacher.items[shard.teacher.starts[local] : shard.teacher.starts[local + 1]]
+
+    def teacher_parts(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same records as ``records.record_parts``."""
+        shard, local = self._locate(index)
+        assert shard.teacher is not None and shard.parts is not None, f"{self.path} holds no teacher records"
+        start, end = shard.teacher.starts[local], shard.teacher.starts[local + 1]
+        ids, halves = shard.parts
+        return ids[start:end], halves[start:end]
+
+    def will_need(self, indices: npt.NDArray[np.integer], *, tokens: bool, teacher: bool) -> None:
+        """Have the kernel read these samples' tokens and teacher records ahead, in the order of the files."""
+        shards = np.searchsorted(self._bounds, indices, side="right") - 1
+        for number in np.unique(shards).tolist():
+            shard, locals_M = self._shards[number], indices[shards == number] - self._bounds[number]
+            for stream in [shard.tokens] * tokens + [shard.teacher] * teacher:
+                if stream is not None:
+                    stream.will_need(locals_M)

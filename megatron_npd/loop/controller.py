@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config import NPDConfig, command_flags
-from megatron_npd.data.packed_dataset import ScheduleEntry
+from megatron_npd.data.order import ScheduleEntry
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_tokenizer

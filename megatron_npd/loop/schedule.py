@@ -9,7 +9,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megatron_npd.data.packed_dataset import ScheduleEntry, load_schedule
+from megatron_npd.data.order import ScheduleEntry, load_schedule
 from megatron_npd.log import UserError
 from megatron_npd.manifest import write_atomic
 

@@ -7,26 +7,30 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_npd.config import TrainConfig
 from megatron_npd.data.batch import PackedBatch
-from megatron_npd.data.packed_dataset import PackedDataset, ScheduleEntry, Streams, microbatch_positions
+from megatron_npd.data.order import ScheduleEntry, microbatch_positions
+from megatron_npd.data.packed_dataset import PackedDataset, Streams
+from megatron_npd.data.prefetch import Prefetcher
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.build import ModelSpec, build_model, load_spec
 from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.arguments import check_objective
 from megatron_npd.platform import get_platform
-from megatron_npd.platform.base import local_rank
+from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
 from megatron_npd.training.step import TrainStep
+
+_PREFETCHED = 4  # micro-batches made ahead: a pipeline's first stages take several at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +114,11 @@ def train(cfg: TrainConfig) -> TrainResult:
         cfg.pipeline_model_parallel_size,
         dp_size,
     )
-    feed = _Feed(data, cfg, rows_per_step, platform.device(local_rank()), state["rows_consumed"])
     iteration = state["iteration"]
-    with MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer:
+    with (
+        _Feed(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
+        MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
+    ):
         while iteration < stop:
             start, entry = time.perf_counter(), feed.entry()
             values = step.run(feed, iteration + 1)
@@ -221,40 +227,58 @@ def _rows_per_step(cfg: TrainConfig, seq_length: int) -> int:
 
 
 class _Feed(Iterator[PackedBatch]):
-    """This rank's micro-batches, one global batch after another, and the time spent on waiting for them.
+    """This rank's micro-batches, one global batch after another, made ahead by a thread.
 
     Attributes:
         rows_consumed: Rows handed out over all ranks, counted when a global batch begins.
     """
 
     def __init__(
-        self, data: PackedDataset, cfg: TrainConfig, rows_per_step: int, device: torch.device, rows_consumed: int
+        self, data: PackedDataset, cfg: TrainConfig, rows_per_step: int, platform: Platform, rows_consumed: int
     ) -> None:
         self.rows_consumed = rows_consumed
-        self._data, self._device, self._rows_per_step = data, device, rows_per_step
+        self._data, self._platform, self._rows_per_step = data, platform, rows_per_step
+        dp_size = parallel_state.get_data_parallel_world_size()
         self._layout = {
             "global_batch_size": rows_per_step,
             "micro_batch_size": cfg.micro_batch_size,
             "dp_rank": parallel_state.get_data_parallel_rank(),
-            "dp_size": parallel_state.get_data_parallel_world_size(),
+            "dp_size": dp_size,
         }
-        self._pending: list[list[int]] = []
-        self._wait = 0.0
+        self._balance = cfg.balance_attention and dp_size > 1
+        self._per_step = rows_per_step // (cfg.micro_batch_size * dp_size)
+        self._handed_out = 0
+        self._batches = Prefetcher(self._make(rows_consumed), depth=_PREFETCHED)
+
+    def _make(self, rows_consumed: int) -> Iterator[PackedBatch]:
+        self._platform.set_device(local_rank())  # a thread has its own current device
+        device = self._platform.device(local_rank())
+        for positions, following in pairwise(self._positions(rows_consumed)):
+            self._data.will_need(following)  # the kernel reads the next rows while these are gathered
+            yield self._data.batch(positions, pin_memory=device.type != "cpu").to(device)
+
+    def _positions(self, rows_consumed: int) -> Iterator[list[int]]:
+        for first in count(rows_consumed, self._rows_per_step):
+            costs = self._data.attention_costs(range(first, first + self._rows_per_step)) if self._balance else None
+            yield from microbatch_positions(first, **self._layout, costs=costs)
 
     def entry(self) -> ScheduleEntry:
         """The schedule's entry of the next global batch's first row."""
-        return self._data.entries[self._data.schedule.locate(self.rows_consumed)[0]]
+        return self._data.entries[self._data.schedule.entry(self.rows_consumed)]
 
     def __next__(self) -> PackedBatch:
-        start = time.perf_counter()
-        if not self._pending:
-            self._pending = microbatch_positions(self.rows_consumed, **self._layout)
+        batch = next(self._batches)
+        if self._handed_out % self._per_step == 0:
             self.rows_consumed += self._rows_per_step
-        batch = self._data.batch(self._pending.pop(0)).to(self._device)
-        self._wait += time.perf_counter() - start
+        self._handed_out += 1
         return batch
 
     def take_wait(self) -> float:
-        """Seconds waited since the last call."""
-        wait, self._wait = self._wait, 0.0
-        return wait
+        """Seconds waited for micro-batches since the last call."""
+        return self._batches.take_wait()
+
+    def __enter__(self) -> _Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._batches.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npd.data.packed_dataset import ScheduleEntry, load_schedule
+from megatron_npd.data.order import ScheduleEntry, load_schedule
 from megatron_npd.log import UserError
 from megatron_npd.loop.schedule import append_entry, round_boundaries
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_npd.data.packed_dataset import PackedRows, Streams, decode_teacher
+from megatron_npd.data.decode import decode_teacher
+from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE
@@ -25,8 +26,8 @@ def _sample_sums(model: torch.nn.Module, store: AnnotationStore, index: int) -> 
     log_q = torch.log_softmax(logits.double(), dim=-1)
     ids, log_p, log_tail, generator = decode_teacher(store.teacher(index), VOCAB_SIZE)
     log_p, log_tail = log_p.double(), log_tail.double()
-    log_q_ids = log_q.gather(1, ids)
-    log_q_tail = log_q.scatter(1, ids, -math.inf).logsumexp(1)
+    log_q_ids = log_q.gather(1, ids.long())
+    log_q_tail = log_q.scatter(1, ids.long(), -math.inf).logsumexp(1)
     kd = (log_p.exp() * (log_p - log_q_ids)).sum(1) + log_tail.exp() * (log_tail - log_q_tail)
     label = log_q.gather(1, tokens[prompt:, None])[:, 0]
     ratio = label - generator.double()

@@ -11,7 +11,7 @@ import pytest
 
 import pretrain_npd
 from megatron_npd.config import KDMode, TrainConfig
-from megatron_npd.data.packed_dataset import ScheduleEntry
+from megatron_npd.data.order import ScheduleEntry
 from megatron_npd.log import UserError
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE, make_tiny_model
