@@ -135,6 +135,8 @@ class PackConfig:
     """Tokens of a training row."""
     segment_align: int = 16
     """Segments start at multiples of this many tokens; 2 x context-parallel size must divide it."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What becomes of samples longer than a row: dropped, or cut at its end where the response has begun by then."""
 
     def __post_init__(self) -> None:
         _require(self.segment_align > 0, "segment_align", "at least 1", self.segment_align, "16 is the default")

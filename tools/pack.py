@@ -21,7 +21,7 @@ class PackToolConfig(PackConfig):
     annotations: str = ""
     """Sealed annotations directory."""
     selection: str = ""
-    """Sealed selection directory made from those annotations."""
+    """Sealed selection directory made from those annotations; empty: all their samples are packed."""
     prompts: str = ""
     """JSONL or Parquet with responses, or a sealed prompts directory, instead of annotations and selection."""
     hf_model: str = ""
@@ -32,9 +32,9 @@ class PackToolConfig(PackConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = {name for name in ("annotations", "selection", "prompts", "hf_model") if getattr(self, name)}
-        if given not in ({"annotations", "selection"}, {"prompts", "hf_model"}):
+        if given not in ({"annotations"}, {"annotations", "selection"}, {"prompts", "hf_model"}):
             raise UserError(
-                "the input must be --annotations with --selection, or --prompts with --hf-model, "
+                "the input must be --annotations, if need be with --selection, or --prompts with --hf-model, "
                 f"got {', '.join(sorted(given)) or 'none'}; give one pair"
             )
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_npd.data.packing import pack_prompts, pack_selection
 
     if config.annotations:
-        pack_selection(config.annotations, config.selection, config.out, config)
+        pack_selection(config.annotations, config.selection or None, config.out, config)
         return
     from megatron_npd.data.prompts import prepare_prompts
     from megatron_npd.data.tokenizer import load_tokenizer

@@ -64,6 +64,7 @@ class PackedRows:
     def __init__(self, packs_dir: str | Path, *, streams: Streams, verify: bool = True) -> None:
         self.path, self.streams = Path(packs_dir), streams
         provenance = read_manifest(self.path, kind=PACKS_KIND, verify=verify).provenance
+        self._truncates = provenance["too_long"] == "truncate"
         self.seq_length, self.align = int(provenance["seq_length"]), int(provenance["segment_align"])
         self.policy_version = str(provenance["policy_version"])
         self.store = AnnotationStore(self.path / provenance["store"], verify=verify)
@@ -84,6 +85,8 @@ class PackedRows:
 
     def _check(self, rows: npt.NDArray[np.int32]) -> None:
         lens = self.store.prompt_lens + self.store.response_lens
+        if self._truncates:
+            lens = np.minimum(lens, self.seq_length)
         first = np.diff(rows, prepend=-1) != 0
         ends = self._offsets + self._lengths
         holds = (
@@ -95,6 +98,7 @@ class PackedRows:
             and int(ends.max()) <= self.seq_length
             and 0 <= int(self._samples.min()) <= int(self._samples.max()) < len(self.store)
             and np.array_equal(lens[self._samples], self._lengths)
+            and np.all(self.store.prompt_lens[self._samples] < self._lengths)
         )
         if not holds:
             raise UserError(f"{self.path / PACKS_FILE} must hold rows of aligned whole samples, got others; pack again")
@@ -115,7 +119,8 @@ class PackedRows:
 
     def response_tokens(self, row: int) -> int:
         """Number of response tokens (positions with mask 1) of a row."""
-        return int(self.store.response_lens[self._samples[self._row_starts[row] : self._row_starts[row + 1]]].sum())
+        part = slice(self._row_starts[row], self._row_starts[row + 1])
+        return int((self._lengths[part] - self.store.prompt_lens[self._samples[part]]).sum())
 
 
 def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = False) -> HostBatch:
@@ -154,14 +159,15 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
             if streams.targets:
                 mask[first : end - 1] = True
             if streams.tokens or streams.targets:
-                tokens[start:end] = source.store.tokens(sample)
+                tokens[start:end] = source.store.tokens(sample)[:length]
             if streams.teacher:
                 own_ids, own_halves = source.store.teacher_parts(sample)
                 ids[written:first], halves[written:first] = (
                     filler_ids[: first - written],
                     filler_halves[: first - written],
                 )
-                ids[first : end - 1], halves[first : end - 1] = own_ids, own_halves
+                answer = end - 1 - first  # all of it, but for a truncated sample
+                ids[first : end - 1], halves[first : end - 1] = own_ids[:answer], own_halves[:answer]
                 written = end - 1
         if tail < end_of_row:
             starts.append(tail)

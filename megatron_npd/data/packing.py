@@ -104,24 +104,26 @@ def pack_lengths(
 
 
 def pack_selection(
-    annotations_dir: str | Path, selection_dir: str | Path, out_dir: str | Path, cfg: PackConfig
+    annotations_dir: str | Path, selection_dir: str | Path | None, out_dir: str | Path, cfg: PackConfig
 ) -> Manifest:
     """Pack the kept samples of a selection and seal ``out_dir``; a directory sealed from the same input is left.
 
     Args:
         annotations_dir: The store.
-        selection_dir: Sealed directory of kind ``selection``, made from that store.
+        selection_dir: Sealed directory of kind ``selection``, made from that store; None: all its samples are packed.
         out_dir: Directory to seal with kind ``packs``.
-        cfg: Row length and alignment.
+        cfg: Row length, alignment, and what becomes of longer samples.
 
     Returns:
-        The manifest. Counts: the books over the kept samples (``too_long`` are quarantined), ``rows``, ``tokens`` and
-        ``fill``, the share of the rows' tokens that is no padding.
+        The manifest. Counts: the books over the kept samples (``too_long`` are quarantined), how many of them are
+        ``truncated``, ``rows``, ``tokens`` and ``fill``, the share of the rows' tokens that is no padding.
 
     Raises:
         UserError: The selection is of another store, nothing is left to pack, or ``out_dir`` is sealed from others.
     """
     store = AnnotationStore(annotations_dir)
+    if selection_dir is None:
+        return _write_packs(store, np.arange(len(store)), Path(out_dir), cfg, {})
     read_manifest(selection_dir, kind="selection")
     table = pq.read_table(Path(selection_dir) / SELECTION_FILE, columns=["sample_id", "kept"])
     if not table["sample_id"].equals(store.metadata("sample_id")["sample_id"]):
@@ -223,6 +225,7 @@ def _write_packs(
     provenance = {
         "seq_length": cfg.seq_length,
         "segment_align": cfg.segment_align,
+        "too_long": cfg.too_long,
         "store": os.path.relpath(store.path.resolve(), out_dir.resolve()),
         "store_sha256": file_sha256(store.path / MANIFEST),
         "top_k": store.top_k,
@@ -235,6 +238,11 @@ def _write_packs(
         return manifest
     lengths_M = (store.prompt_lens + store.response_lens)[kept_M]
     fits_M = lengths_M <= cfg.seq_length
+    truncated = 0
+    if cfg.too_long == "truncate":
+        begun_M = store.prompt_lens[kept_M] < cfg.seq_length
+        truncated = int((begun_M & ~fits_M).sum())
+        lengths_M, fits_M = np.minimum(lengths_M, cfg.seq_length), begun_M
     samples, lengths, too_long = kept_M[fits_M], lengths_M[fits_M], kept_M[~fits_M]
     if not len(samples):
         raise UserError(
@@ -251,6 +259,7 @@ def _write_packs(
         "kept": len(samples),
         "quarantined": {"too_long": len(too_long)} if len(too_long) else {},
         "pending": 0,
+        "truncated": truncated,
         "rows": num_rows,
         "tokens": int(lengths.sum()),
         "fill": round(float(lengths.sum()) / (num_rows * cfg.seq_length), 6),
@@ -265,6 +274,7 @@ def _write_packs(
                     quarantine.write(json.dumps({"sample_id": ids[index].as_py(), "reason": "too_long"}) + "\n")
         manifest = seal(out_dir, kind=PACKS_KIND, provenance=provenance, counts=counts)
     note = f"; {len(too_long)} longer than a row are left out" if len(too_long) else ""
+    note += f"; {truncated} are cut at its end" if truncated else ""
     get_logger().info(
         "%d samples packed into %d rows of %d tokens, %.2f %% filled%s",
         len(samples),

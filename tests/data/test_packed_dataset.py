@@ -18,6 +18,7 @@ from megatron_npd.data.packed_dataset import make_batch as make_host_batch
 from megatron_npd.data.packing import pack_prompts, pack_selection
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.log import UserError
+from megatron_npd.manifest import read_manifest
 from megatron_npd.records import PACKS_FILE
 from tests.data.make_store import VOCAB_SIZE, make_records, make_store
 from tests.data.test_packing import make_prompts, make_selection
@@ -82,6 +83,26 @@ def test_a_batch_equals_a_reference_built_token_by_token(tmp_path: Path, top_k: 
         torch.testing.assert_close(mass, torch.ones(64, dtype=torch.float64), atol=1e-5, rtol=0)
         assert packs.response_tokens(row) == int(mask.sum())
     assert sorted(seen) == list(range(len(LENGTHS)))
+
+
+def test_a_truncated_sample_is_the_beginning_of_the_whole_one(tmp_path: Path) -> None:
+    lengths = [(5, 9), (10, 90), (64, 3), (63, 2), (70, 1)]  # the prompts of 64 and 70 fill a row
+    packs_dir = make_packs(
+        tmp_path, lengths=lengths, cfg=PackConfig(seq_length=64, segment_align=8, too_long="truncate")
+    )
+    counts = read_manifest(packs_dir).counts
+    assert (counts["in"], counts["kept"], counts["truncated"], counts["quarantined"]) == (5, 3, 2, {"too_long": 2})
+    packs = PackedRows(packs_dir, streams=ALL)
+    rows = {sample: row for row in range(len(packs)) for _, _, sample in packs.segments(row)}
+    assert sorted(rows) == [0, 1, 3]
+    for sample, answer in ((1, 54), (3, 1)):
+        batch, prompt = make_batch([(packs, rows[sample])]), lengths[sample][0]
+        store = AnnotationStore(tmp_path / "annotations")
+        assert batch.tokens[0].tolist() == store.tokens(sample)[:64].tolist()
+        assert batch.labels[0, prompt - 1 : 63].tolist() == store.tokens(sample)[prompt:64].tolist()
+        assert batch.loss_mask[0].nonzero().flatten().tolist() == list(range(prompt - 1, 63))
+        assert batch.teacher_ids[prompt - 1 : 63].tolist() == store.teacher(sample)["ids"][:answer].tolist()
+        assert packs.response_tokens(rows[sample]) == answer
 
 
 def _check_segments(cu_seqlens: torch.Tensor, max_seqlen: int, positions: torch.Tensor, starts: list[int]) -> None:

@@ -155,6 +155,13 @@ def test_a_selection_of_another_store_or_of_nothing_is_refused(stages: tuple[Pat
     assert not is_sealed(tmp_path / "p")
 
 
+def test_without_a_selection_all_samples_are_packed(stages: tuple[Path, Path], tmp_path: Path) -> None:
+    annotations, _ = stages
+    out = tmp_path / "run/packs"
+    pack_tool.main(["--annotations", str(annotations), "--out", str(out), "--seq-length", "64", "--segment-align", "8"])
+    assert read_manifest(out).counts["kept"] == 8 and read_manifest(out).counts["quarantined"] == {"too_long": 1}
+
+
 def make_prompts(path: Path, prompts: list[tuple[list[int], list[int] | None]]) -> Path:
     rows: list[dict[str, Any]] = [
         {"prompt_id": f"p{index}", "prompt_ids": prompt, "header_len": 0, "response_ids": response, "extras": "{}"}
