@@ -30,6 +30,10 @@ def _require(holds: bool, name: str, rule: str, got: object, remedy: str) -> Non
         raise UserError(f"{name} must be {rule}, got {got}; {remedy}")
 
 
+def _require_share(name: str, value: float) -> None:
+    _require(0 <= value <= 1, name, "in [0, 1]", value, "0.1 is the default, 1 sets no limit")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How the student's answers are generated."""
@@ -64,6 +68,8 @@ class RolloutConfig:
     """Further arguments of the launched vLLM servers, as vLLM spells them."""
     seed: int = 1234
     """Seed of the run, from which each answer's seed is derived."""
+    max_quarantined: float = 0.1
+    """Share of the prompts, or of the answers, that may be set aside before the stage stops."""
 
     def __post_init__(self) -> None:
         _require(self.greedy_paths in (0, 1), "greedy_paths", "0 or 1", self.greedy_paths, "greedy answers are equal")
@@ -78,6 +84,7 @@ class RolloutConfig:
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
         for name in ("num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size"):
             _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+        _require_share("max_quarantined", self.max_quarantined)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +103,11 @@ class AnnotateConfig:
     """Ranks that share the depth."""
     bf16: bool = False
     """Compute in bfloat16 rather than float32."""
+    max_quarantined: float = 0.1
+    """Share of the samples that may be set aside before the stage stops."""
 
     def __post_init__(self) -> None:
+        _require_share("max_quarantined", self.max_quarantined)
         for name in (
             "top_k",
             "seq_length",

@@ -97,6 +97,7 @@ PACK_SCHEMA = pa.schema(
 )
 
 LOG_TAIL_FLOOR = -30.0  # of log t_p, METHOD section 2
+LOGPROB_ROUNDING = 1e-5  # what fp32 may leave above log 1 = 0
 
 
 def teacher_record_dtype(top_k: int) -> np.dtype:

@@ -23,6 +23,8 @@ class PreparePromptsConfig:
     """Hugging Face directory of the teacher, whose vocabulary is compared and whose chat template may differ."""
     max_prompt_len: int = 1024
     """Longest prompt, in tokens; longer ones are quarantined."""
+    max_quarantined: float = 0.1
+    """Share of the records that may be quarantined before nothing is sealed."""
 
     def __post_init__(self) -> None:
         if self.max_prompt_len <= 0:
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer=load_tokenizer(config.student),
         teacher_tokenizer=load_tokenizer(config.teacher) if config.teacher else None,
         max_prompt_len=config.max_prompt_len,
+        max_quarantined=config.max_quarantined,
     )
 
 

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from megatron_npd.data.tokenizer import (
     turn_header,
 )
 from megatron_npd.log import UserError, get_logger, progress
-from megatron_npd.manifest import Manifest, config_hash, file_sha256, seal, sealed_from, writing
+from megatron_npd.manifest import Manifest, check_quarantined, config_hash, file_sha256, seal, sealed_from, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE
 
 __all__ = ["check_vocabularies", "prepare_prompts"]
 
 _BATCH = 1024  # records tokenised at a time
+_LONGEST_LINE = 2**25  # bytes; longer ones are passed over without being held in memory
 
 
 class _BadRecord(Exception):
@@ -75,6 +76,7 @@ def prepare_prompts(
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     max_prompt_len: int,
+    max_quarantined: float = 0.1,
 ) -> Manifest:
     """Read prompts, apply the chat template once and seal ``out_dir`` with the token ids (``records.PROMPT_SCHEMA``).
 
@@ -92,13 +94,14 @@ def prepare_prompts(
         teacher_tokenizer: The teacher's; vocabularies are compared, and ``teacher_prompt_ids`` is filled where its
             chat template gives other ids. A teacher without a chat template sees the student's ids.
         max_prompt_len: Longest prompt, in tokens.
+        max_quarantined: Share of the records that may be set aside; repeated ones do not count.
 
     Returns:
         The manifest; counts: ``in`` = ``kept`` + sum of ``quarantined`` (repeated records under ``duplicate``).
 
     Raises:
-        UserError: No such file, unknown extension, one id for two contents, no usable prompt, or ``out_dir`` is sealed
-            with other prompts.
+        UserError: No such file, unknown extension, one id for two contents, too few usable prompts, or ``out_dir`` is
+            sealed with other prompts.
     """
     source, out_dir = Path(source), Path(out_dir)
     if not source.is_file():
@@ -126,6 +129,7 @@ def prepare_prompts(
                 f"{source} must hold a usable prompt, got {counts['in']} records and {dropped or 'nothing else'}; "
                 f"see {directory / QUARANTINE_FILE}"
             )
+        check_quarantined(counts["quarantined"], counts["in"], max_quarantined, source)
         manifest = seal(directory, kind="prompts", provenance=provenance, counts=counts)
     note = f"; quarantined: {dropped} (see {out_dir / QUARANTINE_FILE})" if dropped else ""
     get_logger().info("%d of %d prompts of %s kept%s", counts["kept"], counts["in"], source, note)
@@ -180,8 +184,18 @@ def _write(
 def _read_jsonl(path: Path) -> Iterator[_Source]:
     offset = 0
     with open(path, "rb") as stream:
-        for line, raw in enumerate(stream, start=1):
+        for line in count(1):
+            raw = stream.readline(_LONGEST_LINE)
+            if not raw:
+                return
             start, offset = offset, offset + len(raw)
+            if len(raw) == _LONGEST_LINE and raw[-1:] != b"\n":
+                while (rest := stream.readline(_LONGEST_LINE)) and rest[-1:] != b"\n":
+                    offset += len(rest)
+                offset += len(rest)
+                bad = _BadRecord("line_too_long", f"{offset - start} bytes, at most {_LONGEST_LINE} are read")
+                yield _Source(line=line, byte_offset=start, bad=bad)
+                continue
             text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
             if not text.strip():
                 continue

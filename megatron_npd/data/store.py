@@ -28,13 +28,29 @@ import pyarrow.parquet as pq
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, read_manifest
 from megatron_npd.platform import get_platform
-from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLE_SCHEMA, SAMPLES_FILE, record_parts, teacher_record_dtype
+from megatron_npd.records import (
+    LOG_TAIL_FLOOR,
+    LOGPROB_ROUNDING,
+    SAMPLE_SCHEMA,
+    SAMPLES_FILE,
+    record_parts,
+    teacher_record_dtype,
+)
 
 STORE_KIND = "annotations"
 SHARD_KIND = "annotations-shard"
 MASS_TOLERANCE = 1e-3
 _FP16_RELATIVE = 2.0**-11  # half a unit in the last place
-_ROUNDING = 1e-5  # what fp32 may leave above log 1 = 0
+_CHUNK = 8192  # records checked at a time, so that intermediates stay in the cache
+RECORD_RULES = (  # reason by which a sample is set aside, rule; in the order of ``broken_records``
+    ("teacher_id_outside_vocabulary", "teacher ids must be token ids in 0..{last}"),
+    ("teacher_id_twice", "teacher ids must be distinct"),
+    ("teacher_logprob_undefined", "teacher log-probs must be finite and <= 0"),
+    ("teacher_logprobs_unsorted", "teacher log-probs must be descending"),
+    ("teacher_tail_undefined", f"log_tail must be in [{LOG_TAIL_FLOOR:g}, 0)"),
+    ("generator_logprob_undefined", "generator log-probs must be <= 0 or NaN"),
+    ("teacher_mass", f"top-k mass + tail mass must be 1 within {MASS_TOLERANCE:g}"),
+)
 
 
 def _indexed_dataset():
@@ -55,45 +71,52 @@ def check_token_ids(tokens: npt.NDArray[np.integer], vocab_size: int, where: str
         raise UserError(f"{where} must hold token ids in 0..{vocab_size - 1}, got {bad}; use the student's tokenizer")
 
 
-def check_teacher_records(records: np.ndarray, vocab_size: int, where: str) -> None:
-    """Refuse teacher records that no probability distribution could have left.
+def broken_records(records_R: np.ndarray, vocab_size: int) -> npt.NDArray[np.int8]:
+    """Find teacher records that no probability distribution could have left.
 
     Ids are in range and distinct; log-probabilities finite, at most 0 and descending; ``log_tail`` in [-30, 0); the
     mass of the k and of the tail sum to 1 within 1e-3 and the rounding of fp16.
 
     Args:
-        records: ``teacher_record_dtype(k)`` [n].
+        records_R: ``teacher_record_dtype(k)`` [R].
         vocab_size: V*.
-        where: Names file and record in the message.
+
+    Returns:
+        The first rule that each record breaks, as 1 + its place in ``RECORD_RULES``; 0: none. int8 [R].
+    """
+    result_R = np.zeros(len(records_R), np.int8)
+    for start in range(0, len(records_R), _CHUNK):
+        records = records_R[start : start + _CHUNK]
+        ids_RK, logprobs_RK = np.sort(records["ids"], axis=1), records["logprobs"].astype(np.float32)
+        log_tail_R, generator_R = (records[name].astype(np.float32) for name in ("log_tail", "generator_logprob"))
+        logs_RK1 = np.concatenate([logprobs_RK, log_tail_R[:, None]], axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):  # of records that break an earlier rule
+            mass_RK1 = np.exp(logs_RK1)
+            tolerance_R = MASS_TOLERANCE + _FP16_RELATIVE * (mass_RK1 * np.abs(logs_RK1)).sum(axis=1)
+            broken = (
+                (ids_RK[:, 0] < 0) | (ids_RK[:, -1] >= vocab_size),
+                (np.diff(ids_RK, axis=1) == 0).any(axis=1),
+                ~(np.isfinite(logprobs_RK) & (logprobs_RK <= LOGPROB_ROUNDING)).all(axis=1),
+                (np.diff(logprobs_RK, axis=1) > 0).any(axis=1),
+                ~((log_tail_R >= LOG_TAIL_FLOOR) & (log_tail_R < 0)),
+                (generator_R > LOGPROB_ROUNDING) | np.isinf(generator_R),
+                ~(np.abs(mass_RK1.sum(axis=1) - 1) <= tolerance_R),
+            )
+        result_R[start : start + _CHUNK] = np.select(broken, range(1, len(broken) + 1), 0)
+    return result_R
+
+
+def check_teacher_records(records: np.ndarray, vocab_size: int, where: str) -> None:
+    """Refuse teacher records of which one breaks a rule of ``broken_records``; ``where`` names file and record.
 
     Raises:
         UserError: A rule is broken.
     """
-    remedy = "annotate again"
-    ids_nK, logprobs_nK = records["ids"], records["logprobs"].astype(np.float64)
-    log_tail_n = records["log_tail"].astype(np.float64)
-    generator_n = records["generator_logprob"].astype(np.float32)
-    check_token_ids(ids_nK, vocab_size, f"{where}: teacher ids")
-    if np.any(np.diff(np.sort(ids_nK, axis=1), axis=1) == 0):
-        raise UserError(f"{where}: teacher ids must be distinct, got the same id twice in a record; {remedy}")
-    if not np.isfinite(logprobs_nK).all() or np.any(logprobs_nK > _ROUNDING):
-        raise UserError(f"{where}: teacher log-probs must be finite and <= 0, got {logprobs_nK.max()}; {remedy}")
-    if np.any(np.diff(logprobs_nK, axis=1) > 0):
-        raise UserError(f"{where}: teacher log-probs must be descending, got a rise; {remedy}")
-    if not np.all((log_tail_n >= LOG_TAIL_FLOOR) & (log_tail_n < 0)):
-        raise UserError(f"{where}: log_tail must be in [{LOG_TAIL_FLOOR:g}, 0), got another value; {remedy}")
-    if np.any(generator_n > _ROUNDING) or np.any(np.isinf(generator_n)):
-        raise UserError(f"{where}: generator log-probs must be <= 0 or NaN, got another value; {remedy}")
-    logs_nK1 = np.concatenate([logprobs_nK, log_tail_n[:, None]], axis=1)
-    mass_nK1 = np.exp(logs_nK1)
-    excess_n = np.abs(mass_nK1.sum(axis=1) - 1.0)
-    tolerance_n = MASS_TOLERANCE + _FP16_RELATIVE * (mass_nK1 * np.abs(logs_nK1)).sum(axis=1)
-    if np.any(excess_n > tolerance_n):
-        worst = int(np.argmax(excess_n - tolerance_n))
-        raise UserError(
-            f"{where}: top-k mass + tail mass must be 1 within {MASS_TOLERANCE:g}, got {mass_nK1[worst].sum():.6f} "
-            f"at response token {worst}; {remedy}"
-        )
+    broken_n = broken_records(records, vocab_size)
+    if broken_n.any():
+        token = int(np.flatnonzero(broken_n)[0])
+        rule = RECORD_RULES[broken_n[token] - 1][1].format(last=vocab_size - 1)
+        raise UserError(f"{where}: {rule}, got {records[token]} at response token {token}; annotate again")
 
 
 class StoreShardWriter:
@@ -119,12 +142,13 @@ class StoreShardWriter:
     def _builder(self, name: str, dtype: type):
         return self._mcore.IndexedDatasetBuilder(str(self.path / f"{name}.bin"), dtype=dtype)
 
-    def add(self, tokens: npt.NDArray[np.integer], teacher: np.ndarray | None = None) -> None:
+    def add(self, tokens: npt.NDArray[np.integer], teacher: np.ndarray | None = None, *, checked: bool = False) -> None:
         """Append one sample.
 
         Args:
             tokens: Prompt + response ids [P + n], P >= 1 and n >= 1.
             teacher: ``teacher_record_dtype(top_k)`` [n]; None exactly where ``top_k`` is 0.
+            checked: The caller has ids and records checked already, all of a shard at once.
 
         Raises:
             UserError: The sample breaks a rule of the format; nothing of it is written.
@@ -134,7 +158,8 @@ class StoreShardWriter:
         assert tokens.ndim == 1 and (teacher is None) == (self._teacher is None), where
         if tokens.size < 2:
             raise UserError(f"{where} must have a prompt and a response, got {tokens.size} tokens; drop it before")
-        check_token_ids(tokens, self.vocab_size, where)
+        if not checked:
+            check_token_ids(tokens, self.vocab_size, where)
         if teacher is not None and self._teacher is not None:
             assert teacher.dtype == self._dtype, f"{where}: {teacher.dtype} is not {self._dtype}"
             if not 1 <= len(teacher) < tokens.size:
@@ -142,7 +167,8 @@ class StoreShardWriter:
                     f"{where} must have a record a response token and a prompt of 1 token or more, got {len(teacher)} "
                     f"records for {tokens.size} tokens; annotate again"
                 )
-            check_teacher_records(teacher, self.vocab_size, where)
+            if not checked:
+                check_teacher_records(teacher, self.vocab_size, where)
             flat = np.ascontiguousarray(teacher).view(np.uint8).view(np.uint16)
             if flat.size > np.iinfo(np.int32).max:
                 raise UserError(f"{where} must have less than 2**31 numbers, got {flat.size}; lower top_k")

@@ -132,6 +132,7 @@ class _Loop:
                     tokenizer=student,
                     teacher_tokenizer=teacher,
                     max_prompt_len=self.cfg.rollout.max_model_len - 1,
+                    max_quarantined=self.cfg.rollout.max_quarantined,
                 )
 
     def _rollout(self, index: int, out: Path) -> None:
@@ -286,6 +287,7 @@ def _keep_config(run: Path, cfg: NPDConfig) -> None:
         return
     free = {"run_dir", "nproc_per_node", "platform", "rollout.urls", "rollout.num_servers", "rollout.server_args"}
     free |= {"rollout.concurrency", "rollout.request_timeout", "rollout.start_timeout", "train.log_interval"}
+    free |= {"rollout.max_quarantined", "annotate.max_quarantined"}
     then = _flat(json.loads(path.read_text()))
     changed = [
         f"{name}: {then.get(name)!r} -> {value!r}"

@@ -19,8 +19,25 @@ import pyarrow.parquet as pq
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError, get_logger, progress
-from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, seal, writing
-from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
+from megatron_npd.manifest import (
+    MANIFEST,
+    Manifest,
+    check_quarantined,
+    file_sha256,
+    is_sealed,
+    read_manifest,
+    seal,
+    writing,
+)
+from megatron_npd.records import (
+    LOGPROB_ROUNDING,
+    PROMPTS_FILE,
+    QUARANTINE_FILE,
+    ROLLOUT_SCHEMA,
+    ROLLOUTS_FILE,
+    sample_id,
+    sample_seed,
+)
 from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.rollout.pool import Answer, Failure, Request, ServerPool
 
@@ -51,8 +68,9 @@ def generate_round(
 
     Answers are kept in a journal as they arrive; a second call asks only for the missing ones. Set aside, by reason,
     in a shard's ``quarantine.jsonl``: ``prompt_too_long`` (over max_model_len - 1), ``empty_prompt``,
-    ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``, ``undefined_logprob`` and
-    ``request_failed``; a later call asks for the last four again where their shard is not sealed yet.
+    ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``, ``undefined_logprob``,
+    ``token_outside_vocabulary`` and ``request_failed``; a later call asks for the last five again where their shard
+    is not sealed yet.
 
     Args:
         prompts_dir: Sealed directory of kind ``prompts``.
@@ -67,8 +85,8 @@ def generate_round(
         ``stopped`` (finish reason ``stop``), ``shards``.
 
     Raises:
-        UserError: A server died or serves another policy, ``out_dir`` was begun with other settings, or no answer
-            could be kept. Whatever had arrived is kept on disk.
+        UserError: A server died or serves another policy, ``out_dir`` was begun with other settings, or more than
+            ``cfg.max_quarantined`` of the answers were set aside. Whatever had arrived is kept on disk.
     """
     prompts_dir, out_dir = Path(prompts_dir), Path(out_dir)
     settings = _settings(prompts_dir, cfg, round_index, policy_version)
@@ -113,18 +131,21 @@ class _Round:
         self.lengths = prompts["prompt_ids"].combine_chunks().value_lengths().to_pylist()
         self.answers: dict[int, Recorded | Failure] = {}
         self.missing: dict[int, int] = {}  # shard -> samples without an answer
+        self.set_aside: Counter[str] = Counter()
         self.tokens = 0
 
     def run(self) -> None:
         for shard, samples in enumerate(self.shards):
             if is_sealed(self._shard_dir(shard)):
-                _read_sealed(self._shard_dir(shard), "rollouts-shard", self.settings)
+                manifest = _read_sealed(self._shard_dir(shard), "rollouts-shard", self.settings)
+                self.set_aside.update(manifest.counts["quarantined"])
                 continue
             for i in samples:
                 known = self._unanswerable(i) or self.journal.answers.get(i)
                 if known is not None:
-                    self.answers[i] = known
+                    self._take(i, known)
             self.missing[shard] = sum(i not in self.answers for i in samples)
+        self._check_share()
         self.journal.answers.clear()
         pending = [i for shard in self.missing for i in self.shards[shard] if i not in self.answers]
         for shard in self.missing:
@@ -174,11 +195,25 @@ class _Round:
         if isinstance(answer, Recorded):
             self.journal.append(request.key, answer)
             self.tokens += len(answer.token_ids)
-        self.answers[request.key] = answer
+        self._take(request.key, answer)
+        self._check_share()
         shard = request.key // self.cfg.shard_size
         self.missing[shard] -= 1
         self._seal_if_complete(shard)
         self._report()
+
+    def _take(self, index: int, answer: Recorded | Failure) -> None:
+        """Keep an answer until its shard is whole; one that says nothing has failed."""
+        if isinstance(answer, Recorded) and len(answer.token_ids) <= (answer.finish_reason == "stop"):
+            answer = Failure(reason="empty_response", detail=f"finish reason {answer.finish_reason}")
+        if isinstance(answer, Failure):
+            self.set_aside[answer.reason] += 1
+        self.answers[index] = answer
+
+    def _check_share(self) -> None:
+        """Stop before more is generated, and before a shard makes failures final, once the round cannot be used."""
+        if self.set_aside.total() < self.total:  # a round that keeps nothing has its own words, with the details
+            check_quarantined(self.set_aside, self.total, self.cfg.max_quarantined, f"answers of {self.out_dir}")
 
     def _checked(self, answer: Answer) -> Recorded | Failure:
         expected = self.settings["policy_version"]
@@ -189,9 +224,14 @@ class _Round:
                 f"answers must come from policy {expected}, got one from {', '.join(answer.versions) or 'no version'}; "
                 "load that policy again with tools/refresh.py and rerun"
             )
+        ids, logprobs = np.array(answer.token_ids, np.int64), np.array(answer.logprobs, np.float32)
+        if ids.size and not 0 <= ids.min() <= ids.max() <= np.iinfo(np.int32).max:
+            return Failure(reason="token_outside_vocabulary", detail=f"ids {ids.min()} to {ids.max()}")
+        if not (np.isfinite(logprobs) & (logprobs <= LOGPROB_ROUNDING)).all():
+            return Failure(reason="undefined_logprob", detail=f"log-probabilities {logprobs[:8]}")
         return Recorded(
-            token_ids=np.array(answer.token_ids, np.int32),
-            logprobs=np.array(answer.logprobs, np.float32),
+            token_ids=ids.astype(np.int32),
+            logprobs=logprobs,
             finish_reason=answer.finish_reason,
         )
 
@@ -213,8 +253,6 @@ class _Round:
         quarantine: list[dict[str, Any]] = []
         for index in self.shards[shard]:
             answer = self.answers.pop(index)
-            if isinstance(answer, Recorded) and len(answer.token_ids) <= (answer.finish_reason == "stop"):
-                answer = Failure(reason="empty_response", detail=f"finish reason {answer.finish_reason}")
             if isinstance(answer, Recorded):
                 kept[index] = answer
             else:

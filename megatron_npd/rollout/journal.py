@@ -2,7 +2,7 @@
 
 A line is ``crc32 of the rest, a space, a JSON array``. The first holds the settings that the answers depend on, each
 other one an answer: sample index, finish reason, base64 of int32 token ids, base64 of float32 log-probabilities. A
-line that was cut by a kill, and whatever follows it, is dropped.
+line that a kill has cut, or that was damaged, is dropped alone; without the first one nothing is trusted.
 """
 
 from __future__ import annotations
@@ -82,27 +82,29 @@ class Journal:
         self._stream.flush()
 
     def _read(self, path: Path, settings: dict[str, Any]) -> int:
-        """Fill ``answers``; the number of bytes up to the first bad line."""
-        good_bytes = 0
+        """Fill ``answers``; the number of bytes up to the end of the last whole line."""
+        whole_bytes, bad = 0, 0
         with open(path, "rb") as stream:
             for number, line in enumerate(stream):
-                if len(line) < 10 or line[-1:] != b"\n" or line[:8] != b"%08x" % binascii.crc32(line[9:-1]):
-                    get_logger().warning(
-                        "%s: line %d was cut, it and what follows is asked for again", path, number + 1
-                    )
-                    break
-                value = json.loads(line[9:])
-                if number == 0:
-                    _check_settings(path, value, settings)
+                cut = line[-1:] != b"\n"
+                if cut or len(line) < 10 or line[:8] != b"%08x" % binascii.crc32(line[9:-1]):
+                    bad += 1
+                    if number == 0:
+                        break
+                elif number == 0:
+                    _check_settings(path, json.loads(line[9:]), settings)
                 else:
-                    index, finish_reason, ids, logprobs = value
+                    index, finish_reason, ids, logprobs = json.loads(line[9:])
                     self.answers[index] = Recorded(
                         token_ids=np.frombuffer(base64.b64decode(ids), np.int32),
                         logprobs=np.frombuffer(base64.b64decode(logprobs), np.float32),
                         finish_reason=finish_reason,
                     )
-                good_bytes += len(line)
-        return good_bytes
+                whole_bytes += 0 if cut else len(line)
+        if bad:
+            what = f"{bad} of its lines were" if whole_bytes else "its first line was"
+            get_logger().warning("%s: %s cut or damaged; what is lost is asked for again", path, what)
+        return whole_bytes
 
 
 def _check_settings(path: Path, written: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,13 +28,23 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_npd.config import AnnotateConfig
-from megatron_npd.data.store import SHARD_KIND, STORE_KIND, StoreShardWriter
+from megatron_npd.data.store import RECORD_RULES, SHARD_KIND, STORE_KIND, StoreShardWriter, broken_records
 from megatron_npd.data.tokenizer import check_vocabularies, document_start, load_tokenizer, turn_header
 from megatron_npd.log import UserError, get_logger, progress
-from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
+from megatron_npd.manifest import (
+    MANIFEST,
+    Manifest,
+    check_quarantined,
+    file_sha256,
+    read_manifest,
+    seal,
+    sealed_from,
+    writing,
+)
 from megatron_npd.models.families.base import load_spec
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.records import (
+    LOGPROB_ROUNDING,
     QUARANTINE_FILE,
     SAMPLE_SCHEMA,
     SAMPLES_FILE,
@@ -109,13 +118,15 @@ def annotate_round(
             student_losses = _student_losses(rollouts_dir, shards, pending, setting)
             initialize_distributed(**layout)
             teacher = Scorer(teacher_dir, vocab_size=setting.student.vocab_size, **_scorer_settings(cfg))
+            reasons: Counter[str] = Counter()
             for name in _own(shards, pending):
                 source, out = rollouts_dir / name, out_dir / name
-                _annotate_shard(source, out, teacher, setting, student_losses[name], provenance)
+                reasons += _annotate_shard(source, out, teacher, setting, student_losses[name], provenance)
+                check_quarantined(reasons, rollouts.counts["kept"], cfg.max_quarantined, rollouts_dir)
         dist.barrier()
         if rank != 0:
             return None
-        return _seal_round(out_dir, shards, provenance)
+        return _seal_round(out_dir, shards, provenance, cfg)
 
 
 def model_fingerprint(hf_dir: str | Path) -> str:
@@ -206,14 +217,14 @@ def _annotate_shard(
     setting: Setting,
     student_loss_alone: npt.NDArray[np.float32],
     provenance: dict[str, Any],
-) -> None:
-    """Score one shard on all ranks of this model copy; one of them writes and seals it."""
+) -> Counter[str]:
+    """Score one shard on all ranks of this model copy; one of them writes and seals it, counting what it sets aside."""
     started = time.monotonic()
     samples = read_samples(source, setting)
     scores = _score(teacher, samples.teacher_prompts, samples.responses, setting.cfg.top_k, f"teacher {out.name}")
     alone = _score(teacher, samples.teacher_headers, samples.responses, 0, f"teacher {out.name}, responses alone")
     if not _writes():
-        return
+        return Counter()
     assert scores is not None and alone is not None and len(student_loss_alone) == len(samples.responses)
     losses = {
         "teacher_loss": scores.losses(),
@@ -221,56 +232,91 @@ def _annotate_shard(
         "student_loss": mean_loss(_joined(samples.generator_logprobs, np.float32), scores.starts_N),
         "student_loss_alone": student_loss_alone,
     }
-    reasons = Counter(entry["reason"] for entry in samples.quarantine)
+    records_R = _records(samples, scores)
+    kept, refused = _checked(samples, scores, records_R, setting.student.vocab_size)
+    quarantine = samples.quarantine + refused
+    reasons = Counter(entry["reason"] for entry in quarantine)
     counts = {
-        "in": len(samples.responses) + reasons.total(),
-        "kept": len(samples.responses),
+        "in": len(kept) + reasons.total(),
+        "kept": len(kept),
         "quarantined": dict(sorted(reasons.items())),
-        "response_tokens": int(scores.starts_N[-1]),
+        "pending": 0,
+        "response_tokens": int(np.diff(scores.starts_N)[kept].sum()),
     }
     with writing(out) as directory:
-        _write_shard(directory, samples, scores, losses, setting.student.vocab_size)
+        _write_shard(directory, samples, scores, records_R, losses, kept, setting.student.vocab_size)
+        lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
+        (directory / QUARANTINE_FILE).write_text(lines, encoding="utf-8")
         seal(directory, kind=SHARD_KIND, provenance=provenance, counts=counts)
     seconds = max(time.monotonic() - started, 1e-9)
     rate = counts["response_tokens"] / seconds
     get_logger().info("%s: %d samples, %.0f response tokens/s", out, counts["kept"], rate)
+    return reasons
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *parts])
 
 
-def _write_shard(
-    out: Path, samples: Samples, teacher: Scores, losses: dict[str, npt.NDArray[np.float32]], vocab_size: int
-) -> None:
+def _records(samples: Samples, teacher: Scores) -> np.ndarray:
+    """The store's records of all response tokens."""
     assert teacher.ids_RK is not None and teacher.logprobs_RK is not None and teacher.log_tail_R is not None
-    table, starts_N = samples.table, teacher.starts_N
-    on_distribution_N = (table["temperature"].to_numpy() == 1) & (table["top_p"].to_numpy() == 1)
-    top_k = teacher.ids_RK.shape[1]
-    records_R = np.empty(int(starts_N[-1]), teacher_record_dtype(top_k))
+    records_R = np.empty(int(teacher.starts_N[-1]), teacher_record_dtype(teacher.ids_RK.shape[1]))
     records_R["ids"] = teacher.ids_RK
-    records_R["logprobs"] = teacher.logprobs_RK
+    with np.errstate(over="ignore"):  # what fp16 cannot hold is refused by _checked
+        records_R["logprobs"] = teacher.logprobs_RK
     records_R["log_tail"] = teacher.log_tail_R
-    defined_R = np.repeat(on_distribution_N, np.diff(starts_N))
+    defined_R = np.repeat(samples.on_distribution_N, np.diff(teacher.starts_N))
     records_R["generator_logprob"] = np.where(defined_R, _joined(samples.generator_logprobs, np.float32), np.nan)
-    store = StoreShardWriter(out, top_k, vocab_size=vocab_size)
-    for prompt, response, (start, end) in zip(samples.prompts, samples.responses, pairwise(starts_N), strict=True):
-        store.add(np.concatenate([prompt, response]), records_R[start:end])
+    return records_R
+
+
+def _checked(
+    samples: Samples, teacher: Scores, records_R: np.ndarray, vocab_size: int
+) -> tuple[npt.NDArray[np.int64], list[dict[str, str]]]:
+    """The samples whose scores a model can have given, and those set aside."""
+    sampled_R = teacher.sampled_logprobs_R
+    reasons = ["", *(reason for reason, _ in RECORD_RULES), "sampled_logprob_undefined"]
+    undefined_R = ~(np.isfinite(sampled_R) & (sampled_R <= LOGPROB_ROUNDING))
+    codes_R = np.where(undefined_R, len(reasons) - 1, broken_records(records_R, vocab_size))
+    worst_N = np.maximum.reduceat(codes_R, teacher.starts_N[:-1]) if len(codes_R) else codes_R
+    ids = samples.table["sample_id"]
+    refused = [
+        {"sample_id": ids[index].as_py(), "reason": reasons[worst_N[index]], "detail": "of the teacher's scores"}
+        for index in np.flatnonzero(worst_N).tolist()
+    ]
+    return np.flatnonzero(worst_N == 0), refused
+
+
+def _write_shard(
+    out: Path,
+    samples: Samples,
+    teacher: Scores,
+    records_R: np.ndarray,
+    losses: dict[str, npt.NDArray[np.float32]],
+    kept: npt.NDArray[np.int64],
+    vocab_size: int,
+) -> None:
+    starts_N = teacher.starts_N
+    store = StoreShardWriter(out, records_R.dtype["ids"].shape[0], vocab_size=vocab_size)
+    for index in kept.tolist():
+        tokens = np.concatenate([samples.prompts[index], samples.responses[index]])
+        store.add(tokens, records_R[starts_N[index] : starts_N[index + 1]], checked=True)
     store.finalize()
+    table = samples.table.take(pa.array(kept))
     columns = {name: table[name] for name in SAMPLE_SCHEMA.names if name in table.schema.names}
+    logprobs = pa.ListArray.from_arrays(starts_N.astype(np.int32), teacher.sampled_logprobs_R)
     columns |= {
-        "prompt_len": np.array([len(prompt) for prompt in samples.prompts], np.int32),
-        "response_len": np.diff(starts_N).astype(np.int32),
-        "on_distribution": on_distribution_N,
-        "teacher_logprobs": pa.ListArray.from_arrays(starts_N.astype(np.int32), teacher.sampled_logprobs_R),
-        **losses,
+        "prompt_len": np.array([len(samples.prompts[index]) for index in kept], np.int32),
+        "response_len": np.diff(starts_N)[kept].astype(np.int32),
+        "on_distribution": samples.on_distribution_N[kept],
+        "teacher_logprobs": logprobs.take(pa.array(kept)),
+        **{name: values_N[kept] for name, values_N in losses.items()},
     }
     pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), out / SAMPLES_FILE)
-    lines = "".join(json.dumps(entry) + "\n" for entry in samples.quarantine)
-    (out / QUARANTINE_FILE).write_text(lines, encoding="utf-8")
 
 
-def _seal_round(out_dir: Path, shards: list[str], provenance: dict[str, Any]) -> Manifest:
+def _seal_round(out_dir: Path, shards: list[str], provenance: dict[str, Any], cfg: AnnotateConfig) -> Manifest:
     manifests = [read_manifest(out_dir / name, kind=SHARD_KIND, verify=False) for name in shards]
     reasons: Counter[str] = Counter()
     for manifest in manifests:
@@ -281,4 +327,6 @@ def _seal_round(out_dir: Path, shards: list[str], provenance: dict[str, Any]) ->
         get_logger().warning("%d of %d samples of %s quarantined: %s", reasons.total(), counts["in"], out_dir, dropped)
     if not counts["kept"]:
         raise UserError(f"{out_dir} must hold a scored sample, got none; see {QUARANTINE_FILE} in its shards")
-    return seal(out_dir, kind=STORE_KIND, provenance=provenance, counts=counts | {"quarantined": dict(reasons)})
+    check_quarantined(reasons, counts["in"], cfg.max_quarantined, out_dir)
+    counts |= {"quarantined": dict(sorted(reasons.items())), "pending": 0}
+    return seal(out_dir, kind=STORE_KIND, provenance=provenance, counts=counts)

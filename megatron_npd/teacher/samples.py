@@ -17,7 +17,7 @@ from megatron_npd.config import AnnotateConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.models.families.base import ModelSpec
-from megatron_npd.records import ROLLOUT_SCHEMA, ROLLOUTS_FILE
+from megatron_npd.records import LOGPROB_ROUNDING, ROLLOUT_SCHEMA, ROLLOUTS_FILE
 from megatron_npd.teacher.scorer import Ids
 
 
@@ -46,6 +46,11 @@ class Samples:
     generator_logprobs: list[npt.NDArray[np.float32]]
     quarantine: list[dict[str, str]]  # sample_id, reason, detail
 
+    @property
+    def on_distribution_N(self) -> npt.NDArray[np.bool_]:
+        """Which were sampled at temperature 1 over the full vocabulary: the policy lag is defined for them."""
+        return (self.table["temperature"].to_numpy() == 1) & (self.table["top_p"].to_numpy() == 1)
+
 
 def read_samples(source: Path, setting: Setting) -> Samples:
     """Read a sealed rollout shard.
@@ -53,25 +58,34 @@ def read_samples(source: Path, setting: Setting) -> Samples:
     Raises:
         UserError: It is not sealed, damaged, or has other columns.
     """
-    read_manifest(source, kind="rollouts-shard")
+    policy = read_manifest(source, kind="rollouts-shard").provenance.get("policy_version")
     table = pq.read_table(source / ROLLOUTS_FILE)
     if not table.schema.equals(ROLLOUT_SCHEMA):
         raise UserError(f"{source / ROLLOUTS_FILE} must have the columns {ROLLOUT_SCHEMA.names}, got {table.schema}")
     prompts, own_prompts, responses, logprobs = (
         _Lists.of(table[name]) for name in ("prompt_ids", "teacher_prompt_ids", "response_ids", "logprobs")
     )
-    assert np.array_equal(responses.lens, logprobs.lens) and (prompts.lens > 0).all(), source
     longest = min(setting.cfg.seq_length, setting.teacher.max_position_embeddings)
     ids_end = min(setting.student.vocab_size, setting.teacher.vocab_size)
     tokens_N = np.maximum(prompts.lens, own_prompts.lens) + responses.lens
     outside_N = np.logical_or.reduce(
         [ids.any((ids.values < 0) | (ids.values >= ids_end)) for ids in (prompts, own_prompts, responses)]
     )
+    others_N = np.array([name != policy for name in table["policy_version"].to_pylist()], bool)
+    headers_N = table["header_len"].to_numpy()
     checks = (
+        ("other_policy", others_N, f"the shard is of policy {policy}"),
+        ("empty_prompt", prompts.lens == 0, "no prompt token"),
         ("empty_response", responses.lens == 0, "no response token"),
+        ("lengths_differ", responses.lens != logprobs.lens, "a response token must have one log-probability"),
+        ("header_outside_prompt", (headers_N < 0) | (headers_N > prompts.lens), "header_len is a part of the prompt"),
         ("too_long", tokens_N > longest, f"seq_length and the teacher's context allow {longest} tokens"),
         ("token_outside_vocabulary", outside_N, f"teacher and student both know the ids 0..{ids_end - 1}"),
-        ("logprob_not_finite", logprobs.any(~np.isfinite(logprobs.values)), "of the generator, for a response token"),
+        (
+            "undefined_logprob",
+            logprobs.any(~(np.isfinite(logprobs.values) & (logprobs.values <= LOGPROB_ROUNDING))),
+            "of the generator, for a response token: it must be finite and <= 0",
+        ),
     )
     failed_N = np.select([mask for _, mask, _ in checks], range(len(checks)), len(checks))
     kept = np.flatnonzero(failed_N == len(checks))

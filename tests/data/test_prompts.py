@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from megatron_npd.data import prompts
 from megatron_npd.data.prompts import check_vocabularies, prepare_prompts
 from megatron_npd.data.tokenizer import document_start, load_tokenizer, turn_end, turn_header
 from megatron_npd.log import UserError
@@ -40,7 +41,9 @@ def write_lines(path: Path, *records: Any) -> Path:
 def prepare(source: Path, tokenizer: Any, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
     """Rows, quarantine and manifest of a prepared file."""
     out = source.parent / "prompts"
-    manifest = prepare_prompts(source, out, tokenizer=tokenizer, **({"max_prompt_len": 200} | options))
+    manifest = prepare_prompts(
+        source, out, tokenizer=tokenizer, **({"max_prompt_len": 200, "max_quarantined": 1.0} | options)
+    )
     assert read_manifest(out, kind="prompts") == manifest
     counts = manifest.counts
     assert counts["in"] == counts["kept"] + sum(counts["quarantined"].values())
@@ -150,6 +153,25 @@ def test_bad_records_are_set_aside_with_line_and_offset(tmp_path: Path, tokenize
         assert raw[: bad["byte_offset"]].count(b"\n") == bad["line"] - 1
         assert bad["byte_offset"] == 0 or raw[bad["byte_offset"] - 1 : bad["byte_offset"]] == b"\n"
     assert manifest.counts["in"] == 18  # the blank line is no record
+
+
+def test_a_line_that_never_ends_is_passed_over(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_LONGEST_LINE", 64)
+    good = {"prompt": "good"}
+    source = write_lines(tmp_path / "in.jsonl", good, b"x" * 1000, good | {"id": 1}, b"y" * 64, good | {"id": 2})
+    rows, quarantine, _ = prepare(source, tokenizer)
+    assert [row["prompt_id"] for row in rows][1:] == ["1", "2"]
+    assert [(bad["line"], bad["reason"]) for bad in quarantine] == [(2, "line_too_long"), (4, "line_too_long")]
+    assert "1001 bytes" in quarantine[0]["detail"]
+    assert source.read_bytes()[quarantine[1]["byte_offset"] :].startswith(b"yyy")
+
+
+def test_more_bad_records_than_allowed_stop_the_stage(tmp_path: Path, tokenizer) -> None:
+    records = [{"prompt": f"good {index}"} for index in range(8)]
+    source = write_lines(tmp_path / "in.jsonl", *records, records[0], b"{", b"\xff")
+    with pytest.raises(UserError, match=r"but for 10 %, got 2 of 11 set aside \(1 bad_json, 1 not_utf8\)"):
+        prepare(source, tokenizer, max_quarantined=0.1)
+    prepare(source, tokenizer, max_quarantined=0.2)
 
 
 def test_one_id_for_two_contents_is_an_error(tmp_path: Path, tokenizer) -> None:

@@ -140,7 +140,7 @@ def test_torn_and_damaged_journal_lines_are_asked_for_again(
     (tmp_path / "flip" / JOURNAL_FILE).write_bytes(flipped)
     with FakeServer() as server:
         generate(prompts, tmp_path / "flip", server)
-        assert len(server.asked) == 36 - 3
+        assert len(server.asked) == 36 - (answered - 1)
     assert content(tmp_path / "flip") == reference
 
 
@@ -177,7 +177,7 @@ def test_bad_prompts_and_answers_are_set_aside_by_reason(tmp_path: Path) -> None
         6: {"weight_versions": [{"version": "v0000", **span}, {"version": "v0001", **span}]},
         7: {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]}},
     }
-    cfg = RolloutConfig(**vars(CFG) | {"sampled_paths": 0})
+    cfg = RolloutConfig(**vars(CFG) | {"sampled_paths": 0, "max_quarantined": 0.75})
     with FakeServer() as server:
         server.trouble = lambda body: troubles.get(ids.index(body["token_ids"])) if body["token_ids"] in ids else None
         manifest = generate(prompts, tmp_path / "out", server, cfg=cfg)
@@ -199,6 +199,48 @@ def test_bad_prompts_and_answers_are_set_aside_by_reason(tmp_path: Path) -> None
     assert pq.read_table(shard / ROLLOUTS_FILE)["prompt_id"].to_pylist() == ["p0", "p2"]
 
 
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        ({"token_ids": [5, -6]}, "token_outside_vocabulary"),
+        ({"token_ids": [5, 2**31]}, "token_outside_vocabulary"),
+        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": 0.1}]}}, "undefined_logprob"),
+        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": float("nan")}]}}, "undefined_logprob"),
+        ({"logprobs": {"content": [{"logprob": -1.0}]}}, "undefined_logprob"),
+    ],
+)
+def test_answers_that_no_model_gives_are_set_aside(prompts: Path, tmp_path: Path, trouble: dict, reason: str) -> None:
+    good = {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}, {"logprob": 0.0}]}}
+    with FakeServer() as server:
+        server.trouble = lambda body: good | {"finish_reason": "length"} | (trouble if len(server.asked) == 9 else {})
+        manifest = generate(prompts, tmp_path / "out", server)
+    assert manifest.counts["quarantined"] == {reason: 1} and manifest.counts["kept"] == 35
+
+
+def test_too_many_failures_stop_the_round_and_are_asked_again(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    with FakeServer() as server:
+        server.trouble = lambda body: 400 if len(server.asked) > 20 else None
+        with pytest.raises(
+            UserError, match=r"but for 10 %, got 4 of 36 set aside \(4 request_failed\); .*max_quarantined"
+        ):
+            generate(prompts, tmp_path / "out", server)
+    assert not is_sealed(tmp_path / "out" / "shard-00001")
+    with FakeServer() as server:
+        generate(prompts, tmp_path / "out", server)
+        assert len(server.asked) < 20
+    assert content(tmp_path / "out") == reference
+
+
+def test_too_many_unusable_prompts_stop_the_round_before_it_begins(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts", [10, 64, 11, 12, 13, 14])
+    with FakeServer() as server:
+        with pytest.raises(UserError, match=r"got 3 of 18 set aside \(3 prompt_too_long\)"):
+            generate(prompts, tmp_path / "out", server)
+        assert not server.asked
+
+
 def test_a_prompt_of_the_longest_length_gets_one_token(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "prompts", [63, 50])
     with FakeServer() as server:
@@ -214,8 +256,9 @@ def test_a_prompt_of_the_longest_length_gets_one_token(tmp_path: Path) -> None:
 def test_nothing_kept_is_an_error_and_not_sealed(prompts: Path, tmp_path: Path) -> None:
     with FakeServer() as server:
         server.trouble = lambda body: 400 if body["sampling_params"]["max_tokens"] > 1 else None
+        cfg = RolloutConfig(**vars(CFG) | {"max_quarantined": 1.0})
         with pytest.raises(UserError, match=r"keep at least one answer, got none of 36 .*request_failed.*36"):
-            generate(prompts, tmp_path / "out", server)
+            generate(prompts, tmp_path / "out", server, cfg=cfg)
     assert not is_sealed(tmp_path / "out")
 
 

@@ -90,4 +90,4 @@ def make_rollouts(
                 table = pa.Table.from_pylist([rows[index] for index in part], schema=ROLLOUT_SCHEMA)
                 pq.write_table(table, directory / ROLLOUTS_FILE)
                 seal(directory, kind="rollouts-shard", provenance=provenance)
-        return seal(path, kind="rollouts", provenance=provenance)
+        return seal(path, kind="rollouts", provenance=provenance, counts={"in": len(rows), "kept": len(rows)})

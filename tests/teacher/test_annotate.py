@@ -63,6 +63,7 @@ def test_the_store_holds_what_transformers_says(tmp_path: Path, models: dict[str
         "in": 8,
         "kept": 8,
         "quarantined": {},
+        "pending": 0,
         "response_tokens": sum(response for _, response in LENGTHS),
     }
     assert manifest.provenance["vocab_size"] == VOCAB_SIZE and manifest.provenance["top_k"] == 4
@@ -121,7 +122,7 @@ def test_the_teacher_reads_its_own_prompt(tmp_path: Path, models: dict[str, Path
 
 
 def test_samples_that_cannot_be_scored_are_counted(tmp_path: Path, models: dict[str, Path]) -> None:
-    lengths = [(10, 5), (10, 0), (100, 29), (100, 28), (6, 6), (6, 6), (6, 6)]
+    lengths = [(10, 5), (10, 0), (100, 29), (100, 28), *6 * [(6, 6)], (0, 4)]
     make_rollouts(tmp_path / "plain", lengths)
     rows = rollout_rows(tmp_path / "plain")
     prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
@@ -129,18 +130,71 @@ def test_samples_that_cannot_be_scored_are_counted(tmp_path: Path, models: dict[
     prompts[4][0] = VOCAB_SIZE
     responses[5][2] = -1
     logprobs[6][3] = float("-inf")
-    make_rollouts(tmp_path / "rollouts", lengths, prompt_ids=prompts, response_ids=responses, logprobs=logprobs)
-    manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models)
-    assert manifest.counts["in"] == 7 and manifest.counts["kept"] == 2
+    logprobs[7][0] = 0.1
+    logprobs[8] = logprobs[8][1:]
+    columns = {"prompt_ids": prompts, "response_ids": responses, "logprobs": logprobs}
+    columns["policy_version"] = ["v0003"] * 9 + ["v0002", "v0003"]
+    make_rollouts(tmp_path / "rollouts", lengths, **columns)
+    with pytest.raises(UserError, match=r"usable but for 10 %, got 4 of 11 set aside \(.*max_quarantined"):
+        annotate(tmp_path / "rollouts", tmp_path / "strict", models)
+    assert not is_sealed(tmp_path / "strict")
+    cfg = AnnotateConfig(**vars(CFG) | {"max_quarantined": 0.85})
+    manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg)
+    assert annotate(tmp_path / "rollouts", tmp_path / "strict", models, cfg).counts == manifest.counts
+    assert manifest.counts["in"] == 11 and manifest.counts["kept"] == 2
     assert manifest.counts["quarantined"] == {
+        "empty_prompt": 1,
         "empty_response": 1,
+        "lengths_differ": 1,
+        "other_policy": 1,
         "too_long": 1,
         "token_outside_vocabulary": 2,
-        "logprob_not_finite": 1,
+        "undefined_logprob": 2,
     }
     assert [row["sample_id"] for row in samples(tmp_path / "out")] == [f"{0:016x}", f"{3:016x}"]
     lines = "".join(file.read_text() for file in sorted((tmp_path / "out").glob("*/quarantine.jsonl"))).splitlines()
-    assert [int(json.loads(line)["sample_id"], 16) for line in lines] == [1, 2, 4, 5, 6]
+    assert [int(json.loads(line)["sample_id"], 16) for line in lines] == [1, 2, 4, 5, 6, 7, 8, 9, 10]
+
+
+def test_scores_that_no_model_gives_set_their_sample_aside(
+    tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that overflows leaves NaN; the other samples' records are as they would have been."""
+    from megatron_npd.teacher import annotate as stage
+
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=1)
+    annotate(tmp_path / "rollouts", tmp_path / "whole", models)
+    real = stage.Scorer.score
+
+    def score(scorer: Any, *args: Any, **options: Any) -> Any:
+        scores = real(scorer, *args, **options)
+        if scores.logprobs_RK is not None:
+            scores.logprobs_RK[int(scores.starts_N[1]) + 2, 1] = np.nan  # a token of sample 1
+            scores.ids_RK[int(scores.starts_N[3]), 0] = VOCAB_SIZE
+            scores.sampled_logprobs_R[int(scores.starts_N[6]) - 1] = -np.inf  # the last of sample 5
+        return scores
+
+    monkeypatch.setattr(stage.Scorer, "score", score)
+    with pytest.raises(UserError, match="got 3 of 8 set aside"):
+        annotate(tmp_path / "rollouts", tmp_path / "strict", models)
+    cfg = AnnotateConfig(**vars(CFG) | {"max_quarantined": 0.5})
+    counts = annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg).counts
+    assert counts["quarantined"] == {
+        "sampled_logprob_undefined": 1,
+        "teacher_id_outside_vocabulary": 1,
+        "teacher_logprob_undefined": 1,
+    }
+    assert (counts["in"], counts["kept"]) == (8, 5)
+    from megatron_npd.data.store import AnnotationStore
+
+    whole, out = AnnotationStore(tmp_path / "whole"), AnnotationStore(tmp_path / "out")
+    rows = samples(tmp_path / "whole")
+    kept = [0, 2, 4, 6, 7]
+    assert samples(tmp_path / "out") == [rows[index] for index in kept]
+    assert counts["response_tokens"] == sum(LENGTHS[index][1] for index in kept)
+    for place, index in enumerate(kept):
+        assert out.tokens(place).tolist() == whole.tokens(index).tolist()
+        assert out.teacher(place).tobytes() == whole.teacher(index).tobytes()
 
 
 def test_refusals(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -148,7 +202,12 @@ def test_refusals(tmp_path: Path, models: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=f"top_k must be at most the vocabulary \\({VOCAB_SIZE}\\), got 305"):
         annotate(tmp_path / "rollouts", tmp_path / "out", models, AnnotateConfig(top_k=305))
     with pytest.raises(UserError, match="must hold a scored sample"):
-        annotate(tmp_path / "rollouts", tmp_path / "short", models, AnnotateConfig(top_k=4, seq_length=2))
+        annotate(
+            tmp_path / "rollouts",
+            tmp_path / "short",
+            models,
+            AnnotateConfig(top_k=4, seq_length=2, max_quarantined=1.0),
+        )
     other = make_tiny_model(tmp_path / "other")
     data = json.loads((other / "tokenizer.json").read_text())
     vocab = data["model"]["vocab"]
