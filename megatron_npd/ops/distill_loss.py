@@ -9,7 +9,7 @@ Legend: T tokens, V columns of this rank's vocabulary slice, K teacher ids a tok
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 from megatron_npd.ops import distill_loss_torch
 from megatron_npd.ops.arguments import DivergenceName, Mode, Problem, make_problem, refuse
 from megatron_npd.ops.buckets import Losses, gradient_rule, losses_of
+from megatron_npd.ops.implementation import Impl, use_triton
 from megatron_npd.ops.vocab_parallel import merge_stats
-
-Impl = Literal["auto", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +116,10 @@ def distill_loss(
         vocab_size: Size of the whole vocabulary; columns at and after it are padding, outside the softmax, and get
             gradient 0. Default: no padding.
         group: Tensor-parallel group whose ranks hold the slices in order, each with all other arguments whole.
-        impl: The implementation; ``torch`` is the only one.
-        inplace: Write the gradient into ``logits_TV``'s storage (in the forward for one slice, in the backward for
-            several): no second tensor of that size, and the logits are gone. Nothing is written when no gradient is
-            wanted. One backward a forward.
+        impl: ``torch``, ``triton`` (CUDA) or ``auto``: Triton where it can run.
+        inplace: Write the gradient into ``logits_TV``'s storage (in the forward or in the backward): no second tensor
+            of that size, and the logits are gone. Nothing is written when no gradient is wanted. One backward a
+            forward.
 
     Returns:
         Loss and parts of each token; the same bits on every rank of ``group``.
@@ -129,8 +128,7 @@ def distill_loss(
         UserError: An argument breaks a rule above; before anything is computed or written.
     """
     _check_logits(logits_TV, labels_T)
-    if impl not in ("auto", "torch"):
-        refuse("impl", "auto or torch", repr(impl), "leave it out")
+    kernels = implementation(impl, logits_TV.device)
     problem = make_problem(
         logits_TV.shape[1],
         labels_T,
@@ -149,7 +147,16 @@ def distill_loss(
         group=group,
     )
     needs_grad = torch.is_grad_enabled() and logits_TV.requires_grad
-    return as_distill_loss(problem, Losses(*_DistillLoss.apply(logits_TV, problem, inplace, needs_grad)))
+    return as_distill_loss(problem, Losses(*_DistillLoss.apply(logits_TV, problem, kernels, inplace, needs_grad)))
+
+
+def implementation(impl: Impl, device: torch.device) -> ModuleType:
+    """The module whose ``statistics`` and ``gradient`` read and write logits on ``device``."""
+    if not use_triton(impl, device):
+        return distill_loss_torch
+    from megatron_npd.ops import distill_loss_triton
+
+    return distill_loss_triton
 
 
 def _check_logits(logits_TV: Tensor, labels_T: Tensor) -> None:
@@ -165,26 +172,32 @@ def _check_logits(logits_TV: Tensor, labels_T: Tensor) -> None:
 class _DistillLoss(torch.autograd.Function):
     """Losses of the rows that count, in the order of ``Losses``.
 
-    With one slice the gradient is computed in the forward; with several it waits for the exchange, so the backward
-    reads the logits a second time. Either way it is written into the logits' own storage if ``inplace``. The
-    storage's version counter moves with it, so autograd refuses, rather than computes, a gradient that would need the
-    logits' old values.
+    In torch, with one slice, the gradient is computed in the forward, while a chunk of rows is in the cache. Several
+    slices wait for the exchange, and Triton's rows have left the cache anyway: the backward reads the logits a second
+    time, and needs no further pass for the factor of each token. Either way the gradient is written into the logits'
+    own storage if ``inplace``. The storage's version counter moves with it, so autograd refuses, rather than computes,
+    a gradient that would need the logits' old values.
     """
 
     @staticmethod
-    def forward(ctx, logits_TV: Tensor, problem: Problem, inplace: bool, needs_grad: bool) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, logits_TV: Tensor, problem: Problem, kernels: ModuleType, inplace: bool, needs_grad: bool
+    ) -> tuple[Tensor, ...]:
         rows, objective, shard = problem.rows, problem.objective, problem.shard
         rule = gradient_rule(rows, objective) if needs_grad else None
-        if shard.size == 1:
+        ctx.at_once = kernels is distill_loss_torch and shard.size == 1
+        if ctx.at_once:
             out_TV = (logits_TV if inplace else torch.empty_like(logits_TV)) if needs_grad else None
-            stats = distill_loss_torch.statistics(logits_TV, problem, rule, out_TV)
+            stats = kernels.statistics(logits_TV, problem, rule, out_TV)
             if out_TV is not None:
                 ctx.save_for_backward(out_TV)
         else:
-            stats = merge_stats(distill_loss_torch.statistics(logits_TV, problem), rows.ids_NK, shard)
+            stats = kernels.statistics(logits_TV, problem)
+            if shard.size > 1:
+                stats = merge_stats(stats, rows.ids_NK, shard)
             ctx.save_for_backward(logits_TV)
             ctx.stats, ctx.rule = stats, rule
-        ctx.problem, ctx.inplace = problem, inplace
+        ctx.problem, ctx.kernels, ctx.inplace = problem, kernels, inplace
         losses = losses_of(stats, rows, objective)
         ctx.mark_non_differentiable(*losses[1:])
         ctx.set_materialize_grads(False)
@@ -196,13 +209,13 @@ class _DistillLoss(torch.autograd.Function):
         problem: Problem = ctx.problem
         (saved_TV,), grad_N = ctx.saved_tensors, grads[0]
         if grad_N is None:
-            return None, None, None, None
-        if problem.shard.size > 1:
+            return (None,) * 5
+        if not ctx.at_once:
             out_TV = saved_TV.detach() if ctx.inplace else torch.empty_like(saved_TV)
-            distill_loss_torch.gradient(saved_TV, problem, ctx.stats, ctx.rule.scaled(grad_N), out_TV)
-            return out_TV, None, None, None
+            ctx.kernels.gradient(saved_TV, problem, ctx.stats, ctx.rule.scaled(grad_N), out_TV)
+            return out_TV, None, None, None, None
         out_TV = saved_TV.detach()
         # A summed loss has a gradient of ones: no pass over the logits then.
         if not bool((grad_N == 1).all()):
             out_TV.mul_(problem.whole(grad_N)[:, None])
-        return out_TV, None, None, None
+        return out_TV, None, None, None, None

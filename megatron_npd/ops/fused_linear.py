@@ -10,6 +10,7 @@ Legend: T tokens, N tokens that count, C tokens of a chunk, V columns of this ra
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Unpack
 
 import torch
@@ -17,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_npd.ops import distill_loss_torch
 from megatron_npd.ops.arguments import LossOptions, Problem, make_problem, refuse
 from megatron_npd.ops.buckets import Losses, gradient_rule, losses_of
-from megatron_npd.ops.distill_loss import DistillLoss, as_distill_loss
+from megatron_npd.ops.distill_loss import DistillLoss, as_distill_loss, implementation
+from megatron_npd.ops.implementation import Impl
 from megatron_npd.ops.vocab_parallel import VocabShard, merge_stats
 
 CHUNK_ELEMENTS = 1 << 27
@@ -35,6 +36,7 @@ def distill_linear_loss(
     labels_T: Tensor,
     *,
     sequence_parallel: bool = False,
+    impl: Impl = "auto",
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, DistillLoss]:
     """The sum of ``distill_loss`` over the tokens of ``hidden_TH @ weight_VH.T``, without these logits.
@@ -47,6 +49,7 @@ def distill_linear_loss(
         labels_T: ``[T]`` integer ids of the next tokens, in the whole vocabulary.
         sequence_parallel: ``hidden_TH`` is this rank's ``T / R`` tokens: gathered over ``group`` before, its gradient
             reduced and scattered after. All other tensors are whole.
+        impl: As of ``distill_loss``.
         options: As of ``distill_loss``.
 
     Returns:
@@ -55,10 +58,11 @@ def distill_linear_loss(
     Raises:
         UserError: An argument breaks a rule; before anything is computed.
     """
+    kernels = implementation(impl, hidden_TH.device)
     problem = _make_problem(hidden_TH, weight_VH, labels_T, sequence_parallel, options)
     grad_mode = torch.is_grad_enabled()
     needs = (grad_mode and hidden_TH.requires_grad, grad_mode and weight_VH.requires_grad)
-    loss, *losses = _DistillLinear.apply(hidden_TH, weight_VH, problem, sequence_parallel, *needs)
+    loss, *losses = _DistillLinear.apply(hidden_TH, weight_VH, problem, kernels, sequence_parallel, *needs)
     return loss, as_distill_loss(problem, Losses(*losses))
 
 
@@ -89,6 +93,7 @@ class _DistillLinear(torch.autograd.Function):
         hidden_TH: Tensor,
         weight_VH: Tensor,
         problem: Problem,
+        kernels: ModuleType,
         sequence_parallel: bool,
         needs_hidden: bool,
         needs_weight: bool,
@@ -104,7 +109,7 @@ class _DistillLinear(torch.autograd.Function):
         for lo in range(0, max(len(hidden_NH), 1), height):
             hidden_CH = hidden_NH[lo : lo + height]
             logits_CV = hidden_CH @ weight_VH.t()
-            parts.append(_chunk(logits_CV, problem.part(lo, lo + height), needs_hidden or needs_weight))
+            parts.append(_chunk(logits_CV, problem.part(lo, lo + height), kernels, needs_hidden or needs_weight))
             if grad_hidden_NH is not None:
                 torch.mm(logits_CV, weight_VH, out=grad_hidden_NH[lo : lo + height])
             if grad_weight_VH is not None:
@@ -123,24 +128,24 @@ class _DistillLinear(torch.autograd.Function):
         grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
         problem, scale = ctx.problem, grads[0]
         if scale is None:
-            return (None,) * 6
+            return (None,) * 7
         grad_hidden_TH = None
         if grad_hidden_NH is not None:
             grad_hidden_TH = _reduce(grad_hidden_NH * scale.to(grad_hidden_NH.dtype), problem, ctx.sequence_parallel)
         grad_weight = None if grad_weight_VH is None else _weight_gradient(ctx.weight_VH, grad_weight_VH, scale)
-        return grad_hidden_TH, grad_weight, None, None, None, None
+        return grad_hidden_TH, grad_weight, None, None, None, None, None
 
 
-def _chunk(logits_CV: Tensor, problem: Problem, needs_grad: bool) -> Losses:
+def _chunk(logits_CV: Tensor, problem: Problem, kernels: ModuleType, needs_grad: bool) -> Losses:
     """Losses of a chunk, whose logits become their gradient if that is wanted."""
     rows, objective, shard = problem.rows, problem.objective, problem.shard
     rule = gradient_rule(rows, objective) if needs_grad else None
     if shard.size == 1:
-        stats = distill_loss_torch.statistics(logits_CV, problem, rule, logits_CV if needs_grad else None)
+        stats = kernels.statistics(logits_CV, problem, rule, logits_CV if needs_grad else None)
     else:
-        stats = merge_stats(distill_loss_torch.statistics(logits_CV, problem), rows.ids_NK, shard)
+        stats = merge_stats(kernels.statistics(logits_CV, problem), rows.ids_NK, shard)
         if rule is not None:
-            distill_loss_torch.gradient(logits_CV, problem, stats, rule, logits_CV)
+            kernels.gradient(logits_CV, problem, stats, rule, logits_CV)
     return losses_of(stats, rows, objective)
 
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from megatron_npd.ops.distill_loss import DistillLoss, distill_loss
+
+T = 12
+MASKS = {
+    "all": None,
+    "alternating": torch.tensor([0, 1] * 6),
+    "runs": torch.tensor([0.0] * 2 + [1.0] * 5 + [0.0] * 2 + [1.0] * 3),
+    "one": torch.arange(T) == 7,
+    "none": torch.zeros(T, dtype=torch.bool),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Case(NamedTuple):
@@ -18,6 +31,10 @@ class Case(NamedTuple):
     @property
     def vocab_size(self) -> int:
         return self.logits_TV.shape[1]
+
+    def to(self, device: str) -> Case:
+        teacher = {name: tensor.to(device) for name, tensor in self.teacher.items()}
+        return Case(self.logits_TV.to(device), self.labels_T.to(device), teacher)
 
 
 def make_case(num_tokens: int, vocab_size: int, top_k: int, *, seed: int = 0, scale: float = 2.0) -> Case:
@@ -144,3 +161,43 @@ def compare(result: Any, grad_TV: Tensor, expected: dict[str, Any]) -> None:
             )
     rounding = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[grad_TV.dtype]
     torch.testing.assert_close(grad_TV.double(), expected["grad_TV"], atol=1e-6, rtol=rounding)
+
+
+def run(
+    case: Case, logits_TV: Tensor, *, impl: str = "torch", grad_T: Tensor | None = None, **options: Any
+) -> tuple[DistillLoss, Tensor]:
+    """Loss and logits' gradient of a non-leaf tensor that holds ``logits_TV``, where ``impl`` can run."""
+    device = device_of(impl)
+    case = case.to(device)
+    tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    leaf_TV = logits_TV.to(device, copy=True).requires_grad_()
+    result = distill_loss(leaf_TV * 1.0, case.labels_T, impl=impl, **case.teacher, **tensors)
+    (result.loss_T if grad_T is None else result.loss_T * grad_T.to(device)).sum().backward()
+    assert leaf_TV.grad is not None and leaf_TV.grad.dtype == logits_TV.dtype
+    return DistillLoss(**{name: tensor.cpu() for name, tensor in vars(result).items()}), leaf_TV.grad.cpu()
+
+
+def device_of(impl: str) -> str:
+    """Where tests run an implementation: Triton on a GPU if there is one, else interpreted."""
+    return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def outside(case: Case) -> Tensor:
+    """Which columns are not in S."""
+    return torch.ones_like(case.logits_TV, dtype=torch.bool).scatter_(1, case.teacher["teacher_ids_TK"], False)
+
+
+def small_tails(exponent: int, ratio: float) -> Case:
+    """A student whose mass off S is 10^-exponent, a teacher whose is ``ratio`` times that."""
+    case = make_case(T, 1003, 10)
+    ids_TK = case.teacher["teacher_ids_TK"]
+    outside_TV = outside(case)
+    q_off_T = case.logits_TV.double().masked_fill(~outside_TV, -torch.inf).logsumexp(1)
+    q_on_T = case.logits_TV.double().gather(1, ids_TK).logsumexp(1)
+    shift_T1 = (-exponent * math.log(10.0) - q_off_T + q_on_T)[:, None]
+    logits_TV = torch.where(outside_TV, case.logits_TV + shift_T1, case.logits_TV.double()).float()
+    tail = min(0.5, ratio * 10.0**-exponent)
+    log_p_TK = case.teacher["teacher_logprobs_TK"].double().log_softmax(1) + math.log1p(-tail)
+    teacher = {"teacher_ids_TK": ids_TK, "teacher_logprobs_TK": log_p_TK.float()}
+    teacher["teacher_log_tail_T"] = torch.full((T,), math.log(tail))
+    return Case(logits_TV, case.labels_T, teacher)

@@ -1,0 +1,50 @@
+"""Which implementation computes: the caller's choice, or the one for the tensors' device."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+
+from megatron_npd.log import UserError, get_logger
+
+Impl = Literal["auto", "torch", "triton"]
+
+
+def use_triton(impl: str, device: torch.device) -> bool:
+    """Whether the Triton kernels compute for tensors on ``device``.
+
+    Args:
+        impl: ``auto`` takes Triton for tensors on a CUDA device where it is installed, and says once what it took.
+        device: Where the logits are.
+
+    Raises:
+        UserError: ``impl`` is unknown, or is ``triton`` where its kernels cannot run.
+    """
+    if impl not in get_args(Impl):
+        raise UserError(f"impl must be auto, torch or triton, got {impl!r}; leave it out")
+    if impl == "torch":
+        return False
+    obstacle = "" if device.type == "cuda" else f"tensors on {device.type}"
+    if impl == "triton" or not obstacle:
+        try:
+            from megatron_npd.ops import distill_loss_triton
+        except ImportError as error:
+            obstacle = f"no Triton ({error})"
+        else:
+            if distill_loss_triton.INTERPRETED and impl == "triton":
+                return True
+    if impl == "auto":
+        _log_once(f"ops: impl auto is torch, with {obstacle}" if obstacle else "ops: impl auto is triton")
+    elif obstacle:
+        raise UserError(
+            f"impl must be one that can run, got 'triton' with {obstacle}; use auto, or set TRITON_INTERPRET=1 "
+            "before the first import for Triton's interpreter"
+        )
+    return not obstacle
+
+
+@cache
+def _log_once(line: str) -> None:
+    get_logger().info(line)
