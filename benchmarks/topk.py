@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from loss import best_seconds, require_device  # the script beside this one
+from measure import best_seconds, require_device
 from torch import Tensor
 
 from megatron_npd.log import run_main
