@@ -116,6 +116,20 @@ def read_manifest(path: str | Path, *, kind: str | None = None, verify: bool = T
     return manifest
 
 
+def verified_file(path: str | Path, name: str, *, kind: str) -> Path:
+    """One file of a sealed directory, checked without the others.
+
+    Raises:
+        UserError: As for ``read_manifest``.
+    """
+    manifest = read_manifest(path, kind=kind, verify=False)
+    if name not in manifest.files:
+        raise UserError(f"{path} must hold {name}, got none in its {MANIFEST}; remove it and rerun the stage")
+    file = file_inside(path, name)
+    _verify(Path(path), file, manifest.files[name], full=False)
+    return file
+
+
 def file_inside(root: str | Path, name: object) -> Path:
     """The path of ``name`` under ``root``, where it leads nowhere else: not up, not absolute, not through a link.
 

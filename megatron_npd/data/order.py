@@ -7,6 +7,7 @@ resumed run goes on where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -41,11 +42,18 @@ class ScheduleEntry:
     policy_version: str
 
 
+def schedule_text(entries: Sequence[ScheduleEntry]) -> str:
+    """What ``schedule.jsonl`` holds: a line an entry, then the sha256 of these lines, so that a cut or change shows."""
+    lines = "".join(json.dumps(vars(entry), sort_keys=True) + "\n" for entry in entries)
+    return lines + json.dumps({"sha256": hashlib.sha256(lines.encode()).hexdigest()}) + "\n"
+
+
 def load_schedule(path: str | Path) -> list[ScheduleEntry]:
     """Read ``schedule.jsonl``; a packs directory gives the schedule of that directory alone.
 
     Raises:
-        UserError: The path holds neither, a line is not an entry, or ``from_row`` does not begin at 0 and rise.
+        UserError: The path holds neither, a line is not an entry, ``from_row`` does not begin at 0 and rise, or the
+            file was cut or changed.
     """
     path = Path(path)
     if is_sealed(path):
@@ -56,10 +64,16 @@ def load_schedule(path: str | Path) -> list[ScheduleEntry]:
         raise UserError(f"data_path must be a sealed packs directory or a schedule.jsonl, got {path}; check the path")
     entries: list[ScheduleEntry] = []
     names = {field.name: {"int": int, "str": str}[str(field.type)] for field in fields(ScheduleEntry)}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be UTF-8 text, got {error}; restore the file") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line or line.startswith('{"sha256"'):
+            continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} must be JSON, got {error}; remove the line and rerun") from error
         if not isinstance(value, dict) or {name: type(item) for name, item in value.items()} != names:
             raise UserError(f"{path} line {number} must have the fields {', '.join(names)}, got {line}")
@@ -67,6 +81,11 @@ def load_schedule(path: str | Path) -> list[ScheduleEntry]:
     starts = [entry.from_row for entry in entries]
     if not starts or starts[0] != 0 or any(after <= before for before, after in pairwise(starts)):
         raise UserError(f"{path} must have entries with from_row rising from 0, got {starts}; restore the file")
+    if text != schedule_text(entries):
+        raise UserError(
+            f"{path} must end in the sha256 of its lines, got another: it was cut or changed; restore it, or remove it "
+            "and append its rounds again with tools/schedule.py"
+        )
     return entries
 
 

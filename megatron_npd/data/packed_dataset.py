@@ -6,6 +6,7 @@ response tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from megatron_npd.data.decode import as_items, check_parts, filler_parts
 from megatron_npd.data.order import PACKS_KIND, RowSchedule, load_schedule
 from megatron_npd.data.store import AnnotationStore, check_token_ids
 from megatron_npd.log import UserError
-from megatron_npd.manifest import MANIFEST, file_sha256, read_manifest
+from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest
 from megatron_npd.records import PACK_SCHEMA, PACKS_FILE
 
 
@@ -47,6 +48,7 @@ class PackedRows:
         packs_dir: Sealed directory of kind ``packs``.
         streams: What to read.
         verify: Hash every file of packs and store (once a process) before use.
+        root: The run's directory, where it is known: packs and store lie in it.
 
     Attributes:
         seq_length: Tokens of a row.
@@ -61,15 +63,21 @@ class PackedRows:
             where ``streams`` asks for them.
     """
 
-    def __init__(self, packs_dir: str | Path, *, streams: Streams, verify: bool = True) -> None:
+    def __init__(
+        self, packs_dir: str | Path, *, streams: Streams, verify: bool = True, root: str | Path | None = None
+    ) -> None:
         self.path, self.streams = Path(packs_dir), streams
         provenance = read_manifest(self.path, kind=PACKS_KIND, verify=verify).provenance
         self._truncates = provenance["too_long"] == "truncate"
         self.seq_length, self.align = int(provenance["seq_length"]), int(provenance["segment_align"])
         self.policy_version = str(provenance["policy_version"])
-        self.store = AnnotationStore(self.path / provenance["store"], verify=verify)
-        if file_sha256(self.store.path / MANIFEST) != provenance["store_sha256"]:
-            raise UserError(f"{self.path} must be packed from {self.store.path} as it is now, got another; pack again")
+        store = self.path / provenance["store"]
+        if root is not None:
+            file_inside(root, os.path.relpath(self.path, root))
+            file_inside(root, os.path.relpath(store, root))
+        if not is_sealed(store) or file_sha256(store / MANIFEST) != provenance["store_sha256"]:
+            raise UserError(f"{self.path} must be packed from {store} as it is now, got another; pack again")
+        self.store = AnnotationStore(store, verify=verify)
         self.top_k, self.vocab_size = self.store.top_k, self.store.vocab_size
         if streams.teacher and not self.top_k:
             raise UserError(
@@ -222,8 +230,10 @@ class PackedDataset:
     def __init__(self, data_path: str | Path, *, seed: int, streams: Streams, verify: bool = True) -> None:
         path = Path(data_path)
         self.entries = load_schedule(path)
-        base = path if path.is_dir() else path.parent
-        self._packs = [PackedRows(base / entry.packs, streams=streams, verify=verify) for entry in self.entries]
+        base, root = (path, None) if path.is_dir() else (path.parent, path.parent)
+        self._packs = [
+            PackedRows(base / entry.packs, streams=streams, verify=verify, root=root) for entry in self.entries
+        ]
         shapes = [(packs.seq_length, packs.top_k, packs.vocab_size) for packs in self._packs]
         for entry, shape in zip(self.entries, shapes, strict=True):
             if shape != shapes[0]:

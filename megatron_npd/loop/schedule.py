@@ -5,13 +5,11 @@ A line is appended and synced before the first step that uses it, and never chan
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 
-from megatron_npd.data.order import ScheduleEntry, load_schedule
+from megatron_npd.data.order import ScheduleEntry, load_schedule, schedule_text
 from megatron_npd.log import UserError
-from megatron_npd.manifest import write_atomic
+from megatron_npd.manifest import file_inside, write_atomic
 
 
 def round_boundaries(train_iters: int, updates: int) -> list[int]:
@@ -23,7 +21,8 @@ def append_entry(path: str | Path, entry: ScheduleEntry) -> None:
     """Append one round to the schedule, durably; a round that stands there already must be the same.
 
     Raises:
-        UserError: The schedule holds the round with other values, or ends before the round that precedes it.
+        UserError: The schedule holds the round with other values, ends before the round that precedes it, or the packs
+            lie outside its directory.
     """
     path = Path(path)
     entries = load_schedule(path) if path.exists() else []
@@ -36,5 +35,7 @@ def append_entry(path: str | Path, entry: ScheduleEntry) -> None:
         return
     if entry.round != len(entries):
         raise UserError(f"{path} must hold round {len(entries)} next, got round {entry.round}; rerun the earlier round")
-    lines = "".join(json.dumps(dataclasses.asdict(item), sort_keys=True) + "\n" for item in [*entries, entry])
-    write_atomic(path, lines)  # the old lines and the new one, or the old ones: never a torn line
+    file_inside(path.parent, entry.packs)
+    write_atomic(
+        path, schedule_text([*entries, entry])
+    )  # the old lines and the new one, or the old ones: never a torn line

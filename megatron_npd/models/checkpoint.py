@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
 from megatron_npd.log import UserError, get_logger
-from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal, unlisted, writing
+from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal, unlisted, verified_file, writing
 
 KIND = "checkpoint"
 _STATE_FILE = "state.json"
@@ -92,6 +92,15 @@ def latest_checkpoint(root: str | Path) -> Path | None:
     return sealed[max(sealed)] if sealed else None
 
 
+def saved_state(path: str | Path) -> dict[str, Any]:
+    """The ``state`` of a checkpoint alone, without its tensors.
+
+    Raises:
+        UserError: It is not a sealed checkpoint, or its state is damaged.
+    """
+    return json.loads(verified_file(path, _STATE_FILE, kind=KIND).read_text())["state"]
+
+
 def load_checkpoint(
     path: str | Path,
     *,
@@ -115,9 +124,9 @@ def load_checkpoint(
     """
     path = Path(path)
     with _together():
-        if dist.get_rank() == 0:
-            if foreign := unlisted(path, read_manifest(path, kind=KIND)):  # a pickle that nothing vouches for, maybe
-                raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
+        # Nothing may lie there that no hash vouches for: it could be a pickle that megatron-core opens.
+        if dist.get_rank() == 0 and (foreign := unlisted(path, read_manifest(path, kind=KIND))):
+            raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
     content = json.loads((path / _STATE_FILE).read_text())
     with_optimizer = optimizer is not None and content["optimizer"]
     with_scheduler = scheduler is not None and content["scheduler"]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_npd.log import UserError
-from megatron_npd.manifest import write_atomic
+from megatron_npd.manifest import is_sealed, read_manifest, write_atomic
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -28,12 +28,14 @@ class HFCheckpoint:
     """
 
     def __init__(self, hf_dir: str | Path) -> None:
-        """Open every file and read the headers.
+        """Open every file and read the headers; where the directory is sealed, the hashes are checked first.
 
         Raises:
             UserError: No safetensors, a damaged file, an index that does not fit its files, or a type that is no float.
         """
         self.path = Path(hf_dir)
+        if is_sealed(self.path):  # one of a run's policies
+            read_manifest(self.path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._readers: dict[str, Any] = {}
@@ -63,7 +65,7 @@ class HFCheckpoint:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} must be a safetensors index, got {error!r}; download the model again") from error
         for name, shard in index.items() if isinstance(index, dict) else [("weight_map", index)]:
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
                 raise UserError(f"{file} must name files of its directory, got {shard!r} for {name}; do not use it")
         return index
 

@@ -39,7 +39,7 @@ def read_headers(directory: str | Path) -> Headers:
     """
     directory = Path(directory)
     config = {key: value for key, value in _read_json(directory / "config.json").items() if key not in _FREE_KEYS}
-    index = _read_json(directory / INDEX)["weight_map"] if (directory / INDEX).is_file() else None
+    index = _read_index(directory / INDEX) if (directory / INDEX).is_file() else None
     files = sorted(set(index.values()) if index else {file.name for file in directory.glob("*.safetensors")})
     if not files:
         raise UserError(f"{directory} must hold model weights, got no *.safetensors in it; export the policy again")
@@ -56,10 +56,22 @@ def read_headers(directory: str | Path) -> Headers:
     return Headers(tensors=tensors, files=files, config=config)
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor -> file, each a file of the same directory."""
+    index = _read_json(path).get("weight_map")
+    for name in index.values() if isinstance(index, dict) else [index]:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{path} must name files of its directory in weight_map, got {name!r}; export it again")
+    return index or {}
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"{type(value).__name__} in place of an object")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} must be a readable JSON file, got {error}; export the policy again") from error
 
 
@@ -80,6 +92,6 @@ def _read_header(path: Path) -> dict[str, str]:
             end = stop
         if length != 8 + size + end:
             raise ValueError(f"{length} bytes where the header describes {8 + size + end}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} must be a whole safetensors file, got {error}; export the policy again") from error
     return {name: f"{entry['dtype']} {entry['shape']}" for name, entry in header.items()}

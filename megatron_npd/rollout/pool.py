@@ -14,6 +14,7 @@ import httpx
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError
+from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.rollout.server import GENERATE, PROBE, VLLMServer
 
 UNUSABLE = "unusable"  # the version of a server whose weights were left half loaded
@@ -98,10 +99,12 @@ class ServerPool:
             log_dir: Directory of their logs.
 
         Raises:
-            UserError: A server could not be started.
+            UserError: ``model_dir`` is a damaged policy, or a server could not be started.
         """
         if cfg.urls:
             return cls(cfg.urls, cfg)
+        if is_sealed(model_dir):  # a flipped bit loads silently
+            read_manifest(model_dir)
         with ExitStack() as stack:
             servers = [VLLMServer(model_dir, cfg, log_dir=log_dir, index=index) for index in range(cfg.num_servers)]
             for server in servers:

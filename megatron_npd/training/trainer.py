@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.prefetch import Prefetcher
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.build import ModelSpec, build_model, load_spec
-from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, saved_state
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.arguments import check_objective
 from megatron_npd.platform import get_platform
@@ -71,7 +70,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     )
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
     checkpoint = _newest_checkpoint(cfg)
-    state = {"iteration": 0, "rows_consumed": 0} if checkpoint is None else _saved_state(checkpoint)
+    state = {"iteration": 0, "rows_consumed": 0} if checkpoint is None else saved_state(checkpoint)
     if state["iteration"] >= stop:
         get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
         return _result(cfg, state)
@@ -179,11 +178,6 @@ def _newest_checkpoint(cfg: TrainConfig) -> Path | None:
     if cfg.load and cfg.load != cfg.save:
         raise UserError(f"load must hold a checkpoint, got none in {cfg.load}; leave it out to start from hf_model")
     return None
-
-
-def _saved_state(checkpoint: Path) -> dict[str, Any]:
-    """The position alone, without tensors; ``load_checkpoint`` verifies and gives the same."""
-    return json.loads((checkpoint / "state.json").read_text())["state"]
 
 
 def _open_data(cfg: TrainConfig, spec: ModelSpec) -> PackedDataset:

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_npd.data.order import RowSchedule, ScheduleEntry, load_schedule, microbatch_positions
+from megatron_npd.data.order import RowSchedule, ScheduleEntry, load_schedule, microbatch_positions, schedule_text
 from megatron_npd.log import UserError
 
 
 def entry(from_row: int, packs: str = "p", round_index: int = 0) -> ScheduleEntry:
     return ScheduleEntry(from_row=from_row, packs=packs, round=round_index, policy_version="v")
+
+
+WHOLE = schedule_text([entry(0, "a"), entry(7, "b", 1)])
 
 
 def test_the_order_is_a_permutation_an_epoch_and_a_function_of_the_position() -> None:
@@ -95,10 +98,17 @@ def test_rows_of_equal_cost_keep_their_order() -> None:
         ("[1]", "line 1 must have the fields"),
         ('{"from_row": 4, "packs": "a", "round": 0, "policy_version": "v"}', "rising from 0"),
         (2 * '{"from_row": 0, "packs": "a", "round": 0, "policy_version": "v"}\n', "rising from 0"),
+        ('{"from_row": 0, "packs": "a", "round": 0, "policy_version": "v"}\n', "it was cut or changed"),
+        (WHOLE.removesuffix("\n"), "it was cut or changed"),
+        (WHOLE.replace('"from_row": 7', '"from_row": 3'), "it was cut or changed"),
+        (WHOLE.replace('"b"', '"c"'), "it was cut or changed"),
+        ("".join(WHOLE.splitlines(keepends=True)[::2]), "it was cut or changed"),
+        ("[" * 100_000, "line 1 must be JSON"),
+        ("\udcff", "UTF-8"),
     ],
 )
 def test_a_broken_schedule_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "schedule.jsonl").write_text(text)
+    (tmp_path / "schedule.jsonl").write_text(text, errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         load_schedule(tmp_path / "schedule.jsonl")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from megatron_npd.config import PackConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.decode import decode_teacher
-from megatron_npd.data.order import ScheduleEntry, load_schedule
+from megatron_npd.data.order import ScheduleEntry, load_schedule, schedule_text
 from megatron_npd.data.packed_dataset import PackedDataset, PackedRows, Streams
 from megatron_npd.data.packed_dataset import make_batch as make_host_batch
 from megatron_npd.data.packing import pack_prompts, pack_selection
@@ -187,7 +186,7 @@ def entry(from_row: int, packs: str = "p", round_index: int = 0) -> ScheduleEntr
 
 
 def write_schedule(path: Path, entries: list[ScheduleEntry]) -> Path:
-    path.write_text("".join(json.dumps(vars(item)) + "\n" for item in entries))
+    path.write_text(schedule_text(entries))
     return path
 
 
@@ -221,6 +220,21 @@ def test_rounds_of_different_shapes_are_refused(tmp_path: Path) -> None:
     path = write_schedule(tmp_path / "schedule.jsonl", [entry(0, "0/packs"), entry(1, "1/packs", 1)])
     with pytest.raises(UserError, match="all packs must have"):
         PackedDataset(path, seed=0, streams=ALL)
+
+
+def test_nothing_outside_the_run_is_opened(tmp_path: Path) -> None:
+    make_packs(tmp_path / "elsewhere")
+    run = tmp_path / "run"
+    make_packs(run / "0")
+    (run / "link").symlink_to(tmp_path / "elsewhere")
+    for packs in ("../elsewhere/packs", str(tmp_path / "elsewhere/packs"), "link/packs"):
+        path = write_schedule(run / "schedule.jsonl", [entry(0, packs)])
+        with pytest.raises(UserError, match="must name files inside"):
+            PackedDataset(path, seed=0, streams=ALL)
+    (run / "0/annotations").rename(tmp_path / "annotations")
+    (run / "0/annotations").symlink_to(tmp_path / "annotations")
+    with pytest.raises(UserError, match="must name files inside"):
+        PackedDataset(write_schedule(path, [entry(0, "0/packs")]), seed=0, streams=ALL)
 
 
 def test_damaged_packs_and_a_store_made_anew_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_npd.config import NPDConfig, parse_config
+from megatron_npd.data.order import load_schedule
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.platform import get_platform
@@ -79,7 +80,7 @@ def test_two_rounds_and_a_report(recipe: NPDConfig) -> None:
             assert books["in"] == books["kept"] + sum(books["quarantined"].values()) + books.get("pending", 0), stage
         rollouts = read_manifest(run / "rounds" / f"{index:04d}" / "rollouts")
         assert rollouts.provenance["policy_version"] == f"v{index:04d}"
-    assert [json.loads(line)["from_row"] for line in (run / "schedule.jsonl").read_text().splitlines()] == [0, 4]
+    assert [entry.from_row for entry in load_schedule(run / "schedule.jsonl")] == [0, 4]
     metrics = [json.loads(line) for line in (run / "report" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in metrics] == [1, 2, 3, 4]
     assert [line["round"] for line in metrics] == [0, 0, 1, 1]

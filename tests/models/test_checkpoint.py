@@ -187,6 +187,12 @@ def _load_fails(rank: int, world: int, model_dir: Path, path: Path) -> str:
     return str(caught.value)
 
 
+def _state(rank: int, world: int, path: Path) -> dict[str, Any]:
+    from megatron_npd.models.checkpoint import saved_state
+
+    return saved_state(path)
+
+
 def test_damaged_or_foreign_checkpoints_are_refused(model_dir: Path, tmp_path: Path) -> None:
     run_distributed(_train_and_save, 1, model_dir, tmp_path, (1, 1))
     path = tmp_path / "iter_0000003"
@@ -202,6 +208,15 @@ def test_damaged_or_foreign_checkpoints_are_refused(model_dir: Path, tmp_path: P
         assert all("must have sha256" in m for m in run_distributed(_load_fails, 2, model_dir, path))
         data[len(data) // 2] ^= 1
         (path / name).write_bytes(data)
+    (path / "planted.distcp").write_bytes(b"pickle")
+    assert all("got planted.distcp too" in m for m in run_distributed(_load_fails, 2, model_dir, path))
+    (path / "planted.distcp").unlink()
+    assert run_distributed(_state, 1, path) == [{"iteration": 3, "rows": 6}]
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace("3", "7"))
+    with pytest.raises(AssertionError, match=r"state.json must have sha256"):
+        run_distributed(_state, 1, path)
+    (path / "state.json").write_text(text)
     (path / "manifest.json").unlink()
     assert all("must be a sealed directory" in m for m in run_distributed(_load_fails, 2, model_dir, path))
 

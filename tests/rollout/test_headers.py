@@ -77,6 +77,20 @@ def test_index_and_files_must_agree(sharded: Path) -> None:
         read_headers(sharded)
 
 
+@pytest.mark.parametrize("name", ["../x-1.safetensors", "/etc/passwd", "..", "", 3, None])
+def test_an_index_names_files_of_its_directory(sharded: Path, name: object) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError, match="must name files of its directory"):
+        read_headers(sharded)
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 100_000, "{}", '{"weight_map": [1]}'])
+def test_an_index_of_another_form(sharded: Path, text: str) -> None:
+    (sharded / INDEX).write_text(text)
+    with pytest.raises(UserError, match=INDEX):
+        read_headers(sharded)
+
+
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json must be a readable JSON file"):
         read_headers(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +10,7 @@ import pytest
 
 import pretrain_npd
 from megatron_npd.config import KDMode, TrainConfig
-from megatron_npd.data.order import ScheduleEntry
+from megatron_npd.data.order import ScheduleEntry, schedule_text
 from megatron_npd.log import UserError
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE, make_tiny_model
@@ -90,7 +89,7 @@ def test_rounds_follow_the_schedule(tmp_path: Path, tiny_model_dir: Path) -> Non
         entry = ScheduleEntry(from_row=from_row, packs=f"{index}/packs", round=index, policy_version=f"v{index:04d}")
         entries.append(entry)
     schedule = tmp_path / "schedule.jsonl"
-    schedule.write_text("".join(json.dumps(vars(entry)) + "\n" for entry in entries))
+    schedule.write_text(schedule_text(entries))
 
     result = train(config(tiny_model_dir, schedule, tmp_path / "run", train_iters=4, lr_warmup_iters=0))
 
