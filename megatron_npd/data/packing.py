@@ -150,7 +150,24 @@ def pack_prompts(prompts_dir: str | Path, out_dir: str | Path, cfg: PackConfig, 
     Raises:
         UserError: No prompt has a response, a token id is not the model's, or a directory is sealed from others.
     """
-    prompts_dir, out_dir = Path(prompts_dir), Path(out_dir)
+    out_dir = Path(out_dir)
+    store_prompts(prompts_dir, out_dir / "store", vocab_size=vocab_size)
+    store = AnnotationStore(out_dir / "store")
+    return _write_packs(store, np.arange(len(store)), out_dir / "packs", cfg, {})
+
+
+def store_prompts(prompts_dir: str | Path, store_dir: str | Path, *, vocab_size: int) -> Manifest:
+    """Seal a store of tokens alone from prompts with their responses; one sealed from the same input is left.
+
+    Args:
+        prompts_dir: Sealed directory of kind ``prompts``.
+        store_dir: Directory to seal.
+        vocab_size: V* of the model that will train.
+
+    Raises:
+        UserError: As ``pack_prompts``.
+    """
+    prompts_dir, store_dir = Path(prompts_dir), Path(store_dir)
     read_manifest(prompts_dir, kind="prompts")
     provenance = {
         "top_k": 0,
@@ -159,12 +176,11 @@ def pack_prompts(prompts_dir: str | Path, out_dir: str | Path, cfg: PackConfig, 
         "policy_version": DATA_POLICY,
         "prompts_sha256": file_sha256(prompts_dir / MANIFEST),
     }
-    if not sealed_from(out_dir / "store", kind=STORE_KIND, provenance=provenance):
-        with writing(out_dir / "store") as store_dir:
-            counts = _write_prompt_store(prompts_dir, store_dir, vocab_size)
-            seal(store_dir, kind=STORE_KIND, provenance=provenance, counts=counts)
-    store = AnnotationStore(out_dir / "store")
-    return _write_packs(store, np.arange(len(store)), out_dir / "packs", cfg, {})
+    if manifest := sealed_from(store_dir, kind=STORE_KIND, provenance=provenance):
+        return manifest
+    with writing(store_dir) as directory:
+        counts = _write_prompt_store(prompts_dir, directory, vocab_size)
+        return seal(directory, kind=STORE_KIND, provenance=provenance, counts=counts)
 
 
 def _write_prompt_store(prompts_dir: Path, store_dir: Path, vocab_size: int) -> dict[str, Any]:

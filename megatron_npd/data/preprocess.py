@@ -1,0 +1,343 @@
+"""Teacher data made elsewhere becomes a store: sealed shards from ranges of records, by any number of processes.
+
+A shard is a function of its records alone, so that the store's bytes do not depend on the number of workers or on
+where an earlier attempt was killed. What a record may look like: ``data/foreign.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from itertools import accumulate, islice, pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.data.foreign import BadRecord, parse_sample
+from megatron_npd.data.store import SHARD_KIND, STORE_KIND, StoreShardWriter
+from megatron_npd.log import UserError, get_logger, progress
+from megatron_npd.manifest import (
+    Manifest,
+    check_quarantined,
+    file_sha256,
+    read_manifest,
+    seal,
+    sealed_from,
+    writing,
+)
+from megatron_npd.records import QUARANTINE_FILE, SAMPLE_SCHEMA, SAMPLES_FILE, teacher_record_dtype
+
+_LINE_BYTES = 2**30  # a longer line is no record: an answer for 32768 tokens with 10 alternatives has some 40 MB
+_PARQUET_ROWS = 16  # read at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A shard's records: ``count`` lines (JSONL) or rows (Parquet) from ``first`` on; ``offset`` bytes before them."""
+
+    source: Path
+    shard: Path
+    first: int
+    count: int
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    top_k: int
+    vocab_size: int
+    provenance: dict[str, Any]
+
+
+def preprocess(
+    sources: Sequence[str | Path],
+    out_dir: str | Path,
+    *,
+    top_k: int,
+    vocab_size: int,
+    policy_version: str = "data",
+    shard_size: int = 4096,
+    workers: int = 1,
+    max_quarantined: float = 0.1,
+) -> Manifest:
+    """Turn records or saved answers of a server into a sealed store (``data/store.py``).
+
+    Bad records are set aside in each shard's ``quarantine.jsonl`` with file, line and reason. Records of one id and
+    content are merged. Sealed shards of a killed attempt are kept.
+
+    Args:
+        sources: ``.jsonl`` or ``.parquet`` files, in order.
+        out_dir: Directory to seal; one sealed from the same input is left as it is.
+        top_k: k of the store; 0: tokens alone.
+        vocab_size: V* of the student.
+        policy_version: Of the policy that generated the responses.
+        shard_size: Records a shard.
+        workers: Processes; 1 works in this one.
+        max_quarantined: Share of the records that may be set aside.
+
+    Returns:
+        The manifest. Counts: the books and ``response_tokens``.
+
+    Raises:
+        UserError: A file cannot be read, an id stands for two contents, too much was set aside, or nothing is left.
+    """
+    out_dir, paths = Path(out_dir), [Path(source) for source in sources]
+    if shard_size < 1 or workers < 1 or not 0 <= top_k <= vocab_size:
+        raise UserError(
+            f"shard_size and workers must be at least 1 and top_k in 0..{vocab_size}, "
+            f"got {shard_size}, {workers} and {top_k}; change them"
+        )
+    provenance = {
+        "top_k": top_k,
+        "vocab_size": vocab_size,
+        "round": 0,
+        "policy_version": policy_version,
+        "shard_size": shard_size,
+        "sources": [_source_sha256(path) for path in paths],
+    }
+    if manifest := sealed_from(out_dir, kind=STORE_KIND, provenance=provenance):
+        return manifest
+    parts = _parts(paths, out_dir, shard_size)
+    setting = _Setting(top_k=top_k, vocab_size=vocab_size, provenance=provenance)
+    with writing(out_dir, resume=True):
+        books = _convert_all(parts, setting, workers, max_quarantined)
+        reasons, where = books["quarantined"], ", ".join(map(str, paths))
+        dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        if not books["kept"]:
+            raise UserError(
+                f"{where} must hold a usable record, got {books['in']} records, {dropped or 'none set aside'}; see "
+                f"{QUARANTINE_FILE} in the shards of {out_dir}"
+            )
+        manifest = seal(out_dir, kind=STORE_KIND, provenance=provenance, counts=books)
+    note = f"; set aside: {dropped} (see {QUARANTINE_FILE} in its shards)" if dropped else ""
+    get_logger().info("%d of %d records in %s%s", books["kept"], books["in"], out_dir, note)
+    return manifest
+
+
+def _source_sha256(path: Path) -> str:
+    if path.suffix not in (".jsonl", ".parquet") or not path.is_file():
+        raise UserError(f"input must be .jsonl or .parquet files, got {path}; check the path")
+    return file_sha256(path)
+
+
+def _parts(paths: Sequence[Path], out_dir: Path, shard_size: int) -> list[_Part]:
+    parts: list[_Part] = []
+    for path in paths:
+        starts = _jsonl_starts(path, shard_size) if path.suffix == ".jsonl" else _parquet_starts(path, shard_size)
+        for (first, offset), (after, _) in pairwise(starts):
+            shard = out_dir / f"shard-{len(parts):05d}"
+            parts.append(_Part(source=path, shard=shard, first=first, count=after - first, offset=offset))
+    return parts
+
+
+def _jsonl_starts(path: Path, shard_size: int) -> Iterator[tuple[int, int]]:
+    """Line and byte where each shard begins, and those of the file's end."""
+    lines = offset = 0
+    yield 0, 0
+    with open(path, "rb") as stream:
+        while raw := stream.readline(_LINE_BYTES):
+            offset += len(raw)
+            lines += raw.endswith(b"\n") or not stream.peek(1)
+            if lines and lines % shard_size == 0 and raw.endswith(b"\n") and stream.peek(1):
+                yield lines, offset
+    if lines:
+        yield lines, offset
+
+
+def _parquet_starts(path: Path, shard_size: int) -> Iterator[tuple[int, int]]:
+    with _open_parquet(path) as file:
+        rows = file.metadata.num_rows
+    yield from ((row, 0) for row in range(0, rows, shard_size))
+    if rows:
+        yield rows, 0
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} must be a readable Parquet file, got: {error}; write it again") from error
+
+
+def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quarantined: float) -> dict[str, Any]:
+    """The books of all shards, converted where they are not sealed yet."""
+    total = sum(part.count for part in parts)
+    books = Counter({"in": 0, "kept": 0, "response_tokens": 0})
+    reasons: Counter[str] = Counter()
+    seen: dict[int, tuple[int, int, int]] = {}  # hash of an id -> hash of its content, shard, place in it
+    convert = partial(_convert, setting=setting)
+    pool = nullcontext()
+    if workers > 1:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupts)
+    with pool as executor, progress(total, "preprocess", "record") as bar:
+        try:
+            for number, keys in enumerate(executor.map(convert, parts) if executor else map(convert, parts)):
+                part = parts[number]
+                repeated = _repeated(keys, seen, number, parts)
+                if repeated:  # rare: the shard is made again without them
+                    shutil.rmtree(part.shard)
+                    convert(part, skip=frozenset(repeated))
+                counts = read_manifest(part.shard, kind=SHARD_KIND, verify=False).counts
+                books.update({name: counts[name] for name in ("in", "kept", "response_tokens")})
+                reasons.update(counts["quarantined"])
+                check_quarantined(reasons, total, max_quarantined, part.source)
+                bar.update(part.count)
+        except BaseException:
+            if executor:
+                executor.shutdown(cancel_futures=True)
+            raise
+    check_quarantined(reasons, books["in"], max_quarantined, "the input")
+    return {**books, "quarantined": dict(sorted(reasons.items())), "pending": 0}
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches the whole process group: the parent alone answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _repeated(
+    keys: list[tuple[str, int, int]], seen: dict[int, tuple[int, int, int]], number: int, parts: list[_Part]
+) -> list[int]:
+    """Places in a shard of samples that were there before, in it or in an earlier one."""
+    repeated = []
+    for place, (name, id_hash, content) in enumerate(keys):
+        before, shard, first_place = seen.setdefault(id_hash, (content, number, place))
+        if before != content:
+            raise UserError(
+                f"ids must be unique, got {name!r} with different content among the records of {parts[shard].source} "
+                f"from line {parts[shard].first + 1} on and of {parts[number].source} from line "
+                f"{parts[number].first + 1} on; rename one or leave the ids out"
+            )
+        if (shard, first_place) != (number, place):
+            repeated.append(place)
+    return repeated
+
+
+def _convert(part: _Part, *, setting: _Setting, skip: frozenset[int] = frozenset()) -> list[tuple[str, int, int]]:
+    """Make and seal a shard where it is not sealed yet; ``skip``: places of samples that are repeated.
+
+    Returns:
+        Id, hash of the id and hash of the content of each sample.
+    """
+    provenance = setting.provenance | {"first": part.first, "count": part.count}
+    if not sealed_from(part.shard, kind=SHARD_KIND, provenance=provenance):
+        with writing(part.shard) as directory:
+            counts = _write_shard(part, directory, setting, skip)
+            seal(directory, kind=SHARD_KIND, provenance=provenance, counts=counts)
+    return _keys(part.shard, setting.top_k)
+
+
+def _write_shard(part: _Part, directory: Path, setting: _Setting, skip: frozenset[int]) -> dict[str, Any]:
+    reasons: Counter[str] = Counter()
+    rows: list[dict[str, Any]] = []
+    accepted = 0
+    options = {"top_k": setting.top_k, "vocab_size": setting.vocab_size}
+    writer = StoreShardWriter(directory, setting.top_k, vocab_size=setting.vocab_size)
+    with open(directory / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine:
+        for line, value in _read(part):
+            try:
+                if isinstance(value, BadRecord):
+                    raise value
+                sample = parse_sample(value, **options, policy_version=setting.provenance["policy_version"])
+                accepted += 1
+                if accepted - 1 in skip:
+                    raise BadRecord("duplicate", f"the same sample as before: {sample.row['sample_id']}")
+            except BadRecord as problem:
+                reasons[problem.reason] += 1
+                entry = {"file": part.source.name, "line": line, "reason": problem.reason, "detail": str(problem)[:500]}
+                quarantine.write(json.dumps(entry) + "\n")
+                continue
+            writer.add(sample.tokens, sample.teacher, checked=True)
+            rows.append(sample.row)
+    writer.finalize()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA), directory / SAMPLES_FILE)
+    return {
+        "in": len(rows) + reasons.total(),
+        "kept": len(rows),
+        "quarantined": dict(sorted(reasons.items())),
+        "pending": 0,
+        "response_tokens": sum(row["response_len"] for row in rows),
+    }
+
+
+def _read(part: _Part) -> Iterator[tuple[int, Any]]:
+    """Number, from 1, and value of each record of a part; a ``BadRecord`` where the line holds none."""
+    if part.source.suffix == ".parquet":
+        yield from _read_rows(part)
+        return
+    with open(part.source, "rb") as stream:
+        stream.seek(part.offset)
+        for line in range(part.first + 1, part.first + part.count + 1):
+            raw = stream.readline(_LINE_BYTES)
+            if len(raw) == _LINE_BYTES and not raw.endswith(b"\n"):
+                while (more := stream.readline(_LINE_BYTES)) and not more.endswith(b"\n"):
+                    pass
+                yield line, BadRecord("line_too_long", f"a line must be shorter than {_LINE_BYTES} bytes")
+                continue
+            text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+            if not text.strip():
+                continue
+            try:
+                yield line, json.loads(text.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield line, BadRecord("not_utf8", str(error))
+            except (ValueError, RecursionError) as error:
+                yield line, BadRecord("bad_json", str(error))
+
+
+def _read_rows(part: _Part) -> Iterator[tuple[int, Any]]:
+    with _open_parquet(part.source) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = [0, *accumulate(sizes)]
+        groups = [
+            group
+            for group, (start, end) in enumerate(pairwise(starts))
+            if start < part.first + part.count and end > part.first
+        ]
+        rows = (
+            row for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) for row in batch.to_pylist()
+        )
+        try:
+            skipped = part.first - starts[groups[0]]
+            yield from enumerate(islice(rows, skipped, skipped + part.count), start=part.first + 1)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{part.source} must be a readable Parquet file, got: {error}; write it again") from error
+
+
+def _keys(shard: Path, top_k: int) -> list[tuple[str, int, int]]:
+    """Id, hash of the id and hash of the content of each sample of a sealed shard, read back from it."""
+    table = pq.read_table(shard / SAMPLES_FILE, columns=["sample_id", "prompt_len", "response_len"])
+    names = table["sample_id"].to_pylist()
+    prompt_lens, response_lens = (table[name].to_numpy().astype(np.int64) for name in table.column_names[1:])
+    token_bytes = 4 * (prompt_lens + response_lens)
+    record_bytes = response_lens * (teacher_record_dtype(top_k).itemsize if top_k else 0)
+    keys = []
+    with (
+        open(shard / "tokens.bin", "rb") as tokens,
+        open(shard / "teacher.bin", "rb") if top_k else BytesIO() as teacher,
+    ):
+        for name, prompt_len, size, record_size in zip(
+            names, prompt_lens.tolist(), token_bytes.tolist(), record_bytes.tolist(), strict=True
+        ):
+            content = hashlib.blake2b(f"{prompt_len} ".encode(), digest_size=8)
+            content.update(tokens.read(size))
+            content.update(teacher.read(record_size))
+            keys.append((name, _hash64(name.encode()), int.from_bytes(content.digest(), "little")))
+    return keys
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
