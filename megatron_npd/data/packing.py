@@ -186,9 +186,8 @@ def store_prompts(prompts_dir: str | Path, store_dir: str | Path, *, vocab_size:
 def _write_prompt_store(prompts_dir: Path, store_dir: Path, vocab_size: int) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     kept = total = 0
-    shard = store_dir / "shard-00000"
     with (
-        writing(shard),
+        writing(store_dir / "shard-00000") as shard,
         pq.ParquetFile(prompts_dir / PROMPTS_FILE) as prompts,
         pq.ParquetWriter(shard / SAMPLES_FILE, SAMPLE_SCHEMA) as samples,
         open(store_dir / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine,
@@ -280,15 +279,15 @@ def _write_packs(
         "tokens": int(lengths.sum()),
         "fill": round(float(lengths.sum()) / (num_rows * cfg.seq_length), 6),
     }
-    with writing(out_dir):
+    with writing(out_dir) as directory:
         pq.write_table(
-            pa.Table.from_arrays([pa.array(column) for column in columns], schema=PACK_SCHEMA), out_dir / PACKS_FILE
+            pa.Table.from_arrays([pa.array(column) for column in columns], schema=PACK_SCHEMA), directory / PACKS_FILE
         )
         if len(too_long):
-            with open(out_dir / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine:
+            with open(directory / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine:
                 for index in too_long.tolist():
                     quarantine.write(json.dumps({"sample_id": ids[index].as_py(), "reason": "too_long"}) + "\n")
-        manifest = seal(out_dir, kind=PACKS_KIND, provenance=provenance, counts=counts)
+        manifest = seal(directory, kind=PACKS_KIND, provenance=provenance, counts=counts)
     note = f"; {len(too_long)} longer than a row are left out" if len(too_long) else ""
     note += f"; {truncated} are cut at its end" if truncated else ""
     get_logger().info(
