@@ -122,19 +122,31 @@ class AnnotateConfig:
 class SelectConfig:
     """Which answers train (METHOD section 3)."""
 
-    filter: Literal["delta_ifd", "none"] = "delta_ifd"
-    """delta_ifd: keep lower <= Delta-IFD <= tau; none: keep every sample with a defined IFD."""
+    filter: Literal[
+        "delta_ifd", "delta_ifd_lower", "delta_ifd_upper", "student_ifd", "teacher_ifd", "perplexity", "none"
+    ] = "delta_ifd"
+    """delta_ifd: keep lower <= Delta-IFD <= tau, _lower and _upper: one bound alone; student_ifd, teacher_ifd: the same
+    bounds on one model's IFD; perplexity: keep all with a defined IFD, weighted by 1 / the teacher's perplexity; none:
+    keep all with a defined IFD."""
     lower: float = 0.0
     """Lower bound of the proximal zone."""
     tau: float | None = None
-    """Upper bound of the proximal zone; null: the tau_quantile of the first round's Delta-IFD, frozen from then on."""
+    """Upper bound of the proximal zone; null: the tau_quantile of the first round, frozen from then on."""
     tau_quantile: float = 0.988
-    """Quantile of the first round's Delta-IFD that becomes tau."""
+    """Quantile of the first round's measure that becomes tau."""
+    domain_column: str = ""
+    """Column of the prompts whose values have a tau of their own, by the same quantile; empty: one tau."""
+    cut_by_length: Literal["keep", "drop"] = "keep"
+    """What becomes of answers that were cut at max_tokens; they are counted either way."""
+    prompt_weights: bool = False
+    """Share the weight of one answer among all kept answers of a prompt, so that prompts with more of them do not count
+    more; the mean over all response tokens stays 1."""
 
     def __post_init__(self) -> None:
         _require(0 < self.tau_quantile <= 1, "tau_quantile", "in (0, 1]", self.tau_quantile, "0.988 is the default")
         if self.tau is not None:
             _require(self.tau >= self.lower, "tau", f">= lower ({self.lower})", self.tau, "swap the bounds")
+            _require(not self.domain_column, "tau", "null with domain_column", self.tau, "give tau_quantile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +374,8 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
     Dashes in names become underscores, bare boolean flags (``--bf16``) get their value, and lists need no brackets
     (``--urls http://a,http://b``).
     """
-    flags, lists = set(_fields_of(cls, bool)), set(_fields_of(cls, tuple[str, ...]))
+    flags = set(_fields_of(cls, bool))
+    lists = {*_fields_of(cls, tuple[str, ...]), *_fields_of(cls, tuple[float, ...])}
     result: list[str] = []
     in_list = False
     for position, argument in enumerate(argv):

@@ -80,8 +80,10 @@ SELECTION_SCHEMA = pa.schema(
         pa.field("ifd_student", pa.float32()),
         pa.field("delta", pa.float32()),
         pa.field("zone", pa.string(), nullable=False),  # degenerate | proximal | disconnect | undefined
+        pa.field("cut", pa.bool_(), nullable=False),  # finish reason length
         pa.field("kept", pa.bool_(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),  # "" where kept
+        pa.field("weight", pa.float32(), nullable=False),  # of its loss; mean 1 over the kept response tokens
     ]
 )
 

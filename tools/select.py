@@ -21,8 +21,7 @@ else:
     from dataclasses import dataclass
 
     from megatron_npd.config import PlatformName, SelectConfig, parse_config
-    from megatron_npd.log import run_main
-    from megatron_npd.manifest import read_manifest
+    from megatron_npd.log import UserError, run_main
     from megatron_npd.platform import get_platform
 
     @dataclass(frozen=True, kw_only=True)
@@ -31,27 +30,57 @@ else:
 
         annotations: str
         """Sealed annotations directory."""
-        out: str
-        """Directory to seal."""
+        out: str = ""
+        """Directory to seal; needed but with dry_run."""
+        prompts: str = ""
+        """Sealed prompts directory; needed with domain_column."""
         tau_of: str = ""
-        """Selection of the first round, whose tau stays frozen; empty: tau or tau_quantile decide."""
+        """Selection of the first round, whose taus stay frozen; empty: tau or tau_quantile decide."""
+        dry_run: bool = False
+        """Write nothing; print what several taus would select."""
+        taus: tuple[float, ...] = ()
+        """The taus of the dry run; empty: some quantiles of this round."""
         platform: PlatformName = "auto"
         """Device platform; auto: cuda, npu or cpu, the first that is there."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not self.out and not self.dry_run:
+                raise UserError("out must be a directory to seal, got none; give it, or dry_run")
 
     def main(argv: Sequence[str] | None = None) -> None:
         config = parse_config(SelectToolConfig, argv, description=__doc__ or "")
         get_platform(config.platform)
-        from megatron_npd.selection.select import select_round
+        from megatron_npd.selection.select import frozen_taus, select_round, what_if
 
-        tau = read_manifest(config.tau_of, kind="selection").counts["tau"] if config.tau_of else None
-        counts = select_round(config.annotations, config.out, config, tau).counts
+        prompts = config.prompts or None
+        if config.dry_run:
+            rows = what_if(config.annotations, config, config.taus, prompts_dir=prompts)
+            print(
+                f"{'tau':>10} {'below lower':>12} {'inside':>9} {'above tau':>10} {'undefined':>10} {'kept':>9}", end=""
+            )
+            print(f" {'share':>9} {'tokens':>12}")
+            for row in rows:
+                counts = "{degenerate:>12} {proximal:>9} {disconnect:>10} {undefined:>10}".format(
+                    **{zone: entry["count"] for zone, entry in row["zones"].items()}
+                )
+                print(f"{row['tau']:>10.4g} {counts} {row['kept']:>9} {100 * row['kept_share']:>7.2f} %", end="")
+                print(f" {row['tokens']:>12}")
+            return
+        taus = frozen_taus(config.tau_of) if config.tau_of else None
+        counts = select_round(config.annotations, config.out, config, taus, prompts_dir=prompts).counts
         print(f"{'zone':<12} {'samples':>9} {'share':>8}")
         for zone, row in counts["zones"].items():
             print(f"{zone:<12} {row['count']:>9} {100 * row['share']:>6.2f} %")
         print(f"{'kept':<12} {counts['kept']:>9} {100 * counts['kept_share']:>6.2f} %")
         for reason, number in counts["quarantined"].items():
             print(f"dropped as {reason}: {number}")
-        print(f"lower {counts['lower']:g}, tau {counts['tau']:.9g} (later rounds take it with --tau-of {config.out})")
+        print(f"cut by length: {counts['cut']}")
+        print(f"measure {counts['measure']}, lower {counts['lower']:g}, tau {counts['tau']:.9g}", end="")
+        print(f" (later rounds take it with --tau-of {config.out})")
+        for domain, tau in counts["taus"].items():
+            if domain:
+                print(f"tau of {domain}: {tau:.9g}")
 
     if __name__ == "__main__":
         run_main(main)

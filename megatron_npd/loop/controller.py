@@ -26,12 +26,12 @@ from megatron_npd.data.tokenizer import check_vocabularies, load_tokenizer
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.report import write_report
 from megatron_npd.loop.schedule import append_entry, round_boundaries
-from megatron_npd.manifest import is_sealed, read_manifest, write_atomic
+from megatron_npd.manifest import is_sealed, write_atomic
 from megatron_npd.rollout.evaluate import exact_match
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.refresh import refresh
-from megatron_npd.selection.select import select_round
+from megatron_npd.selection.select import frozen_taus, select_round
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -97,7 +97,13 @@ class _Loop:
             "select",
             index,
             selection,
-            lambda: select_round(annotations, selection, self.cfg.select, tau=self._frozen_tau(index)),
+            lambda: select_round(
+                annotations,
+                selection,
+                self.cfg.select,
+                self._frozen_taus(index),
+                prompts_dir=self.run_dir / "prompts",
+            ),
         )
         self._stage("pack", index, packs, lambda: pack_selection(annotations, selection, packs, self.cfg.pack))
         first_step = self.boundaries[index - 1] if index else 0
@@ -224,11 +230,11 @@ class _Loop:
             self.served = index
         return self.pool
 
-    def _frozen_tau(self, index: int) -> float | None:
-        """tau of the first round, which stays frozen (METHOD section 3)."""
+    def _frozen_taus(self, index: int) -> dict[str, float] | None:
+        """The taus of the first round, which stay frozen (METHOD section 3)."""
         if index == 0 or self.cfg.select.tau is not None:
-            return self.cfg.select.tau
-        return read_manifest(self.run_dir / "rounds" / "0000" / "selection", kind="selection").counts["tau"]
+            return None
+        return frozen_taus(self.run_dir / "rounds" / "0000" / "selection")
 
     def _stage(self, name: str, index: int, out: Path, work: Callable[[], object]) -> None:
         """Do a stage unless its directory is sealed already."""

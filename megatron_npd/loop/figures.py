@@ -75,8 +75,15 @@ def lag(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     _legend(ax)
 
 
+MEASURES = {
+    "delta": "Delta-IFD = IFD of the teacher - IFD of the student",
+    "ifd_student": "IFD of the student",
+    "ifd_teacher": "IFD of the teacher",
+}
+
+
 def zones(axes: Sequence[Axes], rounds: Sequence[Mapping[str, Any]]) -> None:
-    """One histogram of Delta-IFD a round, coloured by zone."""
+    """One histogram of the filter's measure a round, coloured by zone."""
     for ax, entry in zip(axes, rounds, strict=True):
         edges, counts = np.array(entry["histogram"]["edges"]), np.array(entry["histogram"]["counts"])
         if counts.size:
@@ -88,7 +95,7 @@ def zones(axes: Sequence[Axes], rounds: Sequence[Mapping[str, Any]]) -> None:
         for bound, name in ((entry["lower"], "lower"), (entry["tau"], "tau")):
             ax.axvline(bound, color="#555555", linewidth=1, linestyle="--", label=f"{name} {bound:.3g}")
         ax.set_title(f"Round {entry['round']}: {100 * entry['kept_share']:.1f} % of {entry['in']} kept")
-        ax.set_xlabel("Delta-IFD = IFD of the teacher - IFD of the student")
+        ax.set_xlabel(MEASURES[entry["measure"]])
         shown = {zone: entry["zones"][zone]["count"] for zone in ZONE_COLOURS}
         handles: list[Artist] = [
             Patch(color=colour, label=f"{zone} {shown[zone]}")

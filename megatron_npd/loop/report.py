@@ -147,7 +147,7 @@ def _selections(run: Path) -> Iterator[dict[str, Any]]:
         if not is_sealed(directory):
             continue
         manifest = read_manifest(directory, kind="selection")
-        fields = ("in", "kept", "kept_share", "lower", "tau", "zones", "histogram")
+        fields = ("in", "kept", "kept_share", "cut", "measure", "lower", "tau", "zones", "histogram")
         yield {
             "round": int(directory.parent.name),
             "filter": manifest.provenance["filter"],

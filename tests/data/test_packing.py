@@ -88,7 +88,14 @@ def test_nothing_and_whole_rows() -> None:
 def make_selection(path: Path, store: Path, kept: list[bool]) -> Path:
     ids = AnnotationStore(store).metadata("sample_id")["sample_id"].to_pylist()
     rows = [
-        {"sample_id": name, "zone": "proximal" if keep else "degenerate", "kept": keep, "reason": "" if keep else "x"}
+        {
+            "sample_id": name,
+            "zone": "proximal" if keep else "degenerate",
+            "cut": False,
+            "kept": keep,
+            "reason": "" if keep else "x",
+            "weight": float(keep),
+        }
         for name, keep in zip(ids, kept, strict=True)
     ]
     with writing(path):

@@ -62,6 +62,8 @@ def make_selection(run: Path, index: int, *, kept: int, total: int = 1000) -> No
             "lower": 0.0,
             "tau": 1.1,
             "zones": {zone: {"count": count, "share": count / total} for zone, count in counts.items()},
+            "cut": 0,
+            "measure": "delta",
             "histogram": {"edges": edges, "counts": heights},
         },
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_npd.config import SelectConfig
-from megatron_npd.selection.metrics import FILTERS, histogram, zones
+from megatron_npd.selection.metrics import FILTERS, histogram, sample_weights, zones
 
 DELTA = np.array([-0.5, np.float32(0.1), 0.25, 0.5, 0.5001, np.nan, np.inf], np.float32)
 ZONES = ["degenerate", "proximal", "proximal", "proximal", "disconnect", "undefined", "disconnect"]
@@ -24,8 +24,21 @@ def test_with_tau_below_lower_nothing_is_proximal() -> None:
 
 
 def test_filters() -> None:
-    assert FILTERS["delta_ifd"](np.array(ZONES)).tolist() == [False, True, True, True, False, False, False]
-    assert FILTERS["none"](np.array(ZONES)).tolist() == [True, True, True, True, True, False, True]
+    defined = [zone != "undefined" for zone in ZONES]
+    degenerate, disconnect = ([zone == name for zone in ZONES] for name in ("degenerate", "disconnect"))
+    both = [d and not (low or high) for d, low, high in zip(defined, degenerate, disconnect, strict=True)]
+    expected = {
+        "delta_ifd": ("delta", both),
+        "delta_ifd_lower": ("delta", [d and not low for d, low in zip(defined, degenerate, strict=True)]),
+        "delta_ifd_upper": ("delta", [d and not high for d, high in zip(defined, disconnect, strict=True)]),
+        "student_ifd": ("ifd_student", both),
+        "teacher_ifd": ("ifd_teacher", both),
+        "perplexity": ("delta", defined),
+        "none": ("delta", defined),
+    }
+    found = {name: (chosen.measure, chosen.keeps(np.array(ZONES)).tolist()) for name, chosen in FILTERS.items()}
+    assert found == expected
+    assert [name for name, chosen in FILTERS.items() if chosen.by_perplexity] == ["perplexity"]
     assert set(FILTERS) == set(get_args(get_type_hints(SelectConfig)["filter"]))
 
 
@@ -42,3 +55,17 @@ def test_the_histogram_counts_every_defined_sample_and_is_json() -> None:
 def test_the_histogram_of_little(delta: list[float]) -> None:
     counts = histogram(np.array(delta, np.float32), 0.25, 0.25)["counts"]
     assert sum(counts) == np.isfinite(delta).sum()
+
+
+def test_weights_have_mean_one_over_the_kept_tokens_and_prompts_share_one() -> None:
+    kept = np.array([True, True, True, False, True])
+    lens, prompts = np.array([2, 4, 6, 100, 8]), np.array([0, 1, 1, 1, 2])
+    assert sample_weights(kept, lens).tolist() == [1, 1, 1, 0, 1]
+    weights = sample_weights(kept, lens, prompts_N=prompts)
+    assert weights[3] == 0 and weights[1] == weights[2] == pytest.approx(weights[0] / 2) and weights[0] == weights[4]
+    assert (weights * lens).sum() == pytest.approx(20)
+    factor = np.array([0.5, 1.0, 1.0, np.nan, 0.25])
+    weighed = sample_weights(kept, lens, prompts_N=prompts, factor_N=factor)
+    assert (weighed * lens).sum() == pytest.approx(20) and weighed[3] == 0
+    assert weighed[0] / weighed[4] == pytest.approx(2) and weighed[1] / weighed[0] == pytest.approx(1)
+    assert sample_weights(np.zeros(2, bool), lens[:2]).tolist() == [0, 0]

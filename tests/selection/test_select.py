@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from megatron_npd.config import SelectConfig
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.log import UserError, get_logger
-from megatron_npd.records import SELECTION_FILE, SELECTION_SCHEMA
-from megatron_npd.selection.select import select_round
+from megatron_npd.manifest import seal, writing
+from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, SELECTION_FILE, SELECTION_SCHEMA
+from megatron_npd.selection.select import frozen_taus, select_round
 from tests.data.make_store import make_store
 from tools import select as select_tool
 
@@ -75,11 +78,11 @@ def test_tau_is_a_quantile_of_the_first_round_and_then_frozen(tmp_path: Path) ->
     deltas: list[float | None] = [float(value) for value in np.linspace(0.0, 1.0, 201)]
     first = select_round(store_of(tmp_path / "a0", [*deltas, None]), tmp_path / "s0", SelectConfig(tau_quantile=0.9))
     assert first.counts["tau"] == pytest.approx(0.9, abs=1e-6)
-    assert first.provenance["tau"] is None and first.provenance["tau_quantile"] == 0.9
+    assert first.provenance["taus"] is None and first.provenance["tau_quantile"] == 0.9
 
     wider: list[float | None] = [2 * delta for delta in deltas if delta is not None]
     later = select_round(
-        store_of(tmp_path / "a1", wider), tmp_path / "s1", SelectConfig(tau_quantile=0.9), tau=first.counts["tau"]
+        store_of(tmp_path / "a1", wider), tmp_path / "s1", SelectConfig(tau_quantile=0.9), first.counts["taus"]
     )
     assert later.counts["tau"] == first.counts["tau"]
     assert later.counts["zones"]["disconnect"]["count"] == 110  # 2 d > 0.9
@@ -123,6 +126,95 @@ def test_the_selection_packs(tmp_path: Path) -> None:
     select_round(store, tmp_path / "s", SelectConfig(tau=0.5))
     manifest = pack_selection(store, tmp_path / "s", tmp_path / "p", PackConfig(seq_length=64, segment_align=16))
     assert manifest.counts["kept"] == 3
+
+
+def test_the_bounds_of_one_models_ifd(tmp_path: Path) -> None:
+    """IFD of the teacher is delta + 0.5, of the student 0.5 throughout."""
+    store = store_of(tmp_path / "a", DELTAS)
+    teacher = select_round(store, tmp_path / "t", SelectConfig(filter="teacher_ifd", lower=0.45, tau=0.7))
+    assert teacher.counts["kept"] == 2 and teacher.counts["measure"] == "ifd_teacher"
+    student = select_round(store, tmp_path / "s", SelectConfig(filter="student_ifd", tau=0.5))
+    assert student.counts["kept"] == 6 and student.counts["quarantined"] == {}
+
+
+def test_perplexity_weighs_by_what_the_teacher_thinks(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", [0.0, 0.5, None])
+    manifest = select_round(store, tmp_path / "s", SelectConfig(filter="perplexity"))
+    weights = pq.read_table(tmp_path / "s" / SELECTION_FILE)["weight"].to_numpy()
+    assert manifest.counts["kept"] == 2 and weights[2] == 0
+    np.testing.assert_allclose(weights[0] / weights[1], np.exp(1.0), rtol=1e-5)  # losses 1 and 2 nats
+    np.testing.assert_allclose(weights[:2].sum(), 2.0, rtol=1e-6)
+
+
+def test_answers_of_one_prompt_share_its_weight(tmp_path: Path) -> None:
+    columns = {"prompt_id": ["p", "p", "q"], "path": [0, 1, 0]}
+    store = make_store(tmp_path / "a", [(3, 4)] * 3, columns=columns)
+    select_round(store, tmp_path / "s", SelectConfig(tau=1.0, prompt_weights=True))
+    weights = pq.read_table(tmp_path / "s" / SELECTION_FILE)["weight"].to_pylist()
+    assert weights == pytest.approx([0.75, 0.75, 1.5])
+
+
+@pytest.mark.parametrize("choice", ["keep", "drop"])
+def test_answers_cut_by_length_are_flagged_and_kept_or_dropped(tmp_path: Path, choice: Literal["keep", "drop"]) -> None:
+    columns = {"finish_reason": ["stop", "length", "length"], "teacher_loss": [0.5, 0.5, 9.0]}
+    store = make_store(tmp_path / "a", [(3, 4)] * 3, columns=columns)
+    manifest = select_round(store, tmp_path / "s", SelectConfig(tau=1.0, cut_by_length=choice))
+    table = pq.read_table(tmp_path / "s" / SELECTION_FILE).to_pydict()
+    assert table["cut"] == [False, True, True] and manifest.counts["cut"] == 2
+    dropped = choice == "drop"
+    assert table["reason"] == ["", "cut_by_length" if dropped else "", "cognitive_disconnect"]
+    assert manifest.counts["kept"] + sum(manifest.counts["quarantined"].values()) == 3
+    assert table["kept"] == [True, not dropped, False]
+
+
+def prompts_of(path: Path, extras: list[str]) -> Path:
+    rows = [
+        {"prompt_id": f"p{i:06d}", "prompt_ids": [1], "header_len": 1, "extras": extra}
+        for i, extra in enumerate(extras)
+    ]
+    with writing(path):
+        pq.write_table(pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA), path / PROMPTS_FILE)
+        seal(path, kind="prompts")
+    return path
+
+
+def test_each_domain_has_its_tau(tmp_path: Path) -> None:
+    deltas: list[float | None] = [0.1, 0.2, 0.3, 1.1, 1.2, 1.3]
+    prompts = prompts_of(tmp_path / "p", ['{"domain": "code"}'] * 3 + ['{"domain": "prose"}'] * 3)
+    cfg = SelectConfig(domain_column="domain", tau_quantile=0.5)
+    store = store_of(tmp_path / "a", deltas)
+    manifest = select_round(store, tmp_path / "s", cfg, prompts_dir=prompts)
+    assert manifest.counts["taus"] == pytest.approx({"": 0.7, "code": 0.2, "prose": 1.2}, abs=1e-6)
+    table = pq.read_table(tmp_path / "s" / SELECTION_FILE).to_pydict()
+    assert table["kept"] == [True, True, False, True, True, False]
+
+    taus = frozen_taus(tmp_path / "s")
+    del taus["prose"]  # a domain that the first round did not have takes the tau of all
+    later = select_round(store, tmp_path / "s1", cfg, taus, prompts_dir=prompts)
+    assert pq.read_table(tmp_path / "s1" / SELECTION_FILE)["kept"].to_pylist() == [True, True, False] + [False] * 3
+    assert later.counts["taus"] == taus
+
+    with pytest.raises(UserError, match="prompts must be given"):
+        select_round(store, tmp_path / "x", cfg)
+    bare = prompts_of(tmp_path / "b", ["{}"] * 6)
+    with pytest.raises(UserError, match=r"column domain of prompt p000000 .* must be a text, got None"):
+        select_round(store, tmp_path / "x", cfg, prompts_dir=bare)
+
+
+def test_a_dry_run_tells_several_taus_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = store_of(tmp_path / "a", DELTAS)
+    before = sorted(tmp_path.rglob("*"))
+    select_tool.main(["--annotations", str(store), "--dry-run", "--taus", "0.05,0.5"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [
+        ["0.05", "1", "1", "3", "1", "1", "16.67", "%", "4"],
+        ["0.5", "1", "3", "1", "1", "3", "50.00", "%", "12"],
+    ]
+    select_tool.main(["--annotations", str(store), "--dry-run"])
+    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="out must be a directory"):
+        select_tool.main(["--annotations", str(store)])
 
 
 def test_the_tool_prints_the_zones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
