@@ -95,6 +95,7 @@ PACK_SCHEMA = pa.schema(
         pa.field("length", pa.int32(), nullable=False),
         pa.field("sample_index", pa.int64(), nullable=False),
         pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),  # of the sample's loss
     ]
 )
 

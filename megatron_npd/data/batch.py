@@ -28,6 +28,7 @@ class PackedBatch:
         max_seqlen: Longest segment, in tokens.
         labels: int64 [1, T]; an arbitrary id in range where the mask is 0.
         loss_mask: float32 [1, T], 1 or 0.
+        weights: float32 [T], weight of the token's loss; None where all are 1.
         teacher_ids: int32 [T, K], distinct in a row and in range, arbitrary where the mask is 0.
         teacher_logprobs: float32 [T, K], natural logs, rescaled so that a row's mass is 1 - exp(teacher_log_tail).
         teacher_log_tail: float32 [T], log of the mass outside the K.
@@ -41,6 +42,7 @@ class PackedBatch:
     max_seqlen: int
     labels: Tensor | None
     loss_mask: Tensor | None
+    weights: Tensor | None
     teacher_ids: Tensor | None
     teacher_logprobs: Tensor | None
     teacher_log_tail: Tensor | None
@@ -65,6 +67,7 @@ class HostBatch:
     Attributes:
         tokens_T: int32 [T]; read for the labels too.
         mask_T: bool [T].
+        weights_T: float32 [T]; None where all are 1.
         positions_T: int32 [T].
         cu_seqlens: int32 [S + 1].
         max_seqlen: Longest segment, in tokens.
@@ -75,6 +78,7 @@ class HostBatch:
 
     tokens_T: Tensor | None
     mask_T: Tensor | None
+    weights_T: Tensor | None
     positions_T: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
@@ -102,6 +106,7 @@ class HostBatch:
             max_seqlen=self.max_seqlen,
             labels=labels,
             loss_mask=loss_mask,
+            weights=None if self.weights_T is None else self.weights_T.to(device, non_blocking=True),
             teacher_ids=ids_TK,
             teacher_logprobs=logprobs_TK,
             teacher_log_tail=log_tail_T,

@@ -56,6 +56,7 @@ class PackedRows:
         top_k: Width of the teacher records, 0 where the store has none.
         vocab_size: V*.
         policy_version: Of the policy that generated the answers.
+        weighted: Whether a sample's loss weighs other than 1.
         attention_costs: float64 [R], the sum of squared segment lengths of each row.
 
     Raises:
@@ -84,9 +85,10 @@ class PackedRows:
                 f"{self.store.path} must hold teacher records for kd_alpha > 0, got none; set kd_alpha to 0"
             )
         table = pq.read_table(self.path / PACKS_FILE, schema=PACK_SCHEMA)
-        rows, self._offsets, self._lengths, self._samples = (
-            table[name].to_numpy() for name in ("row", "offset", "length", "sample_index")
+        rows, self._offsets, self._lengths, self._samples, self._weights = (
+            table[name].to_numpy() for name in ("row", "offset", "length", "sample_index", "weight")
         )
+        self.weighted = bool((self._weights != 1).any())
         self._row_starts = np.searchsorted(rows, np.arange(1 + (int(rows[-1]) + 1 if len(rows) else 0)))
         self._check(rows)
         self.attention_costs = np.add.reduceat(self._lengths.astype(np.float64) ** 2, self._row_starts[:-1])
@@ -107,6 +109,7 @@ class PackedRows:
             and 0 <= int(self._samples.min()) <= int(self._samples.max()) < len(self.store)
             and np.array_equal(lens[self._samples], self._lengths)
             and np.all(self.store.prompt_lens[self._samples] < self._lengths)
+            and np.all(np.isfinite(self._weights) & (self._weights >= 0))
         )
         if not holds:
             raise UserError(f"{self.path / PACKS_FILE} must hold rows of aligned whole samples, got others; pack again")
@@ -114,10 +117,10 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self._row_starts) - 1
 
-    def segments(self, row: int) -> list[tuple[int, int, int]]:
-        """(offset, length, sample index) of each segment of a row, by offset."""
+    def segments(self, row: int) -> list[tuple[int, int, int, float]]:
+        """(offset, length, sample index, weight) of each segment of a row, by offset."""
         part = slice(self._row_starts[row], self._row_starts[row + 1])
-        columns = (self._offsets[part], self._lengths[part], self._samples[part])
+        columns = (self._offsets[part], self._lengths[part], self._samples[part], self._weights[part])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def will_need(self, row: int) -> None:
@@ -149,6 +152,9 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
     streams, T = packs.streams, packs.seq_length * len(rows)
     tokens_T = torch.zeros(T if streams.tokens or streams.targets else 0, dtype=torch.int32, pin_memory=pin_memory)
     mask_T = torch.zeros(T if streams.targets else 0, dtype=torch.bool, pin_memory=pin_memory)
+    weighted = streams.targets and any(source.weighted for source, _ in rows)
+    weights_T = torch.ones(T if weighted else 0, dtype=torch.float32, pin_memory=pin_memory)
+    weights = weights_T.numpy()
     T_teacher = T if streams.teacher else 0
     ids_TK = torch.empty(T_teacher, packs.top_k, dtype=torch.int32, pin_memory=pin_memory)
     halves_TK2 = torch.empty(T_teacher, packs.top_k + 2, dtype=torch.float16, pin_memory=pin_memory)
@@ -159,13 +165,15 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
         assert (source.seq_length, source.top_k, source.streams) == (packs.seq_length, packs.top_k, streams)
         base = index * packs.seq_length
         tail, end_of_row = base, base + packs.seq_length
-        for offset, length, sample in source.segments(row):
+        for offset, length, sample, weight in source.segments(row):
             start, end = base + offset, base + offset + length
             starts.append(start)
             tail = -(-end // source.align) * source.align
             first = start + int(source.store.prompt_lens[sample]) - 1  # predicts the first response token
             if streams.targets:
                 mask[first : end - 1] = True
+            if weighted:
+                weights[first : end - 1] = weight
             if streams.tokens or streams.targets:
                 tokens[start:end] = source.store.tokens(sample)[:length]
             if streams.teacher:
@@ -192,6 +200,7 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
     return HostBatch(
         tokens_T=tokens_T if streams.tokens or streams.targets else None,
         mask_T=mask_T if streams.targets else None,
+        weights_T=weights_T if weighted else None,
         positions_T=positions.pin_memory() if pin_memory else positions,
         cu_seqlens=torch.from_numpy(bounds),
         max_seqlen=int(lens.max()),

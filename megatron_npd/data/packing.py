@@ -125,11 +125,12 @@ def pack_selection(
     if selection_dir is None:
         return _write_packs(store, np.arange(len(store)), Path(out_dir), cfg, {})
     read_manifest(selection_dir, kind="selection")
-    table = pq.read_table(Path(selection_dir) / SELECTION_FILE, columns=["sample_id", "kept"])
+    table = pq.read_table(Path(selection_dir) / SELECTION_FILE, columns=["sample_id", "kept", "weight"])
     if not table["sample_id"].equals(store.metadata("sample_id")["sample_id"]):
         raise UserError(f"{selection_dir} must be selected from {annotations_dir}, got other samples; select again")
     source = {"selection_sha256": file_sha256(Path(selection_dir) / MANIFEST)}
-    return _write_packs(store, np.nonzero(table["kept"].to_numpy())[0], Path(out_dir), cfg, source)
+    kept_M = np.nonzero(table["kept"].to_numpy())[0]
+    return _write_packs(store, kept_M, Path(out_dir), cfg, source, table["weight"].to_numpy())
 
 
 def pack_prompts(prompts_dir: str | Path, out_dir: str | Path, cfg: PackConfig, *, vocab_size: int) -> Manifest:
@@ -235,7 +236,12 @@ def _data_sample(prompt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_packs(
-    store: AnnotationStore, kept_M: npt.NDArray[np.int64], out_dir: Path, cfg: PackConfig, source: Mapping[str, str]
+    store: AnnotationStore,
+    kept_M: npt.NDArray[np.int64],
+    out_dir: Path,
+    cfg: PackConfig,
+    source: Mapping[str, str],
+    weights_N: npt.NDArray[np.float32] | None = None,
 ) -> Manifest:
     provenance = {
         "seq_length": cfg.seq_length,
@@ -267,7 +273,9 @@ def _write_packs(
     rows, offsets = pack_lengths(lengths, cfg.seq_length, cfg.segment_align)
     order = np.lexsort((offsets, rows))
     ids = store.metadata("sample_id")["sample_id"].combine_chunks()
-    columns = [rows[order], offsets[order], lengths[order], samples[order], ids.take(pa.array(samples[order]))]
+    samples = samples[order]
+    weights = np.ones(len(samples), np.float32) if weights_N is None else weights_N[samples]
+    columns = [rows[order], offsets[order], lengths[order], samples, ids.take(pa.array(samples)), weights]
     num_rows = int(rows.max()) + 1
     counts = {
         "in": len(kept_M),

@@ -248,6 +248,7 @@ def _micro_batch(
         max_seqlen=int(np.diff(cu_seqlens).max()),
         labels=torch.from_numpy(labels_T)[None],
         loss_mask=torch.from_numpy(mask_T)[None],
+        weights=None,
         teacher_ids=None,
         teacher_logprobs=None,
         teacher_log_tail=None,

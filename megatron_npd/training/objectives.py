@@ -78,7 +78,12 @@ def distill(output: ModelOutput, batch: PackedBatch, cfg: TrainConfig) -> tuple[
 def _loss(output: ModelOutput, batch: PackedBatch, **options: Unpack[LossOptions]) -> tuple[Tensor, DistillLoss]:
     assert batch.labels is not None and batch.loss_mask is not None
     labels_T, group = batch.labels[0], _tensor_parallel_group()
-    options |= {"mask_T": batch.loss_mask[0], "vocab_size": output.vocab_size, "group": group}
+    options |= {
+        "mask_T": batch.loss_mask[0],
+        "weights_T": batch.weights,
+        "vocab_size": output.vocab_size,
+        "group": group,
+    }
     if output.head_weight_VH is None:
         loss = distill_loss(output.tensor, labels_T, **options)
         return loss.loss_T.sum(), loss

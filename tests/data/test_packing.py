@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_nothing_and_whole_rows() -> None:
     assert rows.tolist() == [0, 1, 2] and offsets.tolist() == [0, 0, 0]
 
 
-def make_selection(path: Path, store: Path, kept: list[bool]) -> Path:
+def make_selection(path: Path, store: Path, kept: list[bool], weights: Sequence[float] | None = None) -> Path:
     ids = AnnotationStore(store).metadata("sample_id")["sample_id"].to_pylist()
     rows = [
         {
@@ -94,9 +95,9 @@ def make_selection(path: Path, store: Path, kept: list[bool]) -> Path:
             "cut": False,
             "kept": keep,
             "reason": "" if keep else "x",
-            "weight": float(keep),
+            "weight": keep * weight,
         }
-        for name, keep in zip(ids, kept, strict=True)
+        for name, keep, weight in zip(ids, kept, weights or [1.0] * len(ids), strict=True)
     ]
     with writing(path):
         pq.write_table(pa.Table.from_pylist(rows, schema=SELECTION_SCHEMA), path / SELECTION_FILE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,17 @@ def sample_lengths(samples: int, seed: int = 0) -> list[tuple[int, int]]:
     return [(int(rng.integers(2, 12)), int(rng.integers(3, 40))) for _ in range(samples)]
 
 
-def make_packs(root: Path, *, samples: int = 40, seq_length: int = SEQ_LENGTH, vocab_size: int = VOCAB_SIZE) -> Path:
+def make_packs(
+    root: Path,
+    *,
+    samples: int = 40,
+    seq_length: int = SEQ_LENGTH,
+    vocab_size: int = VOCAB_SIZE,
+    weights: Sequence[float] | None = None,
+) -> Path:
     """Packs with teacher rows over a new store, both under ``root``."""
     store = make_store(root / "annotations", sample_lengths(samples), top_k=8, vocab_size=vocab_size)
-    selection = make_selection(root / "selection", store, [True] * samples)
+    selection = make_selection(root / "selection", store, [True] * samples, weights)
     pack_selection(store, selection, root / "packs", PackConfig(seq_length=seq_length, segment_align=8))
     return root / "packs"
 

@@ -36,7 +36,7 @@ def _sample_sums(model: torch.nn.Module, store: AnnotationStore, index: int) -> 
     return torch.stack([part.sum() for part in parts])
 
 
-def _reference(model_dir: Path, store: AnnotationStore) -> tuple[list[list[float]], list[float]]:
+def _reference(model_dir: Path, store: AnnotationStore, weights: list[float]) -> tuple[list[list[float]], list[float]]:
     """Means over response tokens and gradient norms of each step over all samples."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model.get_input_embeddings().padding_idx = None  # transformers leaves that row's gradient out
@@ -50,7 +50,9 @@ def _reference(model_dir: Path, store: AnnotationStore) -> tuple[list[list[float
         for group in optimizer.param_groups:
             group["lr"] = MIN_LR + 0.5 * (1 + math.cos(math.pi * step / STEPS)) * (LR - MIN_LR)
         optimizer.zero_grad()
-        sums = torch.stack([_sample_sums(model, store, index) for index in range(len(store))]).sum(0) / response_tokens
+        each = torch.stack([_sample_sums(model, store, index) for index in range(len(store))])
+        loss = each[:, :1] * torch.tensor(weights)[:, None]  # the parts are told without weights
+        sums = torch.cat([loss, each[:, 1:]], dim=1).sum(0) / response_tokens
         sums[0].backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
@@ -58,11 +60,14 @@ def _reference(model_dir: Path, store: AnnotationStore) -> tuple[list[list[float
     return means, norms
 
 
-@pytest.mark.parametrize("seq_length", [64, 128])
-def test_steps_equal_unpacked_transformers_and_adamw(tmp_path: Path, tiny_model_dir: Path, seq_length: int) -> None:
-    packs = make_packs(tmp_path, samples=SAMPLES, seq_length=seq_length)
+@pytest.mark.parametrize(("seq_length", "weighted"), [(64, False), (128, False), (64, True)])
+def test_steps_equal_unpacked_transformers_and_adamw(
+    tmp_path: Path, tiny_model_dir: Path, seq_length: int, weighted: bool
+) -> None:
+    weights = [0.25 + index % 4 if weighted else 1.0 for index in range(SAMPLES)]
+    packs = make_packs(tmp_path, samples=SAMPLES, seq_length=seq_length, weights=weights)
     rows = len(PackedRows(packs, streams=Streams()))  # each global batch holds every sample once
-    means, norms = _reference(tiny_model_dir, AnnotationStore(tmp_path / "annotations"))
+    means, norms = _reference(tiny_model_dir, AnnotationStore(tmp_path / "annotations"), weights)
 
     result = train(
         config(
