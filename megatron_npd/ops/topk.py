@@ -11,6 +11,7 @@ R ranks of the group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_npd.log import UserError
+from megatron_npd.ops.implementation import Impl, use_triton
 from megatron_npd.ops.vocab_parallel import VocabShard, vocab_shard
 
 TILE = 128
@@ -53,6 +55,7 @@ def topk_logprobs(
     vocab_size: int,
     sampled_ids_T: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    impl: Impl = "auto",
 ) -> TopK:
     """Exact top-k, log tail and the sampled ids' log-probabilities in one pass over the logits, which stay as they are.
 
@@ -62,6 +65,7 @@ def topk_logprobs(
         vocab_size: Size of the whole vocabulary; columns at and after it count as -inf.
         sampled_ids_T: ``[T]`` integer ids in the whole vocabulary whose log-probabilities are wanted too.
         group: Tensor-parallel group whose ranks hold the slices in order; one all-gather of ``[T, 2 K + 2]`` fp32.
+        impl: ``torch``, ``triton`` (CUDA) or ``auto``: Triton where it can run.
 
     Returns:
         The same on every rank; ids do not depend on how the vocabulary is cut.
@@ -72,13 +76,14 @@ def topk_logprobs(
     if logits_TV.dim() != 2 or logits_TV.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         got = f"{logits_TV.dtype} {list(logits_TV.shape)}"
         raise UserError(f"logits_TV must be float32, bfloat16 or float16 of shape [T, V], got {got}; convert it")
+    tile_stats = _implementation(impl, logits_TV.device)
     shard = vocab_shard(logits_TV.shape[1], vocab_size, group)
     if not 1 <= k <= vocab_size:
         raise UserError(f"k must be in [1, {vocab_size}] (vocab_size), got {k}; ask for fewer ids")
     if sampled_ids_T is not None:
         _check_sampled(sampled_ids_T, len(logits_TV), vocab_size)
         sampled_ids_T = sampled_ids_T.long()
-    local = _merge(_local(logits_TV, k, sampled_ids_T, shard), shard)
+    local = _merge(_local(logits_TV, k, sampled_ids_T, shard, tile_stats), shard)
     lse_T1 = torch.logaddexp(local.logits_TK.logsumexp(1), local.lse_off_T)[:, None]
     return TopK(
         ids_TK=local.ids_TK.int(),
@@ -86,6 +91,17 @@ def topk_logprobs(
         log_tail_T=local.lse_off_T - lse_T1[:, 0],
         sampled_logprobs_T=None if sampled_ids_T is None else local.sampled_T - lse_T1[:, 0],
     )
+
+
+TileStats = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def _implementation(impl: Impl, device: torch.device) -> TileStats:
+    if not use_triton(impl, device):
+        return _tile_stats
+    from megatron_npd.ops.topk_triton import tile_stats
+
+    return tile_stats
 
 
 def _check_sampled(sampled_ids_T: Tensor, num_tokens: int, vocab_size: int) -> None:
@@ -107,7 +123,7 @@ class _Top:
     sampled_T: Tensor
 
 
-def _local(logits_TV: Tensor, k: int, sampled_ids_T: Tensor | None, shard: VocabShard) -> _Top:
+def _local(logits_TV: Tensor, k: int, sampled_ids_T: Tensor | None, shard: VocabShard, tile_stats: TileStats) -> _Top:
     """The top of this rank's slice; what it lacks of k is -inf under an id behind every real one."""
     num_tokens, columns = len(logits_TV), shard.columns
     logits_TK = logits_TV.new_full((num_tokens, k), -torch.inf, dtype=torch.float32)
@@ -124,16 +140,16 @@ def _local(logits_TV: Tensor, k: int, sampled_ids_T: Tensor | None, shard: Vocab
     held, height = min(k, columns), max(1, CANDIDATES // (k * TILE))
     for lo in range(0, num_tokens, height):
         hi = min(lo + height, num_tokens)
-        top_CK, index_CK, lse_off_T[lo:hi] = _top_of_tiles(z_TV[lo:hi], held)
+        top_CK, index_CK, lse_off_T[lo:hi] = _top_of_tiles(z_TV[lo:hi], held, tile_stats)
         logits_TK[lo:hi, :held] = top_CK
         ids_TK[lo:hi, :held] = index_CK + shard.rank * shard.width
     return top
 
 
-def _top_of_tiles(z_CV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _top_of_tiles(z_CV: Tensor, k: int, tile_stats: TileStats) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k logits of each row, fp32 ``[C, K]``, their columns, and the log-sum-exp of all other columns ``[C]``."""
     width = z_CV.shape[1]
-    max_CN, lse_CN = _tile_stats(z_CV)
+    max_CN, lse_CN = tile_stats(z_CV, TILE)
     num_tiles = max_CN.shape[1]
     tiles_CJ = _keys(max_CN, torch.arange(num_tiles, device=z_CV.device)).topk(min(k, num_tiles)).indices
     columns = (tiles_CJ[:, :, None] * TILE + torch.arange(TILE, device=z_CV.device)).flatten(1)
@@ -144,10 +160,10 @@ def _top_of_tiles(z_CV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return top_CK, index_CK, torch.cat(others, dim=1).logsumexp(1)
 
 
-def _tile_stats(z_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest logit and log-sum-exp of each tile, fp32 ``[T, N]``, in one pass; the last tile may be narrower."""
+def _tile_stats(z_TV: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Largest logit and log-sum-exp of each ``tile`` columns, fp32 ``[T, N]``, in one pass; the last may have fewer."""
     num_tokens, width = z_TV.shape
-    num_tiles = -(-width // TILE)
+    num_tiles = -(-width // tile)
     max_TN, sum_TN = torch.empty(2, num_tokens, num_tiles, dtype=torch.float32, device=z_TV.device).unbind(0)
     height = max(1, min(num_tokens, CHUNK_ELEMENTS // width))
     buffer = torch.empty(height, width, dtype=torch.float32, device=z_TV.device)
@@ -156,13 +172,13 @@ def _tile_stats(z_TV: Tensor) -> tuple[Tensor, Tensor]:
         z, e = z_TV[lo:hi], buffer[: hi - lo]
         if z.dtype != torch.float32:
             z = e.copy_(z)
-        whole = width // TILE
-        parts = [(slice(0, whole), slice(0, whole * TILE), whole), (slice(whole, None), slice(whole * TILE, None), 1)]
+        whole = width // tile
+        parts = [(slice(0, whole), slice(0, whole * tile), whole), (slice(whole, None), slice(whole * tile, None), 1)]
         for tiles, inside, count in parts[: 1 + (whole < num_tiles)] if whole else parts[1:]:
-            max_CN, tile = max_TN[lo:hi, tiles], z[:, inside].unflatten(1, (count, -1))
-            torch.amax(tile, 2, out=max_CN)
+            max_CN, z_CNV = max_TN[lo:hi, tiles], z[:, inside].unflatten(1, (count, -1))
+            torch.amax(z_CNV, 2, out=max_CN)
             shift_CN1 = max_CN[:, :, None].clamp(min=torch.finfo(torch.float32).min)  # -inf - -inf is not a number
-            terms = torch.sub(tile, shift_CN1, out=e[:, inside].unflatten(1, (count, -1))).exp_()
+            terms = torch.sub(z_CNV, shift_CN1, out=e[:, inside].unflatten(1, (count, -1))).exp_()
             torch.sum(terms, 2, out=sum_TN[lo:hi, tiles])
     return max_TN, max_TN + sum_TN.log_()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ MASKS = {
     "one": torch.arange(T) == 7,
     "none": torch.zeros(T, dtype=torch.bool),
 }
+INTERPRETED = pytest.param(
+    "triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="forked processes have no GPU")
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_npd.log import UserError
+from megatron_npd import ops
+from megatron_npd.log import UserError, get_logger
+from megatron_npd.ops import distill_loss_triton, implementation
 from megatron_npd.ops.distill_loss import distill_loss
+from megatron_npd.ops.implementation import use_triton
 from tests.ops.reference import T, make_case
 
 
@@ -71,3 +76,36 @@ def test_bad_arguments_are_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         distill_loss(logits_TV, labels_T, **arguments)
     assert torch.equal(logits_TV, before_TV), "refused before anything is written"
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_takes_triton_on_cuda_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
+    implementation._log_once.cache_clear()
+    get_logger().addHandler(handler)
+    try:
+        assert [use_triton("auto", device) for device in (CUDA, CPU, CUDA, CPU)] == [True, False, True, False]
+        with monkeypatch.context() as patch:  # where it is not installed
+            patch.delattr(ops, "distill_loss_triton")
+            patch.setitem(sys.modules, "megatron_npd.ops.distill_loss_triton", None)
+            assert not use_triton("auto", CUDA)
+            with pytest.raises(UserError, match="impl must be one that can run, got 'triton' with no Triton"):
+                use_triton("triton", CUDA)
+    finally:
+        get_logger().removeHandler(handler)
+    assert [line.split(" (")[0] for line in lines] == [
+        "ops: impl auto is triton",
+        "ops: impl auto is torch, with tensors on cpu",
+        "ops: impl auto is torch, with no Triton",
+    ]
+
+
+def test_a_choice_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill_loss_triton, "INTERPRETED", False)
+    assert use_triton("triton", CUDA) and not use_triton("torch", CUDA)
+    with pytest.raises(UserError, match="got 'triton' with tensors on cpu; use auto, or set TRITON_INTERPRET=1"):
+        distill_loss(**bad(), impl="triton")

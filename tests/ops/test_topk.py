@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from megatron_npd.log import UserError
 from megatron_npd.ops import topk
 from megatron_npd.ops.topk import TopK, topk_logprobs
 from tests.dist import run_distributed
+from tests.ops.reference import INTERPRETED, device_of
 
 # Less than a tile, a tile and a cut one, and more tiles than are looked into.
 WIDTHS = (37, 200, 5003)
@@ -22,6 +25,14 @@ def random_logits(num_tokens: int, vocab_size: int, dtype: torch.dtype, *, seed:
     """Normal logits; with ``levels`` rounded to so few values that most of them are tied."""
     logits = torch.randn(num_tokens, vocab_size, generator=torch.Generator().manual_seed(seed)) * 3
     return ((logits * levels).round() / levels if levels else logits).to(dtype)
+
+
+def run(logits_TV: Tensor, k: int, *, impl: str, **options: Any) -> TopK:
+    """``topk_logprobs`` where ``impl`` can run."""
+    device = device_of(impl)
+    options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    result = topk_logprobs(logits_TV.to(device), k, impl=impl, **options)
+    return TopK(**{name: None if tensor is None else tensor.cpu() for name, tensor in vars(result).items()})
 
 
 def check(result: TopK, logits_TV: Tensor, k: int, sampled_T: Tensor) -> None:
@@ -42,12 +53,13 @@ def check(result: TopK, logits_TV: Tensor, k: int, sampled_T: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("vocab_size", WIDTHS)
 @pytest.mark.parametrize("k", [1, 10, 37])
-def test_equals_a_stable_sort(k: int, vocab_size: int, dtype: torch.dtype, levels: int) -> None:
+def test_equals_a_stable_sort(k: int, vocab_size: int, dtype: torch.dtype, levels: int, impl: str) -> None:
     logits_TV = random_logits(9, vocab_size, dtype, levels=levels)
     padded_TV = torch.cat([logits_TV, torch.full((9, 5), 99.0, dtype=dtype)], dim=1)
     sampled_T = torch.arange(9) * 4
     before_TV = padded_TV.clone()
-    check(topk_logprobs(padded_TV, k, vocab_size=vocab_size, sampled_ids_T=sampled_T), logits_TV, k, sampled_T)
+    result = run(padded_TV, k, impl=impl, vocab_size=vocab_size, sampled_ids_T=sampled_T)
+    check(result, logits_TV, k, sampled_T)
     assert torch.equal(padded_TV, before_TV)
 
 
@@ -61,25 +73,22 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.sampled_logprobs_T is None
 
 
-def test_tail_far_below_the_top_is_exact() -> None:
+def test_tail_far_below_the_top_is_exact(impl: str) -> None:
     """1 - sum in fp32 has nothing left of a tail of 1e-9, and exp(z - max) nothing of one of exp(-500)."""
     logits_TV = random_logits(4, 5003, torch.float32)
     logits_TV[:, 7] += torch.tensor([20.0, 30.0, 500.0, 1e4])
-    check(
-        topk_logprobs(logits_TV, 1, vocab_size=5003, sampled_ids_T=torch.full((4,), 7)),
-        logits_TV,
-        1,
-        torch.full((4,), 7),
-    )
+    sampled_T = torch.full((4,), 7)
+    check(run(logits_TV, 1, impl=impl, vocab_size=5003, sampled_ids_T=sampled_T), logits_TV, 1, sampled_T)
 
 
 @pytest.mark.parametrize("vocab_size", [37, 5003])
-def test_infinite_columns_and_bad_rows(vocab_size: int) -> None:
+def test_infinite_columns_and_bad_rows(vocab_size: int, impl: str) -> None:
     logits_TV = random_logits(5, vocab_size, torch.float32)
-    clean = topk_logprobs(logits_TV, 10, vocab_size=vocab_size)
+    clean = run(logits_TV, 10, impl=impl, vocab_size=vocab_size)
     logits_TV[1, 3:] = -torch.inf  # 3 columns have all the mass: the other 7 ids are the smallest of the rest
     logits_TV[3, 20] = torch.nan
-    result = topk_logprobs(logits_TV, 10, vocab_size=vocab_size, sampled_ids_T=torch.tensor([0, 5, 0, 0, 0]))
+    sampled_T = torch.tensor([0, 5, 0, 0, 0])
+    result = run(logits_TV, 10, impl=impl, vocab_size=vocab_size, sampled_ids_T=sampled_T)
     for row in (0, 2, 4):
         assert torch.equal(result.ids_TK[row], clean.ids_TK[row])
         assert torch.equal(result.logprobs_TK[row], clean.logprobs_TK[row])
@@ -106,7 +115,7 @@ def test_tiles_find_what_a_stable_sort_finds(num_tokens: int, width: int, seed: 
     tile = topk.TILE
     try:
         topk.TILE = 8
-        top_CK, index_CK, lse_off_C = topk._top_of_tiles(z_CV, k)
+        top_CK, index_CK, lse_off_C = topk._top_of_tiles(z_CV, k, topk._tile_stats)
     finally:
         topk.TILE = tile
     assert torch.equal(index_CK, columns_CK) and torch.equal(top_CK, z_CV.gather(1, columns_CK))
@@ -114,7 +123,7 @@ def test_tiles_find_what_a_stable_sort_finds(num_tokens: int, width: int, seed: 
     torch.testing.assert_close(lse_off_C.double(), expected_C, atol=2e-6, rtol=1e-6)
 
 
-def _parallel(rank: int, world_size: int) -> int:
+def _parallel(rank: int, world_size: int, impl: str) -> int:
     count = 0
     calls = []
     all_gather = dist.all_gather
@@ -132,6 +141,7 @@ def _parallel(rank: int, world_size: int) -> int:
                     vocab_size=vocab_size,
                     sampled_ids_T=sampled_T,
                     group=dist.group.WORLD,
+                    impl=impl,
                 )
                 check(result, logits_TV, k, sampled_T)
                 tail_RT = [torch.empty(8) for _ in range(world_size)]
@@ -143,10 +153,11 @@ def _parallel(rank: int, world_size: int) -> int:
     return count
 
 
+@pytest.mark.parametrize("impl", ["torch", INTERPRETED])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_vocabulary_parallel(world_size: int) -> None:
+def test_vocabulary_parallel(world_size: int, impl: str) -> None:
     """Ids of the stable sort of the whole rows, ties included; a vocabulary of 5 leaves the fourth rank no column."""
-    assert min(run_distributed(_parallel, world_size)) >= 20
+    assert min(run_distributed(_parallel, world_size, impl)) >= 20
 
 
 @pytest.mark.parametrize(
