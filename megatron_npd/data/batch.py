@@ -68,7 +68,6 @@ class HostBatch:
         tokens_T: int32 [T]; read for the labels too.
         mask_T: bool [T].
         weights_T: float32 [T]; None where all are 1.
-        positions_T: int32 [T].
         cu_seqlens: int32 [S + 1].
         max_seqlen: Longest segment, in tokens.
         teacher_ids_TK: int32 [T, K].
@@ -79,7 +78,6 @@ class HostBatch:
     tokens_T: Tensor | None
     mask_T: Tensor | None
     weights_T: Tensor | None
-    positions_T: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     teacher_ids_TK: Tensor | None
@@ -89,7 +87,9 @@ class HostBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on ``device``, where it is widened and rescaled."""
         tokens_T = None if self.tokens_T is None else self.tokens_T.to(device, non_blocking=True).long()
-        positions_T = self.positions_T.to(device, non_blocking=True).long()
+        T = int(self.cu_seqlens[-1])
+        bounds = self.cu_seqlens.to(device, non_blocking=True).long()
+        starts_T = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=T)
         labels = loss_mask = ids_TK = logprobs_TK = log_tail_T = generator_T = None
         if self.mask_T is not None:
             assert tokens_T is not None
@@ -101,7 +101,7 @@ class HostBatch:
             logprobs_TK, log_tail_T, generator_T = rescaled(self.teacher_halves_TK2.to(device, non_blocking=True))
         return PackedBatch(
             tokens=tokens_T[None] if tokens_T is not None and self.feeds_tokens else None,
-            position_ids=positions_T[None],
+            position_ids=(torch.arange(T, device=device) - starts_T)[None],
             cu_seqlens=self.cu_seqlens,
             max_seqlen=self.max_seqlen,
             labels=labels,

@@ -58,6 +58,7 @@ class PackedRows:
         policy_version: Of the policy that generated the answers.
         weighted: Whether a sample's loss weighs other than 1.
         attention_costs: float64 [R], the sum of squared segment lengths of each row.
+        checked: bool [R], rows whose teacher records this process has checked: the first reading of each does.
 
     Raises:
         UserError: The directory is damaged, its store is not the one it was made from, or holds no teacher records
@@ -91,6 +92,7 @@ class PackedRows:
         self.weighted = bool((self._weights != 1).any())
         self._row_starts = np.searchsorted(rows, np.arange(1 + (int(rows[-1]) + 1 if len(rows) else 0)))
         self._check(rows)
+        self.checked = np.zeros(len(self), bool)
         self.attention_costs = np.add.reduceat(self._lengths.astype(np.float64) ** 2, self._row_starts[:-1])
 
     def _check(self, rows: npt.NDArray[np.int32]) -> None:
@@ -193,15 +195,16 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
             written = end_of_row
     where = str(packs.store.path)
     check_token_ids(tokens, packs.vocab_size, where)
-    check_parts(ids_TK.numpy(), halves_TK2.numpy(), packs.vocab_size, where)
+    if not all(source.checked[row] for source, row in rows):
+        check_parts(ids_TK.numpy(), halves_TK2.numpy(), packs.vocab_size, where)
+        for source, row in rows:
+            source.checked[row] = True
     bounds = np.array([*starts, T], np.int32)
     lens = np.diff(bounds)
-    positions = torch.from_numpy(np.arange(T, dtype=np.int32) - np.repeat(bounds[:-1], lens))
     return HostBatch(
         tokens_T=tokens_T if streams.tokens or streams.targets else None,
         mask_T=mask_T if streams.targets else None,
         weights_T=weights_T if weighted else None,
-        positions_T=positions.pin_memory() if pin_memory else positions,
         cu_seqlens=torch.from_numpy(bounds),
         max_seqlen=int(lens.max()),
         teacher_ids_TK=ids_TK if streams.teacher else None,

@@ -18,7 +18,7 @@ from megatron_npd.data.packing import pack_prompts, pack_selection
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
-from megatron_npd.records import PACKS_FILE
+from megatron_npd.records import PACKS_FILE, teacher_record_dtype
 from tests.data.make_store import VOCAB_SIZE, make_records, make_store
 from tests.data.test_packing import make_prompts, make_selection
 
@@ -187,6 +187,19 @@ def test_decoding_rescales_and_refuses_what_is_no_distribution() -> None:
             broken[field][8000] = value
             with pytest.raises(UserError, match=r"annotate again|token ids"):
                 decode_teacher(broken, VOCAB_SIZE)
+
+
+def test_records_changed_behind_the_hashes_are_refused_when_first_read(tmp_path: Path) -> None:
+    path = make_packs(tmp_path)
+    for shard in sorted((tmp_path / "annotations").glob("shard-*")):
+        records = np.memmap(shard / "teacher.bin", teacher_record_dtype(4), mode="r+")
+        records["ids"][:, 1] = VOCAB_SIZE
+        records.flush()
+    packs = PackedRows(path, streams=ALL, verify=False)
+    for row in (0, 0, len(packs) - 1):
+        with pytest.raises(UserError, match="annotations must hold token ids"):
+            make_batch([(packs, row)])
+    assert make_batch([(PackedRows(path, streams=NO_TEACHER, verify=False), 0)]).teacher_ids is None
 
 
 def test_tokens_only_stores_train_without_a_teacher(tmp_path: Path) -> None:
