@@ -187,6 +187,8 @@ class TrainConfig:
     """Steps between checkpoints; 0: only at the end."""
     log_interval: int = 10
     """Steps between log lines."""
+    log_entropy: bool = False
+    """Log the student's entropy over the whole vocabulary too, one more operation on the logits."""
     train_iters: int = 100
     """Optimizer steps of the whole run; the learning-rate schedule spans them."""
     exit_at_iteration: int = 0
@@ -224,6 +226,8 @@ class TrainConfig:
     fused_linear_loss: bool = False
     """Fuse the output layer into the loss: the logits are never whole, but from forward to backward there is a float32
     gradient of the output layer's weight."""
+    loss_impl: Literal["auto", "torch", "triton"] = "auto"
+    """Implementation of the loss; auto: triton on CUDA where it is installed, else torch."""
 
     lr: float = 1e-4
     """Highest learning rate."""

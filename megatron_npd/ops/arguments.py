@@ -37,6 +37,7 @@ class LossOptions(TypedDict, total=False):
     beta: float
     skew: float
     temperature: float
+    entropy: bool
     vocab_size: int | None
     group: dist.ProcessGroup | None
 
@@ -77,6 +78,7 @@ def make_problem(
     beta: float = 0.5,
     skew: float = 0.1,
     temperature: float = 1.0,
+    entropy: bool = False,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Problem:
@@ -129,6 +131,7 @@ def make_problem(
         coefficient=beta if divergence == "jsd" else skew,
         student_on_ids=mode == "renorm_both",
         temperature=float(temperature),
+        entropy=entropy,
     )
     return Problem(rows, objective, shard, logprobs_NK.exp().sum(1), len(labels_T))
 

@@ -94,6 +94,7 @@ class Objective:
         coefficient: Its beta or skew.
         student_on_ids: The student is renormalised over S too (``renorm_both``).
         temperature: Divides both sets of logits in the divergence, which is multiplied by its square.
+        entropy: The student's entropy is wanted among the parts.
     """
 
     ce_weight: float
@@ -102,6 +103,7 @@ class Objective:
     coefficient: float
     student_on_ids: bool
     temperature: float
+    entropy: bool = False
 
     @property
     def second_lse(self) -> bool:
@@ -161,6 +163,7 @@ class Losses(NamedTuple):
     student_mass_N: Tensor
     top1_agreement_N: Tensor
     label_logprob_N: Tensor
+    entropy_N: Tensor
 
 
 def log_softmax(buckets_NB: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +176,7 @@ def losses_of(stats: Stats, rows: Rows, objective: Objective) -> Losses:
     """Loss and parts of each token from the statistics of whole rows."""
     log_q_NB, lse_N = log_softmax(stats.buckets_TB)
     label_logprob_N = stats.label_T - lse_N
-    kd_N = top1_N = student_mass_N = torch.zeros_like(lse_N)
+    kd_N = top1_N = student_mass_N = entropy_N = torch.zeros_like(lse_N)
     if rows.ids_NK.shape[1]:
         student_mass_N = -torch.expm1(log_q_NB[:, -1])
         largest_N = torch.maximum(stats.buckets_TB[:, :-1].amax(1), stats.max_off_T)
@@ -188,7 +191,10 @@ def losses_of(stats: Stats, rows: Rows, objective: Objective) -> Losses:
         loss_N = loss_N + kd_N * objective.kd_weight
     if rows.weights_N is not None:
         loss_N = loss_N * rows.weights_N
-    return Losses(loss_N, -label_logprob_N, kd_N, student_mass_N, top1_N, label_logprob_N)
+    if stats.mean_off_T is not None:
+        mean_NB = torch.cat([stats.buckets_TB[:, :-1], stats.mean_off_T[:, None]], dim=1)
+        entropy_N = lse_N - _times(log_q_NB, mean_NB).sum(1)
+    return Losses(loss_N, -label_logprob_N, kd_N, student_mass_N, top1_N, label_logprob_N, entropy_N)
 
 
 class GradientRule(NamedTuple):

@@ -35,6 +35,7 @@ class DistillLoss:
         student_mass_T: Student's probability of the teacher's top-k.
         top1_agreement_T: 1 where the teacher's first id has the student's largest logit, else 0.
         label_logprob_T: Student's log-probability of the label.
+        entropy_T: Student's entropy over the whole vocabulary, in nats; 0 unless it is asked for.
     """
 
     loss_T: Tensor
@@ -44,6 +45,7 @@ class DistillLoss:
     student_mass_T: Tensor
     top1_agreement_T: Tensor
     label_logprob_T: Tensor
+    entropy_T: Tensor
 
 
 def as_distill_loss(problem: Problem, losses: Losses) -> DistillLoss:
@@ -56,6 +58,7 @@ def as_distill_loss(problem: Problem, losses: Losses) -> DistillLoss:
         student_mass_T=problem.whole(losses.student_mass_N),
         top1_agreement_T=problem.whole(losses.top1_agreement_N),
         label_logprob_T=problem.whole(losses.label_logprob_N),
+        entropy_T=problem.whole(losses.entropy_N),
     )
 
 
@@ -74,6 +77,7 @@ def distill_loss(
     beta: float = 0.5,
     skew: float = 0.1,
     temperature: float = 1.0,
+    entropy: bool = False,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
@@ -113,6 +117,7 @@ def distill_loss(
         skew: Share of the first distribution in the second one of ``skew_kl`` and ``skew_reverse_kl``, in [0, 1).
         temperature: Divides both sets of logits of the divergence, which is multiplied by its square; other than 1
             for the renormalised modes only, as the stored top-k has the tail at 1.
+        entropy: Give the student's entropy too, from the same pass.
         vocab_size: Size of the whole vocabulary; columns at and after it are padding, outside the softmax, and get
             gradient 0. Default: no padding.
         group: Tensor-parallel group whose ranks hold the slices in order, each with all other arguments whole.
@@ -143,6 +148,7 @@ def distill_loss(
         beta=beta,
         skew=skew,
         temperature=temperature,
+        entropy=entropy,
         vocab_size=vocab_size,
         group=group,
     )

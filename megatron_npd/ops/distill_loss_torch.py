@@ -48,6 +48,7 @@ class _Chunks:
         shape = (self.height, self.columns + self.spare)
         self.buffer = torch.empty(shape, dtype=torch.float32, device=logits_TV.device)
         self.tempered = torch.empty_like(self.buffer) if objective.second_lse else None
+        self.entropy = objective.entropy
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for lo in range(0, max(self.num_rows, 1), self.height):  # one empty chunk where no row counts
@@ -89,7 +90,11 @@ class _Chunks:
             lse_tempered_C = (max_off_C1 * self.scale + sum_tempered_C1.log())[:, 0]
         sum_C1 = _exp(z_CV, max_off_C1).sum(1, keepdim=True)
         torch.add(max_off_C1, sum_C1.log(), out=buckets_CB[:, -1:])
-        return Stats(buckets_CB, label_C, max_off_C1[:, 0], lse_tempered_C), sum_C1, sum_tempered_C1
+        mean_off_C = None
+        if self.entropy:  # z - largest is the logarithm of what the chunk holds now
+            mean_C1 = max_off_C1 - torch.special.entr(z_CV).sum(1, keepdim=True) / sum_C1.clamp(min=1.0)
+            mean_off_C = torch.where(sum_C1 > 0, mean_C1, 0.0)[:, 0]
+        return Stats(buckets_CB, label_C, max_off_C1[:, 0], lse_tempered_C, mean_off_C), sum_C1, sum_tempered_C1
 
     def exponentials(self, z_CV: Tensor, lo: int, hi: int, merged: Stats) -> None:
         """Leave in a loaded chunk, and in ``tempered``, exp(z - log-sum-exp off S of the whole vocabulary)."""
@@ -164,9 +169,8 @@ def statistics(
         chunks.finish()
     if len(parts) == 1:
         return parts[0]
-    buckets, labels, largest, tempered = zip(*parts, strict=True)
-    tempered_N = None if tempered[0] is None else torch.cat(tempered)
-    return Stats(torch.cat(buckets), torch.cat(labels), torch.cat(largest), tempered_N)
+    whole = (None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Stats(*whole)  # pyright: ignore[reportArgumentType]
 
 
 def gradient(logits_TV: Tensor, problem: Problem, merged: Stats, rule: GradientRule, out_TV: Tensor) -> None:

@@ -44,6 +44,7 @@ def statistics_kernel(
     scale,
     out,
     TEMPERED: tl.constexpr,
+    ENTROPY: tl.constexpr,
     BUCKETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -57,7 +58,7 @@ def statistics_kernel(
     logits += row * stride_t
     picked += n * (top_k + 1)
     sorted_ids += n * top_k
-    out += n * (top_k + 4)
+    out += n * (top_k + 5)
 
     bucket = tl.arange(0, BUCKETS)
     column = tl.load(picked + bucket, mask=bucket <= top_k, other=columns).to(tl.int64)
@@ -69,6 +70,7 @@ def statistics_kernel(
     largest = tl.full([], _LOWEST, tl.float32)
     sums = tl.zeros([BLOCK // 4], tl.float32)  # of four neighbours, which one thread holds
     tempered = tl.zeros([BLOCK // 4], tl.float32)
+    moment = tl.zeros([BLOCK // 4], tl.float32)  # sums of e * (z - largest)
     met = 0
     next_id = tl.load(sorted_ids, mask=top_k > 0, other=columns)
     tile = tl.load(logits + lane.to(tl.int64) * stride_v, mask=lane < columns, other=-float("inf"))
@@ -83,7 +85,12 @@ def statistics_kernel(
             next_id = tl.load(sorted_ids + met, mask=met < top_k, other=columns)
         raised = tl.maximum(largest, tl.max(z, 0))
         e = tl.exp2((z - raised) * _LOG2E)
-        sums = sums * tl.exp2((largest - raised) * _LOG2E) + tl.sum(tl.reshape(e, [BLOCK // 4, 4]), 1)
+        shrunk = tl.exp2((largest - raised) * _LOG2E)
+        if ENTROPY:
+            terms = tl.where(e > 0, e * (z - raised), 0.0)
+            moment = (moment + sums * tl.maximum(largest - raised, -1e30)) * shrunk
+            moment += tl.sum(tl.reshape(terms, [BLOCK // 4, 4]), 1)
+        sums = sums * shrunk + tl.sum(tl.reshape(e, [BLOCK // 4, 4]), 1)
         if TEMPERED:
             e = tl.exp2((z - raised) * (scale * _LOG2E))
             tempered = tempered * tl.exp2((largest - raised) * (scale * _LOG2E))
@@ -94,6 +101,8 @@ def statistics_kernel(
     tl.store(out + top_k + 2, tl.where(total == 0, -float("inf"), largest))
     if TEMPERED:
         tl.store(out + top_k + 3, largest * scale + tl.log(tl.sum(tempered, 0)))
+    if ENTROPY:
+        tl.store(out + top_k + 4, tl.where(total == 0, 0.0, largest + tl.sum(moment, 0) / total))
 
 
 @triton.jit
@@ -162,7 +171,7 @@ def statistics(
     objective = problem.objective
     ids_NK, label_N1 = _local_columns(problem)
     num_rows, top_k = ids_NK.shape
-    out = torch.empty(num_rows, top_k + 4, dtype=torch.float32, device=logits_TV.device)
+    out = torch.empty(num_rows, top_k + 5, dtype=torch.float32, device=logits_TV.device)
     launch: Any = statistics_kernel[(num_rows,)]
     with torch.accelerator.device_index(logits_TV.device.index):
         launch(
@@ -176,12 +185,14 @@ def statistics(
             1 / objective.temperature,
             out,
             TEMPERED=objective.second_lse,
+            ENTROPY=objective.entropy,
             BUCKETS=triton.next_power_of_2(top_k + 1),
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )
     tempered_N = out[:, top_k + 3] if objective.second_lse else None
-    stats = Stats(out[:, : top_k + 1], out[:, top_k + 1], out[:, top_k + 2], tempered_N)
+    mean_off_N = out[:, top_k + 4] if objective.entropy else None
+    stats = Stats(out[:, : top_k + 1], out[:, top_k + 1], out[:, top_k + 2], tempered_N, mean_off_N)
     if rule is not None and out_TV is not None:
         gradient(logits_TV, problem, stats, rule, out_TV)
     return stats

@@ -24,8 +24,11 @@ from megatron_npd.ops.distill_loss import DistillLoss, as_distill_loss, implemen
 from megatron_npd.ops.implementation import Impl
 from megatron_npd.ops.vocab_parallel import VocabShard, merge_stats
 
-CHUNK_ELEMENTS = 1 << 27
-"""Logits of a chunk: enough rows for the head's matrix products to be worth reading its weights, 256 MiB in bf16."""
+CHUNK_ELEMENTS = 1 << 29
+"""Logits of a chunk on a device, 1 GiB in bf16: each chunk reads the head and adds to its fp32 gradient, which at a
+vocabulary of 152k takes as long as the products of about 700 rows."""
+CPU_CHUNK_ELEMENTS = 1 << 25
+"""The same on a CPU, 128 MiB in fp32."""
 WEIGHT_BLOCK = 1 << 14
 """Columns whose weight gradient is formed at once, before it is added up in fp32."""
 
@@ -104,7 +107,8 @@ class _DistillLinear(torch.autograd.Function):
         hidden_NH = hidden_TH if rows.index_N is None else hidden_TH.index_select(0, rows.index_N)
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
-        height = max(1, CHUNK_ELEMENTS // len(weight_VH))
+        elements = CPU_CHUNK_ELEMENTS if weight_VH.is_cpu else CHUNK_ELEMENTS
+        height = max(1, elements // len(weight_VH))
         parts: list[Losses] = []
         for lo in range(0, max(len(hidden_NH), 1), height):
             hidden_CH = hidden_NH[lo : lo + height]

@@ -75,22 +75,24 @@ class Stats(NamedTuple):
         label_T: The label's logit.
         max_off_T: Largest logit outside S.
         lse_off_tempered_T: Log-sum-exp of the logits / temperature outside S, where an objective asks for it.
+        mean_off_T: Mean of the logits outside S under their softmax, where the entropy is asked for; 0 without any.
     """
 
     buckets_TB: Tensor
     label_T: Tensor
     max_off_T: Tensor
     lse_off_tempered_T: Tensor | None = None
+    mean_off_T: Tensor | None = None
 
 
 def merge_stats(stats: Stats, teacher_ids_TK: Tensor, shard: VocabShard) -> Stats:
     """Merge the slices' statistics: one all-gather of ``[T, K + 2]`` fp32, then the same arithmetic on every rank.
 
     Every rank reduces the same numbers in the same order, so all get the same bits. A second temperature appends a
-    number. ``max_off_T``, which only the top-1 metric needs, appends none: in the column of the teacher's first id,
-    which one rank alone fills, the other ranks send their largest logit outside S; the owner sends, in the lowest bit
-    of its log-sum-exp, whether its own exceeds that id's logit. Afterwards the owner's counts as +inf or -inf by that
-    bit, and the metric is exact.
+    number, the entropy another. ``max_off_T``, which only the top-1 metric needs, appends none: in the column of the
+    teacher's first id, which one rank alone fills, the other ranks send their largest logit outside S; the owner sends,
+    in the lowest bit of its log-sum-exp, whether its own exceeds that id's logit. Afterwards the owner's counts as +inf
+    or -inf by that bit, and the metric is exact.
 
     Args:
         stats: This rank's statistics.
@@ -101,8 +103,7 @@ def merge_stats(stats: Stats, teacher_ids_TK: Tensor, shard: VocabShard) -> Stat
     if num_tokens == 0:
         return stats
     sent = [stats.buckets_TB, stats.label_T[:, None]]
-    if stats.lse_off_tempered_T is not None:
-        sent.append(stats.lse_off_tempered_T[:, None])
+    sent += [extra_T[:, None] for extra_T in (stats.lse_off_tempered_T, stats.mean_off_T) if extra_T is not None]
     sent_TB = torch.cat(sent, dim=1)
     owned_RT = teacher_ids_TK[:, 0] // shard.width == _ranks(shard, sent_TB) if top_k else None
     if owned_RT is not None:
@@ -120,12 +121,18 @@ def merge_stats(stats: Stats, teacher_ids_TK: Tensor, shard: VocabShard) -> Stat
         max_off_RT = torch.where(owned_RT, torch.where((bits_RT & 1).bool(), torch.inf, -torch.inf), first_RT)
         max_off_T = max_off_RT.amax(0)
         gathered_RTB[:, :, 0] = first_RT.masked_fill(~owned_RT, -torch.inf)
-    lse_off_T = gathered_RTB[:, :, top_k].logsumexp(0)
+    lse_off_RT = gathered_RTB[:, :, top_k]
+    lse_off_T = lse_off_RT.logsumexp(0)
+    mean_off_T = None
+    if stats.mean_off_T is not None:
+        share_RT = torch.where(lse_off_RT > -torch.inf, (lse_off_RT - lse_off_T).exp(), 0.0)
+        mean_off_T = (share_RT * gathered_RTB[:, :, -1]).sum(0)
     return Stats(
         buckets_TB=torch.cat([gathered_RTB[:, :, :top_k].amax(0), lse_off_T[:, None]], dim=1),
         label_T=gathered_RTB[:, :, top_k + 1].amax(0),
         max_off_T=max_off_T,
-        lse_off_tempered_T=None if stats.lse_off_tempered_T is None else gathered_RTB[:, :, -1].logsumexp(0),
+        lse_off_tempered_T=None if stats.lse_off_tempered_T is None else gathered_RTB[:, :, top_k + 2].logsumexp(0),
+        mean_off_T=mean_off_T,
     )
 
 

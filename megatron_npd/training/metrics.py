@@ -17,6 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 AVERAGED = (
     "loss",
     "ce",
+    "entropy",
     "kd",
     "teacher_mass",
     "student_mass",

@@ -50,9 +50,9 @@ def sft(output: ModelOutput, batch: PackedBatch, cfg: TrainConfig) -> tuple[Tens
     Args:
         output: Of the last stage.
         batch: The micro-batch, on the output's device.
-        cfg: Unused.
+        cfg: Gives loss_impl and log_entropy.
     """
-    return _loss(output, batch, alpha=0.0)
+    return _loss(output, batch, cfg, alpha=0.0)
 
 
 def distill(output: ModelOutput, batch: PackedBatch, cfg: TrainConfig) -> tuple[Tensor, DistillLoss]:
@@ -63,6 +63,7 @@ def distill(output: ModelOutput, batch: PackedBatch, cfg: TrainConfig) -> tuple[
     return _loss(
         output,
         batch,
+        cfg,
         teacher_ids_TK=batch.teacher_ids,
         teacher_logprobs_TK=batch.teacher_logprobs,
         teacher_log_tail_T=batch.teacher_log_tail,
@@ -75,9 +76,12 @@ def distill(output: ModelOutput, batch: PackedBatch, cfg: TrainConfig) -> tuple[
     )
 
 
-def _loss(output: ModelOutput, batch: PackedBatch, **options: Unpack[LossOptions]) -> tuple[Tensor, DistillLoss]:
+def _loss(
+    output: ModelOutput, batch: PackedBatch, cfg: TrainConfig, **options: Unpack[LossOptions]
+) -> tuple[Tensor, DistillLoss]:
     assert batch.labels is not None and batch.loss_mask is not None
     labels_T, group = batch.labels[0], _tensor_parallel_group()
+    options["entropy"] = cfg.log_entropy
     options |= {
         "mask_T": batch.loss_mask[0],
         "weights_T": batch.weights,
@@ -85,13 +89,14 @@ def _loss(output: ModelOutput, batch: PackedBatch, **options: Unpack[LossOptions
         "group": group,
     }
     if output.head_weight_VH is None:
-        loss = distill_loss(output.tensor, labels_T, **options)
+        loss = distill_loss(output.tensor, labels_T, impl=cfg.loss_impl, **options)
         return loss.loss_T.sum(), loss
     return distill_linear_loss(
         output.tensor,
         output.head_weight_VH,
         labels_T,
         sequence_parallel=output.sequence_parallel,
+        impl=cfg.loss_impl,
         **options,
     )
 

@@ -33,6 +33,7 @@ from megatron_npd.training.objectives import OBJECTIVES, ModelOutput, objective_
 SUMS = (
     "loss",
     "ce",
+    "entropy",
     "kd",
     "teacher_mass",
     "student_mass",
@@ -192,7 +193,7 @@ class TrainStep:
 
     def _sums(self, batch: PackedBatch, loss: DistillLoss, mask_T: Tensor) -> Tensor:
         """``SUMS`` of one micro-batch, fp32 [M], without a synchronisation."""
-        parts = [loss.loss_T.detach(), loss.ce_T]
+        parts = [loss.loss_T.detach(), loss.ce_T, loss.entropy_T]
         if self._distills:
             parts += [loss.kd_T, loss.teacher_mass_T, loss.student_mass_T, loss.top1_agreement_T]
         sums = torch.stack(parts) @ mask_T
@@ -214,6 +215,7 @@ class TrainStep:
         for name, total in zip(SUMS[:-2], totals, strict=True):
             count = lag_tokens if name.startswith("lag") else response_tokens
             defined = count > 0 and (self._distills or name not in DISTILL_ONLY)
+            defined &= self._cfg.log_entropy or name != "entropy"
             means[name] = total / count if defined else None
         return means
 

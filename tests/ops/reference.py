@@ -134,11 +134,13 @@ def reference(
     weights_T: Tensor | None = None,
     alpha: float = 0.9,
     grad_T: Tensor | None = None,
+    entropy: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Loss, parts and the gradient of ``(loss_T * grad_T).sum()`` with respect to the logits, all fp64."""
     logits_TV = logits_TV.detach().double().requires_grad_()
     parts = reference_parts(logits_TV, labels_T, teacher, **options)
+    parts["entropy_T"] = torch.special.entr(logits_TV.softmax(1)).sum(1) if entropy else torch.zeros_like(parts["ce_T"])
     loss_T = (1 - alpha) * parts["ce_T"]
     if alpha:
         loss_T = loss_T + alpha * parts["kd_T"]

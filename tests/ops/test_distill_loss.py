@@ -33,7 +33,7 @@ def test_equals_the_formula(vocab_size: int, top_k: int, dtype: torch.dtype, mod
     variants = itertools.product(MASKS, ((0.9, False), (0.3, True), (1.0, False), (0.0, True)), (True, False))
     for mask, (alpha, weighted), inplace in some(impl, variants, 1, vocab_size, top_k, dtype, mode):
         weights = weights_T if weighted else None
-        options = {"mask_T": MASKS[mask], "alpha": alpha, "mode": mode, "weights_T": weights}
+        options = {"mask_T": MASKS[mask], "alpha": alpha, "mode": mode, "weights_T": weights, "entropy": inplace}
         scale_T = grad_T if weighted else None
         expected = reference(logits_TV, case.labels_T, case.teacher, grad_T=scale_T, **options)
         options |= {"vocab_size": vocab_size, "inplace": inplace}
@@ -49,7 +49,7 @@ def test_temperature(temperature: float, mode: str, dtype: torch.dtype, impl: st
     case = make_case(T, 203, 10)
     logits_TV = case.logits_TV.to(dtype)
     for alpha in some(impl, (0.0, 0.7, 1.0), 1, temperature, mode, dtype):
-        options = {"alpha": alpha, "mode": mode, "temperature": temperature, "mask_T": MASKS["runs"]}
+        options = {"alpha": alpha, "mode": mode, "temperature": temperature, "mask_T": MASKS["runs"], "entropy": True}
         compare(
             *run(case, logits_TV, impl=impl, **options), reference(logits_TV, case.labels_T, case.teacher, **options)
         )
@@ -94,8 +94,9 @@ def test_without_a_teacher_it_is_cross_entropy(dtype: torch.dtype, impl: str) ->
     case = make_case(T, 203, 10)
     logits_TV = case.logits_TV.to(dtype)
     for mask_T in MASKS.values():
-        expected = reference(logits_TV, case.labels_T, {}, alpha=0.0, mask_T=mask_T)
-        result, grad_TV = run(Case(logits_TV, case.labels_T, {}), logits_TV, impl=impl, alpha=0.0, mask_T=mask_T)
+        options = {"alpha": 0.0, "mask_T": mask_T, "entropy": True}
+        expected = reference(logits_TV, case.labels_T, {}, **options)
+        result, grad_TV = run(Case(logits_TV, case.labels_T, {}), logits_TV, impl=impl, **options)
         compare(result, grad_TV, expected)
         assert not result.kd_T.any() and not result.teacher_mass_T.any() and not result.student_mass_T.any()
 
@@ -119,8 +120,8 @@ def test_small_tails_are_exact(exponent: int, impl: str) -> None:
     """A student's tail of 1e-1 to 1e-12 under a teacher's that is ten times larger, and ten times smaller."""
     for ratio in some(impl, (0.1, 10.0), 1, exponent):
         case = small_tails(exponent, ratio)
-        expected = reference(case.logits_TV, case.labels_T, case.teacher, alpha=1.0)
-        result, grad_TV = run(case, case.logits_TV, impl=impl, alpha=1.0)
+        expected = reference(case.logits_TV, case.labels_T, case.teacher, alpha=1.0, entropy=True)
+        result, grad_TV = run(case, case.logits_TV, impl=impl, alpha=1.0, entropy=True)
         compare(result, grad_TV, expected)
         # Off S alone, relative to the largest there: the gradient's share of t_q - t_p is right too.
         off_N, expected_off_N = grad_TV.double()[outside(case)], expected["grad_TV"][outside(case)]
@@ -140,8 +141,8 @@ def test_extreme_logits(mode: str, impl: str) -> None:
     teacher["teacher_logprobs_TK"][4:6, -1] = -torch.inf
     teacher["teacher_logprobs_TK"][6:8] = teacher["teacher_logprobs_TK"][6:8].log_softmax(1)
     teacher["teacher_log_tail_T"][6:8] = torch.log(torch.tensor(1e-7))
-    expected = reference(logits_TV, case.labels_T, teacher, mode=mode)
-    result, grad_TV = run(Case(logits_TV, case.labels_T, teacher), logits_TV, impl=impl, mode=mode)
+    expected = reference(logits_TV, case.labels_T, teacher, mode=mode, entropy=True)
+    result, grad_TV = run(Case(logits_TV, case.labels_T, teacher), logits_TV, impl=impl, mode=mode, entropy=True)
     for tensor in (result.loss_T, grad_TV):
         assert tensor.isfinite().all()
     compare(result, grad_TV, expected)

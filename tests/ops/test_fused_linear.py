@@ -55,7 +55,7 @@ def check(
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", [1, 5, 100])
 def test_equals_the_formula(rows: int, mode: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_linear, "CHUNK_ELEMENTS", rows * V)
+    monkeypatch.setattr(fused_linear, "CPU_CHUNK_ELEMENTS", rows * V)
     head = make_head()
     weights_T = torch.rand(T, generator=torch.Generator().manual_seed(3))
     leaves = [tensor.clone().requires_grad_() for tensor in head[:2]]
@@ -67,7 +67,7 @@ def test_equals_the_formula(rows: int, mode: str, mask: str, monkeypatch: pytest
 
 def test_bf16_is_the_unfused_loss_with_a_better_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same logits, so the same losses to the bit; the weight's gradient is added up in fp32."""
-    monkeypatch.setattr(fused_linear, "CHUNK_ELEMENTS", 5 * V)
+    monkeypatch.setattr(fused_linear, "CPU_CHUNK_ELEMENTS", 5 * V)
     monkeypatch.setattr(fused_linear, "WEIGHT_BLOCK", 64)
     hidden_TH, weight_VH, case = make_head(torch.bfloat16)
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden_TH, weight_VH)]
@@ -125,7 +125,7 @@ def test_frozen_parts_cost_nothing() -> None:
 
 
 def _parallel(rank: int, world_size: int, sequence_parallel: bool) -> int:
-    fused_linear.CHUNK_ELEMENTS = 5 * V // world_size
+    fused_linear.CPU_CHUNK_ELEMENTS = 5 * V // world_size
     head = make_head()
     hidden_TH, weight_VH, case = head
     width = -(-V // world_size)

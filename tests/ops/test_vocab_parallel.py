@@ -63,7 +63,7 @@ def _check(rank: int, world_size: int, case: Case, logits_TV: Tensor, inplace: b
     count = T if mask_T is None else int(mask_T.count_nonzero())
     top_k = case.teacher["teacher_ids_TK"].shape[1] if case.teacher else 0
     second = options.get("temperature", 1.0) != 1.0 and options["mode"] == "renorm_teacher"
-    exchange = [] if count == 0 else [("allgather_", (count, top_k + 2 + second))]
+    exchange = [] if count == 0 else [("allgather_", (count, top_k + 2 + second + options.get("entropy", False)))]
     assert forward.seen == exchange and backward.seen == []
 
     grad_TV = torch.nn.functional.pad(expected["grad_TV"], (0, leaf_TV.shape[1] * world_size - case.vocab_size))
@@ -83,9 +83,9 @@ def _variants() -> Iterator[tuple[Case, Tensor, bool, dict[str, Any]]]:
         logits_TV = case.logits_TV.to(dtype)
         for mode in MODES:
             for mask_T, alpha, inplace in itertools.islice(some, 4):
-                yield case, logits_TV, inplace, {"mode": mode, "mask_T": mask_T, "alpha": alpha}
+                yield case, logits_TV, inplace, {"mode": mode, "mask_T": mask_T, "alpha": alpha, "entropy": inplace}
         for mode in ("renorm_teacher", "renorm_both"):
-            yield case, logits_TV, True, {"mode": mode, "temperature": 2.0}
+            yield case, logits_TV, True, {"mode": mode, "temperature": 2.0, "entropy": True}
         for divergence in ("reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"):
             yield case, logits_TV, True, {"mode": "tail", "divergence": divergence}
         for mask_T in MASKS:

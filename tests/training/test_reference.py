@@ -17,10 +17,11 @@ from tests.helpers import VOCAB_SIZE
 from tests.training.make_run import column, config, make_packs
 
 SAMPLES, STEPS, LR, MIN_LR, ALPHA, CLIP = 16, 4, 3e-3, 1e-4, 0.7, 0.3
+PARTS = ("loss", "ce", "entropy", "kd", "teacher_mass", "student_mass", "lag_k1", "lag_k3")
 
 
 def _sample_sums(model: torch.nn.Module, store: AnnotationStore, index: int) -> torch.Tensor:
-    """Sums over one sample's response tokens: loss, ce, kd, teacher mass, student mass, k1, k3; differentiable."""
+    """Sums over one sample's response tokens, in the order of ``PARTS``; differentiable."""
     prompt, tokens = int(store.prompt_lens[index]), torch.from_numpy(store.tokens(index).astype("int64"))
     logits = model(input_ids=tokens[None]).logits[0, prompt - 1 : -1]
     log_q = torch.log_softmax(logits.double(), dim=-1)
@@ -32,7 +33,8 @@ def _sample_sums(model: torch.nn.Module, store: AnnotationStore, index: int) -> 
     label = log_q.gather(1, tokens[prompt:, None])[:, 0]
     ratio = label - generator.double()
     loss = -(1 - ALPHA) * label + ALPHA * kd
-    parts = (loss, -label, kd, log_p.exp().sum(1), log_q_ids.exp().sum(1), -ratio, ratio.exp() - 1 - ratio)
+    entropy = torch.special.entr(log_q.exp()).sum(1)
+    parts = (loss, -label, entropy, kd, log_p.exp().sum(1), log_q_ids.exp().sum(1), -ratio, ratio.exp() - 1 - ratio)
     return torch.stack([part.sum() for part in parts])
 
 
@@ -82,12 +84,12 @@ def test_steps_equal_unpacked_transformers_and_adamw(
             lr_warmup_iters=0,
             weight_decay=0.1,
             clip_grad=CLIP,
+            log_entropy=True,
         )
     )
 
     assert result.rows_consumed == STEPS * rows
-    names = ("loss", "ce", "kd", "teacher_mass", "student_mass", "lag_k1", "lag_k3")
-    for index, name in enumerate(names):
+    for index, name in enumerate(PARTS):
         expected = [step[index] for step in means]
         assert column(result.metrics_path, name) == pytest.approx(expected, rel=2e-5), name
     assert column(result.metrics_path, "grad_norm") == pytest.approx(norms, rel=1e-4)
