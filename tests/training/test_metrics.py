@@ -22,6 +22,7 @@ def record(iteration: int, **values: Any) -> dict[str, Any]:
         "policy_version": "v0000",
         "loss": float(iteration),
         "ce": 1.0,
+        "entropy": None,
         "kd": None,
         "teacher_mass": None,
         "student_mass": None,
