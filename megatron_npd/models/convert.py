@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
+from megatron_npd.lock import LOCK
 from megatron_npd.log import UserError, get_logger
-from megatron_npd.manifest import LOCK, config_hash, fsync_path, seal, writing
+from megatron_npd.manifest import config_hash, is_sealed, seal, writing
 from megatron_npd.models.build import build_model
 from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_npd.models.families.base import ModelSpec, Rule, load_spec
@@ -80,7 +80,7 @@ def export_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the model as a directory that transformers and vLLM load; the directory appears whole or not at all.
+    """Write the model as a directory that transformers and vLLM load; its files appear whole, its manifest last.
 
     Collective over the tensor- and pipeline-parallel groups of the first data-parallel replica; ranks of other
     replicas return at once. Only rank 0 writes and knows when the directory is there: put a barrier behind the call
@@ -105,22 +105,19 @@ def export_hf(
         for _ in _gather(model, spec, dtypes):
             pass
         return
-    temporary = out.with_name(f".{out.name}.tmp")
-    with writing(temporary):
-        writer = ShardWriter(temporary, hf_shapes(spec), dtypes, max_shard_bytes)
+    with writing(out) as directory:
+        writer = ShardWriter(directory, hf_shapes(spec), dtypes, max_shard_bytes)
         for name, tensor in _gather(model, spec, dtypes):
             writer.add(name, tensor)
         writer.finalize()
         for companion in COMPANIONS:
             if (file := Path(spec.path) / companion).is_file():
-                shutil.copyfile(file, temporary / companion)
-        for file in temporary.glob("*.safetensors"):  # safetensors makes them private; a server may be another user
-            shutil.copymode(temporary / "config.json", file)
+                shutil.copyfile(file, directory / companion)
+        for file in directory.glob("*.safetensors"):  # safetensors makes them private; a server may be another user
+            shutil.copymode(directory / "config.json", file)
         about = {"architecture": spec.architecture, "config_hash": config_hash(spec.hf_config)}
-        seal(temporary, kind="policy", provenance={**about, **(provenance or {})})
-        (temporary / LOCK).unlink()
-        os.rename(temporary, out)
-    fsync_path(out.parent)
+        seal(directory, kind="policy", provenance={**about, **(provenance or {})})
+        (out / LOCK).unlink()
 
 
 def hf_to_megatron(hf_dir: str | Path, out_dir: str | Path) -> Path:
@@ -172,7 +169,8 @@ def _single_process() -> None:
 
 def _new_directory(path: str | Path) -> Path:
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    begun = (path / LOCK).is_file() and not is_sealed(path)  # by an attempt that was killed
+    if path.exists() and not begun and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} must not exist yet, got a full directory or a file; choose another or remove it")
     return path
 

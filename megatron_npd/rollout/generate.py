@@ -93,11 +93,11 @@ def generate_round(
     if is_sealed(out_dir):
         return _read_sealed(out_dir, "rollouts", settings)
     prompts = pq.read_table(prompts_dir / PROMPTS_FILE)
-    with writing(out_dir, resume=True), Journal(out_dir / JOURNAL_FILE, settings) as journal:
-        _Round(prompts, out_dir, pool, cfg, settings, journal).run()
-        manifest = _seal_round(out_dir, settings)
-    (out_dir / JOURNAL_FILE).unlink()
-    return manifest
+    with writing(out_dir, resume=True):
+        with Journal(out_dir / JOURNAL_FILE, settings) as journal:
+            _Round(prompts, out_dir, pool, cfg, settings, journal).run()
+        (out_dir / JOURNAL_FILE).unlink()  # before the seal: nobody would come back to a sealed round for it
+        return _seal_round(out_dir, settings)
 
 
 def finished_round(

@@ -1,0 +1,378 @@
+"""The books of a run, counted again from its files: nothing lost between stages, no file cut, changed or foreign."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.data.order import PACKS_KIND, load_schedule
+from megatron_npd.data.packed_dataset import PackedRows, Streams
+from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore, broken_records
+from megatron_npd.lock import LOCK
+from megatron_npd.log import UserError, progress
+from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, unlisted
+from megatron_npd.records import (
+    LOGPROB_ROUNDING,
+    PACKS_FILE,
+    PROMPTS_FILE,
+    QUARANTINE_FILE,
+    ROLLOUTS_FILE,
+    SAMPLES_FILE,
+    SELECTION_FILE,
+    sample_id,
+    teacher_record_dtype,
+)
+
+SCHEDULE_FILE = "schedule.jsonl"
+# Kind of a stage: its directory, where its input lies, and what its manifest calls the hash of the input's manifest.
+_INPUTS = {
+    "rollouts": ("../../prompts", "prompts"),
+    STORE_KIND: ("rollouts", "rollouts_sha256"),
+    "selection": ("annotations", "annotations_sha256"),
+    PACKS_KIND: ("selection", "selection_sha256"),
+}
+
+
+@dataclass(kw_only=True)
+class Books:
+    """What was found of a stage: ids of kept samples, (id, reason) of those set aside, and further sums."""
+
+    kept: list[str] = field(default_factory=list)
+    aside: list[tuple[str, str]] = field(default_factory=list)
+    sums: Counter[str] = field(default_factory=Counter)
+
+    def __iadd__(self, other: Books) -> Books:
+        self.kept += other.kept
+        self.aside += other.aside
+        self.sums.update(other.sums)
+        return self
+
+    def reasons(self) -> dict[str, int]:
+        return dict(sorted(Counter(reason for _, reason in self.aside).items()))
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """The rows of the table (directory, kind, in, kept, quarantined, pending, files, bytes) and what is wrong."""
+
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def table(self) -> str:
+        """The rows as text, then the problems or the word that there are none."""
+        header = ("directory", "kind", "in", "kept", "set aside", "pending", "files", "MB")
+        cells: list[tuple[str, ...]] = [header]
+        for directory, kind, entered, kept, reasons, pending, files, size in self.rows:
+            aside = ", ".join(f"{number} {reason}" for reason, number in reasons.items()) or "0"
+            numbers = ["-" if value is None else str(value) for value in (entered, kept)]
+            cells.append(
+                (
+                    directory,
+                    kind,
+                    *numbers,
+                    aside if kept is not None else "-",
+                    str(pending),
+                    str(files),
+                    f"{size / 1e6:.1f}",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
+        files, size = sum(row[6] for row in self.rows), sum(row[7] for row in self.rows)
+        verdict = f"{len(self.problems)} problem(s)" if self.problems else "every book balances, every file is whole"
+        lines.append(f"{files} files, {size / 1e6:.1f} MB in {self.seconds:.1f} s: {verdict}")
+        return "\n".join([*lines, *(f"PROBLEM {problem}" for problem in self.problems)])
+
+
+def verify_run(run: str | Path, *, full: bool = False) -> Verification:
+    """Hash every file of a run, count every stage again, and compare each stage's input with the output before it.
+
+    Args:
+        run: Directory of the run, or of any part of it.
+        full: Hash whatever is known of a file, and check every number of rollouts and teacher records.
+
+    Returns:
+        The table and the problems. A stage that is not sealed is no problem: its rest is pending.
+
+    Raises:
+        UserError: ``run`` holds nothing that a stage wrote.
+    """
+    run, started = Path(run), time.monotonic()
+    audit = _Audit(run, full)
+    stages = [path for path in _directories(run) if not path.name.startswith("shard-")]
+    if not stages:
+        raise UserError(f"{run} must hold sealed directories, got none; give the directory of a run")
+    with progress(len(stages), "verify", "stage") as bar:
+        for path in sorted(stages, key=_order):
+            audit.stage(path)
+            bar.update()
+    if (run / SCHEDULE_FILE).exists():
+        audit.schedule(run / SCHEDULE_FILE)
+    audit.result.seconds = time.monotonic() - started
+    return audit.result
+
+
+def _directories(run: Path) -> list[Path]:
+    """Directories that are sealed, or were begun."""
+    found = []
+    for folder, names, files in os.walk(run):
+        names[:] = [name for name in names if not name.startswith(".")]
+        if MANIFEST in files or (LOCK in files and Path(folder) != run):
+            found.append(Path(folder))
+    return found
+
+
+def _order(path: Path) -> tuple[str, int, str]:
+    """Rounds in their order, and in each the stages in theirs, so that inputs come before outputs."""
+    stages = ["prompts", "eval_prompts", "rollouts", "annotations", "store", "selection", "packs"]
+    place = stages.index(path.name) if path.name in stages else len(stages)
+    return ("" if path.name in stages[:2] else str(path.parent), place, str(path))
+
+
+class _Audit:
+    """One verification in progress: the books of the stages seen so far."""
+
+    def __init__(self, run: Path, full: bool) -> None:
+        self.run, self.full, self.result = run, full, Verification()
+        self.books: dict[Path, Books] = {}
+        self.files, self.bytes = 0, 0
+
+    def problem(self, text: object) -> None:
+        self.result.problems.append(str(text))
+
+    def stage(self, path: Path) -> None:
+        """One line of the table: a stage with its shards."""
+        self.files = self.bytes = 0
+        manifest = self._read(path) if is_sealed(path) else None
+        kind = manifest.kind if manifest else path.name
+        books, complete = Books(), manifest is not None or not is_sealed(path)
+        for shard in sorted(path.glob("shard-*")):
+            part = self._read(shard) if is_sealed(shard) else None
+            if part is not None and (counted := self._recount(shard, part)) is not None:
+                books += counted
+            complete &= part is not None or not is_sealed(shard)
+        counted = self._recount(path, manifest) if manifest else None
+        if counted is not None:
+            books += counted
+        known = manifest is None or kind in _RECOUNTS or kind in (STORE_KIND, "rollouts")
+        if known and complete:
+            self.books[path.resolve()] = books
+            pending = self._compare_with_input(path, kind, manifest, books)
+            if manifest is not None:
+                self._compare(path, manifest, books)
+                self._look_inside(path, manifest)
+            entered = len(books.kept) + len(books.aside) + (pending or 0)
+            numbers = (entered, len(books.kept), books.reasons(), "?" if pending is None else pending)
+        else:
+            numbers = (None, None, {}, 0)
+        state = kind if manifest else f"{kind}, not sealed"
+        self.result.rows.append((str(path.relative_to(self.run)), state, *numbers, self.files, self.bytes))
+
+    def _read(self, path: Path) -> Manifest | None:
+        """The manifest of a directory whose files are all as it says; None, with the problem noted, otherwise."""
+        try:
+            manifest = read_manifest(path, full=self.full)
+        except UserError as error:
+            self.problem(error)
+            return None
+        self.files += len(manifest.files)
+        self.bytes += sum(entry["bytes"] for entry in manifest.files.values())
+        for name in unlisted(path, manifest):
+            self.problem(f"{path} must hold what its {MANIFEST} lists, got {name} too; move it away")
+        return manifest
+
+    def _recount(self, path: Path, manifest: Manifest) -> Books | None:
+        """What the files of one directory, without its shards, hold."""
+        books = Books(aside=_set_aside(path))
+        if (recount := _RECOUNTS.get(manifest.kind)) is not None:
+            try:
+                recount(path, books)
+                if self.full and manifest.kind == "rollouts-shard":
+                    _check_rollouts(path)
+            except (pa.ArrowException, KeyError, OSError, UserError) as error:
+                self.problem(f"{path} must hold readable tables of its kind, got {error}")
+                return None
+        if manifest.kind.endswith("-shard"):
+            self._compare(path, manifest, books)
+        return books
+
+    def _compare(self, path: Path, manifest: Manifest, books: Books) -> None:
+        """The counts of a manifest with those of the files."""
+        counts, total = manifest.counts, len(books.kept) + len(books.aside)
+        found = {"in": total, "kept": len(books.kept), "quarantined": books.reasons(), "pending": 0, **books.sums}
+        for name in counts.keys() & found.keys():
+            if counts[name] != found[name]:
+                self.problem(
+                    f"{path / MANIFEST} must count {name} as the files do, got {counts[name]}, not {found[name]}"
+                )
+        if "in" in counts and "kept" in counts:
+            aside, pending = sum(counts.get("quarantined", {}).values()), counts.get("pending", 0)
+            if counts["in"] != counts["kept"] + aside + pending:
+                self.problem(
+                    f"the books of {path} must balance, got in {counts['in']}, kept {counts['kept']}, "
+                    f"quarantined {aside}, pending {pending}"
+                )
+
+    def _compare_with_input(self, path: Path, kind: str, manifest: Manifest | None, books: Books) -> int | None:
+        """Every sample of the input is here once, kept or set aside; the number of those that are not yet.
+
+        None where that is not known.
+        """
+        here = [*books.kept, *(identity for identity, _ in books.aside)]
+        if kind not in _INPUTS:
+            return 0 if manifest else None
+        for identity, number in Counter(here).items():
+            if number > 1:
+                self.problem(f"{path} must hold each sample once, got {identity} {number} times")
+                break
+        name, key = _INPUTS[kind]
+        source = (path.parent / name).resolve()
+        before = self.books.get(source)
+        if before is None or (manifest and key not in manifest.provenance):
+            return 0 if manifest else None
+        if manifest and is_sealed(source) and manifest.provenance[key] != file_sha256(source / MANIFEST):
+            self.problem(f"{path} must come from {source} as it is now, got another {key}")
+            return 0
+        expected = before.kept
+        if kind == "rollouts":
+            settings = manifest or next(map(_manifest_or_none, sorted(path.glob("shard-*"))), None)
+            if settings is None:
+                return None
+            about = settings.provenance
+            paths = range(about["greedy_paths"] + about["sampled_paths"])
+            expected = [sample_id(prompt, about["round"], number) for prompt in before.kept for number in paths]
+        lost, foreign = set(expected) - set(here), set(here) - set(expected)
+        for identity in sorted(foreign)[:1]:
+            self.problem(f"{path} must hold samples of {source}, got {identity} and {len(foreign) - 1} more of none")
+        for identity in sorted(lost)[:1] if manifest else ():
+            self.problem(
+                f"{path} must account for every sample of {source}, got {len(lost)} lost, the first {identity}"
+            )
+        return 0 if manifest else len(lost)
+
+    def _look_inside(self, path: Path, manifest: Manifest) -> None:
+        """What only the readers know: indices that fit their data; with ``full``, every teacher record."""
+        try:
+            if manifest.kind == PACKS_KIND:
+                PackedRows(path, streams=Streams(teacher=False))
+            if manifest.kind == STORE_KIND:
+                store = AnnotationStore(path)
+                for shard in sorted(path.glob("shard-*")) if self.full else ():
+                    _check_store_shard(shard, store)
+        except UserError as error:
+            self.problem(error)
+
+    def schedule(self, path: Path) -> None:
+        """Each line names sealed packs of its round and policy."""
+        entries = []
+        try:
+            entries = load_schedule(path)
+            for entry in entries:
+                about = read_manifest(path.parent / entry.packs, kind=PACKS_KIND, verify=False).provenance
+                if (about["round"], about["policy_version"]) != (entry.round, entry.policy_version):
+                    self.problem(f"{path} must name packs of the same round and policy, got {entry}")
+        except UserError as error:
+            self.problem(error)
+        row = (path.name, "schedule", len(entries), len(entries), {}, 0, 1, path.stat().st_size)
+        self.result.rows.append(row)
+
+
+def _manifest_or_none(path: Path) -> Manifest | None:
+    try:
+        return read_manifest(path, verify=False)
+    except UserError:
+        return None
+
+
+def _set_aside(path: Path) -> list[tuple[str, str]]:
+    """(id, reason) of each line of a quarantine file; "" where a record has no id yet."""
+    file = path / QUARANTINE_FILE
+    if not file.is_file():
+        return []
+    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [(entry.get("sample_id", entry.get("prompt_id", "")), entry["reason"]) for entry in entries]
+
+
+def _columns(file: Path, *names: str) -> list[pa.ChunkedArray]:
+    return pq.read_table(file, columns=list(names)).columns
+
+
+def _count_prompts(path: Path, books: Books) -> None:
+    books.kept += _columns(path / PROMPTS_FILE, "prompt_id")[0].to_pylist()
+
+
+def _count_rollouts(path: Path, books: Books) -> None:
+    ids, responses, finish = _columns(path / ROLLOUTS_FILE, "sample_id", "response_ids", "finish_reason")
+    books.kept += ids.to_pylist()
+    books.sums["tokens"] += len(responses.combine_chunks().flatten())
+    books.sums["stopped"] += finish.to_pylist().count("stop")
+
+
+def _count_samples(path: Path, books: Books) -> None:
+    ids, lengths = _columns(path / SAMPLES_FILE, "sample_id", "response_len")
+    books.kept += ids.to_pylist()
+    books.sums["response_tokens"] += int(lengths.to_numpy().sum())
+
+
+def _count_selection(path: Path, books: Books) -> None:
+    ids, kept, reasons = (
+        column.to_pylist() for column in _columns(path / SELECTION_FILE, "sample_id", "kept", "reason")
+    )
+    books.kept += [identity for identity, keep in zip(ids, kept, strict=True) if keep]
+    books.aside += [(identity, why) for identity, keep, why in zip(ids, kept, reasons, strict=True) if not keep]
+
+
+def _count_packs(path: Path, books: Books) -> None:
+    rows, lengths, ids = _columns(path / PACKS_FILE, "row", "length", "sample_id")
+    books.kept += ids.to_pylist()
+    books.sums["rows"] += int(rows.to_numpy().max(initial=-1)) + 1
+    books.sums["tokens"] += int(lengths.to_numpy().sum())
+
+
+_RECOUNTS: dict[str, Callable[[Path, Books], None]] = {
+    "prompts": _count_prompts,
+    "rollouts-shard": _count_rollouts,
+    SHARD_KIND: _count_samples,
+    "selection": _count_selection,
+    PACKS_KIND: _count_packs,
+}
+
+
+def _check_rollouts(path: Path) -> None:
+    responses, logprobs = _columns(path / ROLLOUTS_FILE, "response_ids", "logprobs")
+    ids, values = (column.combine_chunks().flatten().to_numpy() for column in (responses, logprobs))
+    lengths = [column.combine_chunks().value_lengths().to_numpy() for column in (responses, logprobs)]
+    if not np.array_equal(*lengths) or not (lengths[0] > 0).all():
+        raise UserError("answers without tokens, or with more or fewer log-probabilities than tokens")
+    if ids.min(initial=0) < 0 or not (np.isfinite(values) & (values <= LOGPROB_ROUNDING)).all():
+        raise UserError("token ids below 0, or log-probabilities that are not finite or above 0")
+
+
+def _check_store_shard(path: Path, store: AnnotationStore) -> None:
+    for name, dtype in (("tokens", np.dtype("<i4")), ("teacher", teacher_record_dtype(store.top_k))):
+        file = path / f"{name}.bin"
+        if not file.is_file() or not file.stat().st_size:
+            continue
+        items = np.memmap(file, dtype=dtype, mode="r")
+        if name == "tokens":
+            broken = (items < 0) | (items >= store.vocab_size)
+        else:
+            broken = broken_records(items, store.vocab_size)
+        if broken.any():
+            first = int(np.flatnonzero(broken)[0])
+            raise UserError(
+                f"{file} must hold what a model can give, got {items[first]} at item {first}; annotate again"
+            )

@@ -1,0 +1,143 @@
+"""Stages that are killed, torn or run out of disk, anywhere: what is left is refused, and running again mends it."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_npd.loop.verify import verify_run
+from megatron_npd.manifest import is_sealed
+from tests.faults.world import OUTPUTS, STAGES, content, make_inputs
+from tests.faults.zygote import Outcome, Zygote
+from tests.rollout.fake import FakeServer
+
+UNSTABLE = (".metadata", "common.pt")  # of a dist checkpoint: pickles, whose bytes hold times and the order of sets
+
+
+class Bench:
+    """A whole run that nothing disturbed, and the means to disturb others; a context manager."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="npd-faults-"))
+        (self.root / "inputs").mkdir()
+        self.server = FakeServer()
+        self.inputs = make_inputs(self.root / "inputs")
+        self.zygote = Zygote(self.inputs, self.server.url)
+        self.whole = self.root / "whole"
+        self.whole.mkdir()
+        self.events: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        for stage in STAGES:
+            self.zygote.run(stage, self.whole)  # warm: imports that a stage makes late
+            _remove(self.whole / OUTPUTS[stage])
+            start = time.monotonic()
+            outcome = self.zygote.run(stage, self.whole)
+            assert outcome.code == 0, f"{stage}: {outcome.text}"
+            self.events[stage], self.seconds[stage] = outcome.events, time.monotonic() - start
+        assert not verify_run(self.whole, full=True).problems
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.zygote.__exit__()
+        self.server.__exit__(None, None, None)
+        shutil.rmtree(self.root)
+
+    def before(self, stage: str) -> Path:
+        """A fresh run in which all stages before ``stage`` are done."""
+        run = self.root / f"before-{stage}"
+        _remove(run)
+        run.mkdir()
+        for earlier in list(STAGES)[: list(STAGES).index(stage)]:
+            target = run / OUTPUTS[earlier]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = self.whole / OUTPUTS[earlier]
+            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        return run
+
+    def disturb(self, stage: str, points: Iterable[tuple[str, int, float]]) -> tuple[Counter[str], list[str]]:
+        """Disturb a stage once for each point (mode, event, seconds until a kill) and run it again.
+
+        Returns:
+            How the disturbed processes ended; and every broken promise in words.
+        """
+        run = self.before(stage)
+        out, ends, broken = run / OUTPUTS[stage], Counter[str](), []
+        for mode, at, kill_after in points:
+            where = f"{stage}, {mode} at " + (f"{kill_after:.3f} s" if kill_after else f"event {at}")
+            _remove(out)
+            outcome = self.zygote.run(stage, run, mode, at, kill_after)
+            ends[_end(outcome)] += 1
+            broken += [f"{where}: {text}" for text in self._promises(stage, run, out, mode, outcome)]
+        return ends, broken
+
+    def _promises(self, stage: str, run: Path, out: Path, mode: str, outcome: Outcome) -> list[str]:
+        broken = []
+        if outcome.code not in (0, -9) and (mode != "full" or outcome.code != 2 or "Traceback" in outcome.text):
+            broken.append(f"ended with {outcome.code}: {outcome.text[-800:]}")
+        if (outcome.code == 0 or is_sealed(out)) and not self._same(stage, out):
+            broken.append("what looks finished differs from the undisturbed run")
+        broken += [f"books after it: {problem}" for problem in _problems(run)]
+        again = self.zygote.run(stage, run)
+        if again.code != 0:
+            broken.append(f"running again ended with {again.code}: {again.text[-800:]}")
+        elif not self._same(stage, out):
+            broken.append("running again left other bytes than the undisturbed run")
+        broken += [f"books at the end: {problem}" for problem in _problems(run)]
+        return broken
+
+    def _same(self, stage: str, out: Path) -> bool:
+        mine, whole = content(out), content(self.whole / OUTPUTS[stage])
+        if stage == "checkpoint":
+            for files in (mine, whole):
+                for name in (*UNSTABLE, "manifest.json"):
+                    files[name] = b"" if files.get(name) else b"missing"
+        return mine == whole
+
+    def boundaries(self, stage: str, rng: random.Random, number: int) -> list[tuple[str, int, float]]:
+        """``number`` of the stage's events to die before, and as many to tear; all of them where there are fewer."""
+        events = range(1, self.events[stage] + 1)
+        chosen = sorted(rng.sample(events, min(number, len(events))))
+        return [(mode, at, 0.0) for at in chosen for mode in ("kill", "torn")]
+
+    def moments(self, stage: str, rng: random.Random, number: int) -> list[tuple[str, int, float]]:
+        """``number`` random moments of the stage's time to be killed at."""
+        return [("none", 0, rng.uniform(0.001, self.seconds[stage])) for _ in range(number)]
+
+    def two_writers(self, stage: str, number: int) -> tuple[Counter[str], list[str]]:
+        """Two processes run a stage at the same time: one finishes, the other finishes later or names the first."""
+        run, ends, broken = self.before(stage), Counter[str](), []
+        with Zygote(self.inputs, self.server.url) as other:
+            other.run("prompts", run)  # imports
+            for _ in range(number):
+                _remove(run / OUTPUTS[stage])
+                with ThreadPoolExecutor(2) as threads:
+                    outcomes = list(threads.map(lambda zygote: zygote.run(stage, run), (self.zygote, other)))
+                ends.update(map(_end, outcomes))
+                refused = [outcome for outcome in outcomes if outcome.code]
+                if len(refused) > 1 or any("error: " not in outcome.text for outcome in refused):
+                    broken.append(f"{stage}, two writers: {[outcome.text[-300:] for outcome in refused]}")
+                if not self._same(stage, run / OUTPUTS[stage]):
+                    broken.append(f"{stage}, two writers: other bytes than one writer's")
+        return ends, broken
+
+
+def _problems(run: Path) -> list[str]:
+    return verify_run(run).problems if any(run.iterdir()) else []
+
+
+def _end(outcome: Outcome) -> str:
+    return {0: "finished", 2: "refused in words", -9: "killed"}.get(outcome.code, f"exit {outcome.code}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""A small whole run for the fault tests: its inputs, its stages one by one, and what each must leave.
+
+Stages run as users run them but for the engines: answers come from the stand-in server, scores from a stand-in scorer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_npd.config import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig
+from megatron_npd.manifest import is_sealed
+from tests.data.make_store import make_records
+from tests.helpers import VOCAB_SIZE, make_tiny_model
+
+ROLLOUT = RolloutConfig(
+    max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=20.0
+)
+SERVER, INPUTS = "NPD_FAULTS_SERVER", "NPD_FAULTS_INPUTS"  # environment of the process that runs a stage
+PROMPTS = 14
+
+
+def make_inputs(root: Path) -> Path:
+    """Two models with tokenizers, and prompts of which one is no JSON and one stands there twice."""
+    make_tiny_model(root / "teacher", seed=1)
+    make_tiny_model(root / "student", seed=2)
+    lines = [json.dumps({"prompt": f"What is {index} + 7?", "id": f"p{index}"}) for index in range(PROMPTS)]
+    (root / "prompts.jsonl").write_text("\n".join([*lines, "{", lines[3]]) + "\n")
+    return root
+
+
+class StandInScorer:
+    """``teacher.scorer.Scorer`` without a model: scores that depend on the tokens alone."""
+
+    def __init__(self, hf_dir: str | Path, **_: Any) -> None:
+        self.name = Path(hf_dir).name
+
+    def score(self, prefixes: Any, responses: Any, *, top_k: int, on_tokens: Any = None) -> Any:
+        from megatron_npd.teacher.scorer import Scores
+
+        parts = []
+        for prefix, response in zip(prefixes, responses, strict=True):
+            rng = np.random.default_rng([len(self.name), int(np.sum(prefix)), int(np.sum(response)), len(response)])
+            parts.append((make_records(rng, len(response), max(top_k, 1), VOCAB_SIZE), -rng.random(len(response))))
+        records = np.concatenate([part for part, _ in parts])
+        return Scores(
+            starts_N=np.cumsum([0, *map(len, responses)]),
+            sampled_logprobs_R=np.concatenate([values for _, values in parts]).astype(np.float32),
+            ids_RK=records["ids"].copy() if top_k else None,
+            logprobs_RK=records["logprobs"].astype(np.float32) if top_k else None,
+            log_tail_R=records["log_tail"].astype(np.float32) if top_k else None,
+        )
+
+
+def prompts(run: Path) -> None:
+    from megatron_npd.data.prompts import prepare_prompts
+    from megatron_npd.data.tokenizer import load_tokenizer
+
+    inputs = Path(os.environ[INPUTS])
+    tokenizer = load_tokenizer(inputs / "student")
+    prepare_prompts(inputs / "prompts.jsonl", run / "prompts", tokenizer=tokenizer, max_prompt_len=60)
+
+
+def rollouts(run: Path) -> None:
+    from megatron_npd.rollout.generate import generate_round
+    from megatron_npd.rollout.pool import ServerPool
+
+    pool = ServerPool([os.environ[SERVER]], ROLLOUT)
+    out = run / "rounds/0000/rollouts"
+    generate_round(run / "prompts", out, pool=pool, cfg=ROLLOUT, round_index=0, policy_version="v0000")
+
+
+def annotations(run: Path) -> None:
+    from megatron_npd.teacher import annotate
+
+    annotate.Scorer = StandInScorer
+    inputs, here = Path(os.environ[INPUTS]), run / "rounds/0000"
+    cfg = AnnotateConfig(top_k=4, seq_length=128)
+    models = {"teacher_dir": inputs / "teacher", "student_dir": inputs / "student"}
+    annotate.annotate_round(here / "rollouts", here / "annotations", **models, cfg=cfg)
+
+
+def selection(run: Path) -> None:
+    from megatron_npd.selection.select import select_round
+
+    here = run / "rounds/0000"
+    select_round(here / "annotations", here / "selection", SelectConfig(lower=-0.5, tau_quantile=0.9))
+
+
+def packs(run: Path) -> None:
+    from megatron_npd.data.packing import pack_selection
+
+    here = run / "rounds/0000"
+    cfg = PackConfig(seq_length=64, segment_align=8)
+    pack_selection(here / "annotations", here / "selection", here / "packs", cfg)
+
+
+def schedule(run: Path) -> None:
+    from megatron_npd.data.order import ScheduleEntry
+    from megatron_npd.loop.schedule import append_entry
+
+    entry = ScheduleEntry(from_row=0, packs="rounds/0000/packs", round=0, policy_version="v0000")
+    append_entry(run / "schedule.jsonl", entry)
+
+
+def checkpoint(run: Path) -> None:
+    from megatron_npd.models.convert import hf_to_megatron
+
+    if not is_sealed(run / "checkpoints/iter_0000000"):
+        hf_to_megatron(Path(os.environ[INPUTS]) / "student", run / "checkpoints")
+
+
+def policy(run: Path) -> None:
+    from megatron_npd.models.convert import megatron_to_hf
+
+    if not is_sealed(run / "policies/v0001"):
+        student = Path(os.environ[INPUTS]) / "student"
+        megatron_to_hf(run / "checkpoints/iter_0000000", student, run / "policies/v0001")
+
+
+# Stage -> what it leaves, in the order of a run.
+OUTPUTS = {
+    "prompts": "prompts",
+    "rollouts": "rounds/0000/rollouts",
+    "annotations": "rounds/0000/annotations",
+    "selection": "rounds/0000/selection",
+    "packs": "rounds/0000/packs",
+    "schedule": "schedule.jsonl",
+    "checkpoint": "checkpoints/iter_0000000",
+    "policy": "policies/v0001",
+}
+STAGES: dict[str, Callable[[Path], None]] = {
+    stage.__name__: stage for stage in (prompts, rollouts, annotations, selection, packs, schedule, checkpoint, policy)
+}
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Every file that a reader may see, without locks and temporaries."""
+    if path.is_file():
+        return {path.name: path.read_bytes()}
+    files = (file for file in path.rglob("*") if file.is_file())
+    visible = (file for file in files if file.name == ".metadata" or not file.name.startswith("."))
+    return {str(file.relative_to(path)): file.read_bytes() for file in visible}
