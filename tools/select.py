@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import os
-import sys
-
 if __name__ == "select":
-    # Python puts the directory of a script first on its path, so the standard library's module of this name is looked
-    # for here by every script beside this one (subprocess imports it): hand out the real one.
-    here = os.path.dirname(os.path.abspath(__file__))
-    elsewhere = [path for path in sys.path if os.path.abspath(path) != here]
-    spec = importlib.machinery.PathFinder.find_spec(__name__, elsewhere)
-    assert spec is not None and spec.loader is not None
-    sys.modules[__name__] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[__name__])
+    from _standard_library import stand_back
+
+    stand_back(__name__)
 else:
     from collections.abc import Sequence
     from dataclasses import dataclass
