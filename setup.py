@@ -24,6 +24,7 @@ setup(
         "httpx",
         "jsonargparse[signatures]>=4.40",
         "matplotlib",
+        "msgspec",
         "psutil",
         "tensorboard",
         "tqdm",

@@ -190,6 +190,7 @@ def _records(
 
 def _from_answer(value: Mapping[str, Any], *, teacher: bool) -> dict[str, Any]:
     """The record in a saved answer; what stands beside the answer stays (``id``, ``generator_logprobs``, ...)."""
+    value = {name: item.tolist() if isinstance(item, np.ndarray) else item for name, item in value.items()}
     answer = value.get("response", value)
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], Mapping):
@@ -250,14 +251,14 @@ def _integers(record: Mapping[str, Any], name: str, dimensions: int) -> npt.NDAr
     array = _array(record, name)
     if array.size == 0 and array.ndim <= dimensions:
         return np.zeros((0,) * dimensions, np.int64)
-    if array.dtype.kind != "i" or array.ndim != dimensions:
+    if array.dtype.kind not in "iu" or array.ndim != dimensions:
         raise BadRecord("wrong_type", f"{name} must be a {dimensions}-dimensional list of integers")
     return array.astype(np.int64)
 
 
 def _numbers(record: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     array = _array(record, name)
-    if array.dtype.kind not in "if":
+    if array.dtype.kind not in "iuf":
         raise BadRecord("wrong_type", f"{name} must hold numbers")
     if array.shape != shape:
         raise BadRecord("length_mismatch", f"{name} must have the shape {list(shape)}, got {list(array.shape)}")

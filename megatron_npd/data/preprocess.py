@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -291,11 +292,19 @@ def _read(part: _Part) -> Iterator[tuple[int, Any]]:
             if not text.strip():
                 continue
             try:
-                yield line, json.loads(text.decode("utf-8"))
+                yield line, _parse_json(text)
             except UnicodeDecodeError as error:
                 yield line, BadRecord("not_utf8", str(error))
             except (ValueError, RecursionError) as error:
                 yield line, BadRecord("bad_json", str(error))
+
+
+def _parse_json(text: bytes) -> Any:
+    """What a line holds. msgspec takes a quarter of json's time, but not NaN and infinity, which json writes."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return json.loads(text.decode("utf-8"))
 
 
 def _read_rows(part: _Part) -> Iterator[tuple[int, Any]]:
@@ -307,14 +316,43 @@ def _read_rows(part: _Part) -> Iterator[tuple[int, Any]]:
             for group, (start, end) in enumerate(pairwise(starts))
             if start < part.first + part.count and end > part.first
         ]
-        rows = (
-            row for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) for row in batch.to_pylist()
-        )
+        rows = (row for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) for row in _rows(batch))
         try:
             skipped = part.first - starts[groups[0]]
             yield from enumerate(islice(rows, skipped, skipped + part.count), start=part.first + 1)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{part.source} must be a readable Parquet file, got: {error}; write it again") from error
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows of a batch, lists of numbers as arrays."""
+    columns = {
+        name: [_plain(value) for value in column]
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }
+    for index in range(batch.num_rows):
+        yield {name: values[index] for name, values in columns.items()}
+
+
+def _plain(value: pa.Scalar) -> Any:
+    """A value without Arrow; a list of numbers, or of equally long lists of numbers, as an array."""
+    if not isinstance(value, pa.ListScalar | pa.LargeListScalar) or not value.is_valid:
+        return value.as_py()
+    numbers, width = value.values, None
+    if _is_list(numbers.type) and not numbers.null_count and len(numbers):
+        fixed = pa.types.is_fixed_size_list(numbers.type)
+        widths = [numbers.type.list_size] if fixed else numbers.value_lengths().unique().to_pylist()
+        if len(widths) != 1:
+            return value.as_py()
+        numbers, width = numbers.flatten(), widths[0]
+    if numbers.null_count or not (pa.types.is_integer(numbers.type) or pa.types.is_floating(numbers.type)):
+        return value.as_py()
+    array = numbers.to_numpy()
+    return array if width is None else array.reshape(-1, width)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _keys(shard: Path, top_k: int) -> list[tuple[str, int, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -251,6 +252,25 @@ def test_what_no_teacher_can_have_left_is_refused(reason: str, value: Any) -> No
     assert error.value.reason == reason, str(error.value)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["lists", "fixed lists"])
+def test_parquet_rows_of_any_list_type_are_read_as_jsonl_lines_are(tmp_path: Path, wide: bool) -> None:
+    good = [record(seed=seed) for seed in range(3)]
+    ragged = changed(lambda value: value["top_ids"][2].pop(), record(seed=3))
+    nulls = changed(set_at("top_logprobs", 2, 1, to=None), record(seed=4))
+    values = good if wide else [*good, ragged, nulls]
+    kinds = {"top_ids": pa.list_(pa.list_(pa.int64(), K)), "top_logprobs": pa.list_(pa.list_(pa.float64(), K))}
+    table = pa.Table.from_pylist(values)
+    for name, kind in kinds.items() if wide else ():
+        table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=2)
+    options = {"top_k": K, "vocab_size": VOCAB_SIZE, "max_quarantined": 0.5, "shard_size": 2}
+    rows = preprocess([tmp_path / "in.parquet"], tmp_path / "rows", **options)
+    lines = preprocess([write_jsonl(tmp_path / "in.jsonl", values)], tmp_path / "lines", **options)
+    assert rows.counts == lines.counts and rows.counts["kept"] == 3
+    for shard in sorted((tmp_path / "rows").glob("shard-*")):
+        assert_same_files(shard, tmp_path / "lines" / shard.name, ("tokens.bin", "teacher.bin", SAMPLES_FILE))
+
+
 def write_jsonl(path: Path, values: list[Any]) -> Path:
     lines = [value if isinstance(value, bytes) else json.dumps(value).encode() for value in values]
     path.write_bytes(b"\n".join(lines) + b"\n")
@@ -282,6 +302,10 @@ def test_bad_lines_are_set_aside_by_number_and_repeated_ones_merged(tmp_path: Pa
     store = AnnotationStore(tmp_path / "out")
     assert store.metadata("prompt_id")["prompt_id"].to_pylist() == [f"r{seed}" for seed in range(8)]
     assert all(store.teacher(seed).tobytes() == teacher_bytes(good[seed]) for seed in range(8))
+
+    lines = [b'{"id": NaN}', b'{"id": 1e999}', b"[" * 100_000, b"\x00", b'"' + b"x" * 1_000_000 + b'"', *lines]
+    many = preprocess([write_jsonl(tmp_path / "many.jsonl", lines)], tmp_path / "many", **options, max_quarantined=0.7)
+    assert many.counts["kept"] == 8 and many.counts["in"] == 18
 
     with pytest.raises(UserError, match="max_quarantined"):
         preprocess([source], tmp_path / "strict", **options, max_quarantined=0.1)
