@@ -1,6 +1,7 @@
 """Show a sample's whole life as text: prompt, answer, scores, zone, the teacher's choices at each token, training rows.
 
-``python tools/inspect.py RUN --sample ID``
+``python tools/inspect.py RUN --sample ID``. ``--export FILE.parquet`` writes a round's annotations instead, tokens and
+the teacher's records as plain numbers, which any tool reads and ``tools/preprocess_data.py`` takes back.
 """
 
 from __future__ import annotations
@@ -20,15 +21,25 @@ else:
 
     def main(argv: Sequence[str] | None = None) -> None:
         parser = argparse.ArgumentParser(description=__doc__)
-        parser.add_argument("run", help="directory of a run")
-        parser.add_argument("--sample", required=True, help="id of a sample, as in rollouts.parquet")
+        parser.add_argument("run", help="directory of a run; to export, an annotations directory will do")
+        parser.add_argument("--sample", help="id of a sample, as in rollouts.parquet")
+        parser.add_argument("--export", metavar="FILE", help="Parquet file to write a round's annotations to")
+        parser.add_argument("--round", type=int, help="round to export; default: the last that is annotated")
         parser.add_argument("--tokenizer", default="", help="Hugging Face directory; default: the run's student")
         parser.add_argument(
             "--platform", default="auto", choices=("auto", "cpu", "cuda", "npu"), help="device platform"
         )
         arguments = parser.parse_args(argv)
+        if (arguments.sample is None) == (arguments.export is None):
+            parser.error("one of --sample and --export must be given")
         get_logger().setLevel("WARNING")
         get_platform(arguments.platform)
+        if arguments.export:
+            from megatron_npd.data.export import export_store, find_annotations
+
+            number = export_store(find_annotations(arguments.run, arguments.round), arguments.export)
+            print(f"{number} samples in {arguments.export}")
+            return
         from megatron_npd.loop.sample import describe_sample  # after the platform is chosen
 
         decode = None

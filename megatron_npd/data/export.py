@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.log import UserError, progress
-from megatron_npd.manifest import fsync_path
+from megatron_npd.manifest import fsync_path, is_sealed
 from megatron_npd.records import SAMPLE_SCHEMA
 
 _BATCH = 64  # samples of a row group
@@ -70,6 +70,23 @@ def export_store(annotations_dir: str | Path, out_file: str | Path, samples: Ite
     fsync_path(part)
     os.replace(part, out_file)
     return len(chosen)
+
+
+def find_annotations(path: str | Path, round_index: int | None = None) -> Path:
+    """The annotations directory that ``path`` is, or that of a run's round; None: the last that is annotated.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(path)
+    if is_sealed(path) and round_index is None:
+        return path
+    name = "*" if round_index is None else f"{round_index:04d}"
+    sealed = sorted(entry for entry in path.glob(f"rounds/{name}/annotations") if is_sealed(entry))
+    if not sealed:
+        wanted = "a round" if round_index is None else f"round {round_index}"
+        raise UserError(f"{path} must hold annotations of {wanted}, got none that are sealed; check the path")
+    return sealed[-1]
 
 
 def _batches(chosen: list[int]) -> Iterator[list[int]]:

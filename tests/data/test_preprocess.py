@@ -27,6 +27,7 @@ from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest
 from megatron_npd.records import QUARANTINE_FILE, SAMPLES_FILE
 from megatron_npd.selection.select import select_round
 from tests.data.make_store import VOCAB_SIZE, make_store
+from tools import inspect as inspect_tool
 from tools import preprocess_data as tool
 
 LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (4, 12), (1, 1), (30, 2)]
@@ -72,6 +73,24 @@ def test_chosen_samples_are_exported_as_numbers_that_any_tool_reads(tmp_path: Pa
         assert row["teacher_loss"] == 0.5
     with pytest.raises(UserError, match="parquet"):
         export_store(store_dir, tmp_path / "out.csv")
+
+
+def test_the_tool_exports_a_round_of_a_run_or_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index in range(2):
+        make_store(tmp_path / f"run/rounds/{index:04d}/annotations", LENGTHS[: 3 + index], top_k=K, seed=index)
+    (tmp_path / "run/rounds/0002/annotations").mkdir(parents=True)  # not annotated yet
+    for source, options, number in (
+        ("run", [], 4),
+        ("run", ["--round", "0"], 3),
+        ("run/rounds/0000/annotations", [], 3),
+    ):
+        inspect_tool.main([str(tmp_path / source), "--export", str(tmp_path / "out.parquet"), *options])
+        assert pq.read_metadata(tmp_path / "out.parquet").num_rows == number
+    assert "3 samples in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="annotations of round 2"):
+        inspect_tool.main([str(tmp_path / "run"), "--export", str(tmp_path / "out.parquet"), "--round", "2"])
+    with pytest.raises(SystemExit):
+        inspect_tool.main([str(tmp_path / "run")])
 
 
 def full_logits(n: int, seed: int = 0) -> np.ndarray:
