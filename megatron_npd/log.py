@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: bad input, configuration or environment.
@@ -56,7 +58,8 @@ def progress(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit: 0 when it finished, 2 after a user error, 130 after Ctrl-C.
 
-    A full disk is a user error too; other exceptions keep their traceback (exit code 1).
+    A disk that is full, read-only, broken or closed to us is a user error too; other exceptions keep their traceback
+    (exit code 1).
     """
     try:
         code = main() or 0
@@ -64,11 +67,12 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _DISK_ERRORS:
             raise
+        where = f" for {error.filename}" if error.filename else ""
         print(
-            f"error: the disk must have room, got '{error.strerror}' for {error.filename}; free some space and run "
-            "the same command again, finished work is kept",
+            f"error: the disk must have room and take our files, got '{error.strerror}'{where}; mend that and run the "
+            "same command again, finished work is kept",
             file=sys.stderr,
             flush=True,
         )

@@ -250,11 +250,13 @@ def test_a_writer_on_another_machine_is_believed_until_its_lock_is_removed(tmp_p
         make(out)
 
 
-def test_a_writer_that_was_declared_dead_does_not_seal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_writer_that_was_declared_dead_does_not_seal(tmp_path: Path, removed: bool) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"must keep its writer .*got a lock of process 77 on node7"), writing(out) as d:
         (d / "a").write_text("one")
-        (out / LOCK).unlink()
+        if removed:
+            (out / LOCK).unlink()
         (out / LOCK).write_text(json.dumps({"epoch": 1, "pid": 77, "host": "node7"}))
         seal(d, kind="things")
     assert not is_sealed(out) and not (out / "a").exists()

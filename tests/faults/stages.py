@@ -130,7 +130,8 @@ class Bench:
 
 
 def _problems(run: Path) -> list[str]:
-    return verify_run(run).problems if any(run.iterdir()) else []
+    begun = any(run.rglob(".lock")) or any(run.rglob("manifest.json"))  # else it was killed before anything was there
+    return verify_run(run).problems if begun else []
 
 
 def _end(outcome: Outcome) -> str:

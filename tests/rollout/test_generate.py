@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from megatron_npd.log import UserError
 from megatron_npd.manifest import Manifest, is_sealed, read_manifest
 from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
 from megatron_npd.rollout.generate import JOURNAL_FILE, generate_round
+from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.rollout.pool import ServerPool
 from tests.rollout.fake import FakeServer, die_after, fake_answer, write_prompts
 
@@ -142,6 +144,19 @@ def test_torn_and_damaged_journal_lines_are_asked_for_again(
         generate(prompts, tmp_path / "flip", server)
         assert len(server.asked) == 36 - (answered - 1)
     assert content(tmp_path / "flip") == reference
+
+
+def test_what_is_appended_after_a_torn_line_is_kept(tmp_path: Path) -> None:
+    answer = Recorded(token_ids=np.arange(3, dtype=np.int32), logprobs=np.zeros(3, np.float32), finish_reason="stop")
+    path = tmp_path / "journal"
+    for index in range(3):
+        with Journal(path, {"round": 0}) as journal:
+            assert sorted(journal.answers) == list(range(index))
+            journal.append(index, answer)
+        with open(path, "ab") as stream:
+            stream.write(b"01234567 [9, cut by a kill")
+    with Journal(path, {"round": 0}) as journal:
+        assert sorted(journal.answers) == [0, 1, 2]
 
 
 def test_kill_of_the_client_loses_nothing(prompts: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
