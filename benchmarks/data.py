@@ -167,6 +167,7 @@ def _write_shard(
         "prompt_len": prompt_lens.astype(np.int32),
         "response_len": response_lens.astype(np.int32),
         "finish_reason": ["stop"] * N,
+        "copies": np.ones(N, np.int32),
         "policy_version": ["v0000"] * N,
         "on_distribution": np.ones(N, bool),
         "teacher_loss": alone * rng.uniform(0.5, 0.9, N).astype(np.float32),

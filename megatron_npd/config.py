@@ -57,7 +57,9 @@ class RolloutConfig:
     concurrency: int = 128
     """Requests in flight a server."""
     shard_size: int = 4096
-    """Samples a sealed shard."""
+    """Samples a sealed shard, in whole prompts."""
+    merge_identical: bool = True
+    """Keep one of the identical answers to a prompt, with their number; it weighs as much as all of them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Computing type of the servers; auto: the checkpoint's."""
     request_timeout: float = 600.0

@@ -46,6 +46,9 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("response_ids", _IDS, nullable=False),
         pa.field("logprobs", _FLOATS, nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),  # stop | length
+        pa.field(
+            "copies", pa.int32(), nullable=False
+        ),  # identical answers to the prompt that it stands for, itself too
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("temperature", pa.float32(), nullable=False),  # 0 is greedy
         pa.field("top_p", pa.float32(), nullable=False),
@@ -62,6 +65,7 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("prompt_len", pa.int32(), nullable=False),
         pa.field("response_len", pa.int32(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("copies", pa.int32(), nullable=False),
         pa.field("policy_version", pa.string(), nullable=False),
         pa.field("on_distribution", pa.bool_(), nullable=False),  # sampled at temperature 1, top_p 1: lag is defined
         pa.field("teacher_loss", pa.float32(), nullable=False),  # L(y|x), mean nats a token

@@ -108,6 +108,9 @@ def _row(
         raise BadRecord("wrong_type", f"path must be an integer >= 0, got {path!r}")
     if reason not in ("stop", "length"):
         raise BadRecord("wrong_type", f"finish_reason must be stop or length, got {reason!r}")
+    copies = record.get("copies", 1)
+    if type(copies) is not int or not 1 <= copies < 2**31:
+        raise BadRecord("wrong_type", f"copies must be an integer >= 1, got {copies!r}")
     if (version := record.get("policy_version", policy_version)) != policy_version:
         raise BadRecord("policy_version", f"policy_version must be {policy_version}, got {version!r}")
     own_id = record.get("sample_id") or sample_id(prompt_id, 0, path)
@@ -124,6 +127,7 @@ def _row(
         "prompt_len": prompt_len,
         "response_len": len(tokens) - prompt_len,
         "finish_reason": reason,
+        "copies": copies,
         "policy_version": policy_version,
         "teacher_logprobs": sampled_n.astype(np.float32) if not np.isnan(sampled_n).all() else [],
     }

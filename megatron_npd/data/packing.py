@@ -225,6 +225,7 @@ def _data_sample(prompt: Mapping[str, Any]) -> dict[str, Any]:
         "prompt_len": len(prompt["prompt_ids"]),
         "response_len": len(prompt["response_ids"]),
         "finish_reason": "stop",
+        "copies": 1,
         "policy_version": DATA_POLICY,
         "on_distribution": False,
         "teacher_loss": nan,

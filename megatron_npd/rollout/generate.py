@@ -1,6 +1,6 @@
 """One round of answers: prompts in, sealed shards of rollouts out, resumable at any point.
 
-Samples are numbered ``prompt * paths + path`` and a shard holds ``shard_size`` consecutive numbers, so the files do not
+Samples are numbered ``prompt * paths + path`` and a shard holds those of consecutive prompts, so the files do not
 depend on the order of arrival or on how often the round was interrupted.
 """
 
@@ -50,6 +50,7 @@ _SETTINGS = (
     "max_tokens",
     "max_model_len",
     "shard_size",
+    "merge_identical",
     "seed",
 )
 _LOG_SECONDS = 30.0
@@ -70,7 +71,7 @@ def generate_round(
     in a shard's ``quarantine.jsonl``: ``prompt_too_long`` (over max_model_len - 1), ``empty_prompt``,
     ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``, ``undefined_logprob``,
     ``token_outside_vocabulary`` and ``request_failed``; a later call asks for the last five again where their shard
-    is not sealed yet.
+    is not sealed yet. ``duplicate`` are answers that another one stands for (``merge_identical``).
 
     Args:
         prompts_dir: Sealed directory of kind ``prompts``.
@@ -125,8 +126,8 @@ class _Round:
         self.settings, self.journal = settings, journal
         self.paths = cfg.greedy_paths + cfg.sampled_paths
         self.total = prompts.num_rows * self.paths
-        size = cfg.shard_size
-        self.shards = [range(first, min(first + size, self.total)) for first in range(0, self.total, size)]
+        self.size = max(cfg.shard_size // self.paths, 1) * self.paths  # identical answers share a shard
+        self.shards = [range(first, min(first + self.size, self.total)) for first in range(0, self.total, self.size)]
         self.prompt_ids = prompts["prompt_id"].to_pylist()
         self.lengths = prompts["prompt_ids"].combine_chunks().value_lengths().to_pylist()
         self.answers: dict[int, Recorded | Failure] = {}
@@ -197,7 +198,7 @@ class _Round:
             self.tokens += len(answer.token_ids)
         self._take(request.key, answer)
         self._check_share()
-        shard = request.key // self.cfg.shard_size
+        shard = request.key // self.size
         self.missing[shard] -= 1
         self._seal_if_complete(shard)
         self._report()
@@ -257,8 +258,9 @@ class _Round:
                 kept[index] = answer
             else:
                 quarantine.append(self._identity(index) | {"reason": answer.reason, "detail": answer.detail})
+        copies = self._merge(kept, quarantine) if self.cfg.merge_identical else {}
         with writing(self._shard_dir(shard)) as directory:
-            pq.write_table(self._table(kept), directory / ROLLOUTS_FILE, compression="zstd")
+            pq.write_table(self._table(kept, copies), directory / ROLLOUTS_FILE, compression="zstd")
             if quarantine:
                 lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in quarantine)
                 (directory / QUARANTINE_FILE).write_text(lines)
@@ -272,6 +274,25 @@ class _Round:
             }
             seal(directory, kind="rollouts-shard", provenance=self.settings, counts=counts)
 
+    def _merge(self, kept: dict[int, Recorded], quarantine: list[dict[str, Any]]) -> dict[int, int]:
+        """Leave one of the identical answers to a prompt in ``kept``; how many each then stands for.
+
+        A sampled one stands for the greedy one: the policy lag is defined for it.
+        """
+        alike: dict[tuple[int, str, bytes], list[int]] = {}
+        for index, answer in kept.items():
+            alike.setdefault((index // self.paths, answer.finish_reason, answer.token_ids.tobytes()), []).append(index)
+        copies = {}
+        for indices in alike.values():
+            stays = next((index for index in indices if self._sampling(index)[1] > 0), indices[0])
+            copies[stays] = len(indices)
+            for index in indices:
+                if index != stays:
+                    del kept[index]
+                    detail = f"the same answer as {self._identity(stays)['sample_id']}"
+                    quarantine.append(self._identity(index) | {"reason": "duplicate", "detail": detail})
+        return copies
+
     def _identity(self, index: int) -> dict[str, Any]:
         prompt, path = divmod(index, self.paths)
         prompt_id = self.prompt_ids[prompt]
@@ -281,7 +302,7 @@ class _Round:
             "path": path,
         }
 
-    def _table(self, kept: dict[int, Recorded]) -> pa.Table:
+    def _table(self, kept: dict[int, Recorded], copies: dict[int, int]) -> pa.Table:
         identities = [self._identity(index) for index in kept]
         sampling = [self._sampling(index) for index in kept]
         rows = self.prompts.take(pa.array([index // self.paths for index in kept], pa.int64()))
@@ -291,6 +312,7 @@ class _Round:
             "response_ids": [answer.token_ids for answer in kept.values()],
             "logprobs": [answer.logprobs for answer in kept.values()],
             "finish_reason": [answer.finish_reason for answer in kept.values()],
+            "copies": [copies.get(index, 1) for index in kept],
             "seed": [seed for seed, _, _ in sampling],
             "temperature": [temperature for _, temperature, _ in sampling],
             "top_p": [top_p for _, _, top_p in sampling],

@@ -106,6 +106,7 @@ def sample_weights(
     kept_N: npt.NDArray[np.bool_],
     lens_N: npt.NDArray[np.integer],
     *,
+    copies_N: npt.NDArray[np.integer] | None = None,
     prompts_N: npt.NDArray[np.int64] | None = None,
     factor_N: npt.NDArray[np.floating] | None = None,
 ) -> Floats:
@@ -114,13 +115,14 @@ def sample_weights(
     Args:
         kept_N: Which samples train.
         lens_N: Response tokens.
-        prompts_N: Number of each sample's prompt: a prompt's kept samples share the weight of one. None: each sample
+        copies_N: Identical answers that a sample stands for; None: itself alone.
+        prompts_N: Number of each sample's prompt: a prompt's kept answers share the weight of one. None: each answer
             has that weight.
         factor_N: Multiplies the weights, for a filter that weighs.
     """
-    weights_N = kept_N.astype(np.float64)
+    weights_N = kept_N * (1.0 if copies_N is None else copies_N.astype(np.float64))
     if prompts_N is not None:
-        weights_N /= np.maximum(np.bincount(prompts_N, weights=kept_N)[prompts_N], 1)
+        weights_N /= np.maximum(np.bincount(prompts_N, weights=weights_N)[prompts_N], 1)
     if factor_N is not None:
         weights_N = np.where(kept_N, weights_N * factor_N, 0.0)  # what is not kept may have no factor
     total = (weights_N * lens_N).sum()

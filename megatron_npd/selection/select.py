@@ -37,14 +37,14 @@ class _Samples:
     """What a selection decides by, in the store's order."""
 
     store: AnnotationStore
-    table: pa.Table  # sample_id, prompt_id, finish_reason and LOSSES
+    table: pa.Table  # sample_id, prompt_id, finish_reason, copies and LOSSES
     measures: dict[str, Floats]
     cut_N: npt.NDArray[np.bool_]
     domains_N: npt.NDArray[np.str_] | None
 
     @classmethod
     def read(cls, store: AnnotationStore, prompts_dir: str | Path | None, cfg: SelectConfig) -> _Samples:
-        table = store.metadata("sample_id", "prompt_id", "finish_reason", *LOSSES)
+        table = store.metadata("sample_id", "prompt_id", "finish_reason", "copies", *LOSSES)
         losses = {name: table[name].to_numpy() for name in LOSSES}
         domains_N = None
         if cfg.domain_column:
@@ -94,7 +94,10 @@ class _Samples:
             prompts_N = self.table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
         if FILTERS[cfg.filter].by_perplexity:
             factor_N = np.exp(-self.table["teacher_loss"].to_numpy().astype(np.float64))
-        return sample_weights(kept_N, self.store.response_lens, prompts_N=prompts_N, factor_N=factor_N)
+        copies_N = self.table["copies"].to_numpy()
+        return sample_weights(
+            kept_N, self.store.response_lens, copies_N=copies_N, prompts_N=prompts_N, factor_N=factor_N
+        )
 
 
 def select_round(

@@ -61,6 +61,7 @@ def make_store(
                         "prompt_len": prompt_len,
                         "response_len": response_len,
                         "finish_reason": "stop",
+                        "copies": 1,
                         "policy_version": "v0000",
                         "on_distribution": True,
                         "teacher_loss": 0.5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +27,7 @@ from megatron_npd.rollout.pool import ServerPool
 from tests.rollout.fake import FakeServer, die_after, fake_answer, write_prompts
 
 CFG = RolloutConfig(max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=5.0)
-PROMPTS = 12  # with three paths: 36 samples, in shards of 16, 16 and 4
+PROMPTS = 12  # with three paths: 36 samples, in shards of 15, 15 and 6
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_samples_order_seeds_and_books(prompts: Path, tmp_path: Path) -> None:
     with FakeServer() as server:
         manifest = generate(prompts, tmp_path / "out", server)
     shards = sorted((tmp_path / "out").glob("shard-*"))
-    assert [read_manifest(shard, kind="rollouts-shard").counts["kept"] for shard in shards] == [16, 16, 4]
+    assert [read_manifest(shard, kind="rollouts-shard").counts["kept"] for shard in shards] == [15, 15, 6]
     assert read_manifest(tmp_path / "out", kind="rollouts") == manifest
     assert not (tmp_path / "out" / JOURNAL_FILE).exists()
     table = pa.concat_tables([pq.read_table(shard / ROLLOUTS_FILE) for shard in shards])
@@ -87,6 +89,35 @@ def test_samples_order_seeds_and_books(prompts: Path, tmp_path: Path) -> None:
         "shards": 3,
     }
     assert 0 < manifest.counts["stopped"] < 36
+
+
+@pytest.mark.parametrize("greedy", [0, 1])
+def test_one_of_identical_answers_stays_with_their_number(tmp_path: Path, greedy: int) -> None:
+    """A sampled one where there is one; greedy answers and other prompts' equal ones are answers of their own."""
+    source = write_prompts(tmp_path / "prompts", [5, 6])
+    asked = pq.read_table(source / PROMPTS_FILE)["prompt_ids"].to_pylist()
+    good = {"finish_reason": "length", "logprobs": {"content": [{"logprob": -1.0}] * 2}}
+    cfg = dataclasses.replace(CFG, greedy_paths=greedy, sampled_paths=3)
+    lone = sample_seed(CFG.seed, 3, pq.read_table(source / PROMPTS_FILE)["prompt_id"][1].as_py(), greedy + 2)
+
+    def trouble(body: dict[str, Any]) -> dict[str, Any]:
+        return good | {"token_ids": [7, 8] if body["sampling_params"].get("seed") == lone else [7, 7]}
+
+    with FakeServer() as server:
+        server.trouble = trouble
+        manifest = generate(source, tmp_path / "out", server, cfg=cfg)
+    assert len(asked) == 2 and manifest.counts["in"] == 2 * (3 + greedy)
+    assert manifest.counts["kept"] == 3 and manifest.counts["quarantined"] == {"duplicate": 2 * (3 + greedy) - 3}
+    rows = pq.read_table(tmp_path / "out/shard-00000" / ROLLOUTS_FILE).to_pylist()
+    assert [(row["path"], row["response_ids"], row["copies"]) for row in rows] == [
+        (greedy, [7, 7], 3 + greedy),
+        (greedy, [7, 7], 2 + greedy),
+        (greedy + 2, [7, 8], 1),
+    ]
+    aside = (tmp_path / "out/shard-00000" / QUARANTINE_FILE).read_text().splitlines()
+    assert {json.loads(line)["detail"] for line in aside} == {
+        f"the same answer as {row['sample_id']}" for row in rows if row["copies"] > 1
+    }
 
 
 def test_files_do_not_depend_on_concurrency_or_servers(
@@ -228,7 +259,7 @@ def test_answers_that_no_model_gives_are_set_aside(prompts: Path, tmp_path: Path
     good = {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}, {"logprob": 0.0}]}}
     with FakeServer() as server:
         server.trouble = lambda body: good | {"finish_reason": "length"} | (trouble if len(server.asked) == 9 else {})
-        manifest = generate(prompts, tmp_path / "out", server)
+        manifest = generate(prompts, tmp_path / "out", server, cfg=dataclasses.replace(CFG, merge_identical=False))
     assert manifest.counts["quarantined"] == {reason: 1} and manifest.counts["kept"] == 35
 
 

@@ -64,6 +64,12 @@ def test_weights_have_mean_one_over_the_kept_tokens_and_prompts_share_one() -> N
     weights = sample_weights(kept, lens, prompts_N=prompts)
     assert weights[3] == 0 and weights[1] == weights[2] == pytest.approx(weights[0] / 2) and weights[0] == weights[4]
     assert (weights * lens).sum() == pytest.approx(20)
+    copies = np.array([3, 1, 2, 7, 1])
+    shared = sample_weights(kept, lens, copies_N=copies, prompts_N=prompts)
+    assert shared[2] == pytest.approx(2 * shared[1]) and shared[1] + shared[2] == pytest.approx(shared[0])
+    assert shared[0] == pytest.approx(shared[4])
+    alone = sample_weights(kept, lens, copies_N=copies)
+    assert (alone[[0, 1, 2, 4]] / alone[4]).tolist() == pytest.approx([3, 1, 2, 1])
     factor = np.array([0.5, 1.0, 1.0, np.nan, 0.25])
     weighed = sample_weights(kept, lens, prompts_N=prompts, factor_N=factor)
     assert (weighed * lens).sum() == pytest.approx(20) and weighed[3] == 0

@@ -77,6 +77,7 @@ def make_rollouts(
             "response_ids": rng.integers(3, TOKENS, response_len).tolist(),
             "logprobs": (-rng.exponential(size=response_len)).tolist(),
             "finish_reason": "stop",
+            "copies": 1,
             "seed": index,
             "temperature": float(index % 2 == 0),
             "top_p": 1.0,
