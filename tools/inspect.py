@@ -16,7 +16,7 @@ else:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from megatron_npd.log import get_logger, run_main
+    from megatron_npd.log import run_main
     from megatron_npd.platform import get_platform
 
     def main(argv: Sequence[str] | None = None) -> None:
@@ -32,7 +32,6 @@ else:
         arguments = parser.parse_args(argv)
         if (arguments.sample is None) == (arguments.export is None):
             parser.error("one of --sample and --export must be given")
-        get_logger().setLevel("WARNING")
         get_platform(arguments.platform)
         if arguments.export:
             from megatron_npd.data.export import export_store, find_annotations
