@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss
 
@@ -39,6 +41,21 @@ class Case(NamedTuple):
     def to(self, device: str) -> Case:
         teacher = {name: tensor.to(device) for name, tensor in self.teacher.items()}
         return Case(self.logits_TV.to(device), self.labels_T.to(device), teacher)
+
+
+class Collectives(TorchDispatchMode):
+    """Names and shapes of what goes through the process group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            sent = [value for value in tree_leaves(args) if isinstance(value, Tensor)][-1]
+            assert sent.dtype == torch.float32
+            self.seen.append((func.__name__.split(".")[0], tuple(sent.shape)))
+        return func(*args, **(kwargs or {}))
 
 
 def make_case(num_tokens: int, vocab_size: int, top_k: int, *, seed: int = 0, scale: float = 2.0) -> Case:

@@ -16,7 +16,7 @@ from megatron_npd.ops.arguments import MODES
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss
 from megatron_npd.ops.fused_linear import distill_linear_loss
 from tests.dist import run_distributed
-from tests.ops.reference import Case, make_case, reference
+from tests.ops.reference import Case, Collectives, make_case, reference
 
 T, V, H = 12, 203, 16
 MASKS = {"all": None, "runs": torch.tensor([0.0] * 2 + [1.0] * 5 + [0.0] * 2 + [1.0] * 3), "none": torch.zeros(T)}
@@ -136,17 +136,23 @@ def _parallel(rank: int, world_size: int, sequence_parallel: bool) -> int:
             mine_TH = hidden_TH.chunk(world_size)[rank] if sequence_parallel else hidden_TH
             leaves = [mine_TH.clone().requires_grad_()]
             leaves.append(padded_VH[rank * width : (rank + 1) * width].clone().requires_grad_())
-            loss, parts = distill_linear_loss(
-                *leaves,
-                case.labels_T,
-                **case.teacher,
-                mode=mode,
-                mask_T=mask_T,
-                vocab_size=V,
-                group=dist.group.WORLD,
-                sequence_parallel=sequence_parallel,
-            )
-            (loss * 0.5).backward()
+            with Collectives() as forward:
+                loss, parts = distill_linear_loss(
+                    *leaves,
+                    case.labels_T,
+                    **case.teacher,
+                    mode=mode,
+                    mask_T=mask_T,
+                    vocab_size=V,
+                    group=dist.group.WORLD,
+                    sequence_parallel=sequence_parallel,
+                )
+            with Collectives() as backward:
+                (loss * 0.5).backward()
+            chunks = -(-(T if mask_T is None else int(mask_T.count_nonzero())) // 5)
+            kinds = [[kind for kind, _ in collectives.seen] for collectives in (forward, backward)]
+            assert kinds[0] == ["allgather_"] * (chunks + sequence_parallel), "one a chunk, and the hidden states"
+            assert kinds[1] == ["reduce_scatter_" if sequence_parallel else "allreduce_"]
             grads = [leaf.grad for leaf in leaves]
             pieces = [[torch.empty_like(grad) for _ in range(world_size)] for grad in grads]
             for grad, piece in zip(grads, pieces, strict=True):

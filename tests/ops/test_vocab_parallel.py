@@ -11,35 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_npd.ops import distill_loss_torch
 from megatron_npd.ops.arguments import MODES
 from megatron_npd.ops.distill_loss import distill_loss
 from megatron_npd.ops.vocab_parallel import vocab_shard
 from tests.dist import run_distributed
-from tests.ops.reference import INTERPRETED, Case, compare, make_case, reference
+from tests.ops.reference import INTERPRETED, Case, Collectives, compare, make_case, reference
 
 T = 12
 # The vocabularies give every rank columns, the last rank fewer, and the last rank none (5 over 4).
 SIZES = [(5, 1), (5, 5), (37, 10), (203, 1), (203, 10)]
 SIZES = [(*size, torch.float32) for size in SIZES] + [(37, 37, torch.bfloat16), (203, 10, torch.bfloat16)]
 MASKS = (None, torch.tensor([0, 1] * 6), torch.zeros(T))
-
-
-class _Collectives(TorchDispatchMode):
-    """Names and shapes of what goes through the process group."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            sent = args[1][0] if isinstance(args[1], list) else args[1]
-            assert sent.dtype == torch.float32
-            self.seen.append((func.__name__.split(".")[0], tuple(sent.shape)))
-        return func(*args, **(kwargs or {}))
 
 
 def _slice(logits_TV: Tensor, rank: int, world_size: int) -> Tensor:
@@ -55,9 +39,9 @@ def _check(rank: int, world_size: int, case: Case, logits_TV: Tensor, inplace: b
     expected = reference(logits_TV, case.labels_T, case.teacher, grad_T=grad_T, **options)
     leaf_TV = _slice(logits_TV, rank, world_size).clone().requires_grad_()
     options |= {"vocab_size": case.vocab_size, "group": dist.group.WORLD, "inplace": inplace, "impl": impl}
-    with _Collectives() as forward:
+    with Collectives() as forward:
         result = distill_loss(leaf_TV * 1.0, case.labels_T, **case.teacher, **options)
-    with _Collectives() as backward:
+    with Collectives() as backward:
         (result.loss_T * grad_T).sum().backward()
     mask_T = options.get("mask_T")
     count = T if mask_T is None else int(mask_T.count_nonzero())
