@@ -25,8 +25,8 @@ from megatron_npd.ops.implementation import Impl
 from megatron_npd.ops.vocab_parallel import VocabShard, merge_stats
 
 CHUNK_ELEMENTS = 1 << 29
-"""Logits of a chunk on a device, 1 GiB in bf16: each chunk reads the head and adds to its fp32 gradient, which at a
-vocabulary of 152k takes as long as the products of about 700 rows."""
+"""Logits of a chunk on a device, 1 GiB in bf16: each chunk reads the head and adds to its fp32 gradient, whole, however
+few its rows."""
 CPU_CHUNK_ELEMENTS = 1 << 25
 """The same on a CPU, 128 MiB in fp32."""
 WEIGHT_BLOCK = 1 << 14

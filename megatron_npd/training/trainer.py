@@ -27,6 +27,7 @@ from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
+from megatron_npd.training.objectives import kd_settings
 from megatron_npd.training.step import TrainStep
 
 _PREFETCHED = 4  # micro-batches made ahead: a pipeline's first stages take several at once
@@ -60,14 +61,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     """
     platform = get_platform(cfg.platform)
     _check_paths(cfg)
-    check_objective(
-        alpha=cfg.kd_alpha,
-        mode=cfg.kd_mode,
-        divergence=cfg.kd_divergence,
-        beta=cfg.kd_beta,
-        skew=cfg.kd_skew,
-        temperature=cfg.kd_temperature,
-    )
+    check_objective(**kd_settings(cfg))
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
     checkpoint = _newest_checkpoint(cfg)
     state = {"iteration": 0, "rows_consumed": 0} if checkpoint is None else saved_state(checkpoint)
