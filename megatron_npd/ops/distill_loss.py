@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_npd.ops import distill_loss_torch
-from megatron_npd.ops.arguments import DivergenceName, Mode, Problem, make_problem, refuse
+from megatron_npd.ops.arguments import LossOptions, Problem, make_problem, refuse
 from megatron_npd.ops.buckets import Losses, gradient_rule, losses_of
 from megatron_npd.ops.implementation import Impl, use_triton
 from megatron_npd.ops.vocab_parallel import merge_stats
@@ -66,22 +66,9 @@ def distill_loss(
     logits_TV: Tensor,
     labels_T: Tensor,
     *,
-    teacher_ids_TK: Tensor | None = None,
-    teacher_logprobs_TK: Tensor | None = None,
-    teacher_log_tail_T: Tensor | None = None,
-    mask_T: Tensor | None = None,
-    weights_T: Tensor | None = None,
-    alpha: float = 0.9,
-    mode: Mode = "tail",
-    divergence: DivergenceName = "forward_kl",
-    beta: float = 0.5,
-    skew: float = 0.1,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    vocab_size: int | None = None,
-    group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
     inplace: bool = True,
+    **options: Unpack[LossOptions],
 ) -> DistillLoss:
     """Cross-entropy and top-k distillation of each token in one pass over the logits.
 
@@ -110,11 +97,12 @@ def distill_loss(
         mask_T: ``[T]`` bool or number: tokens that are 0 have loss 0 and gradient 0, and nothing of them is read, be
             it NaN or an id out of range. Default: all count.
         weights_T: ``[T]`` weights of the tokens' losses.
-        alpha: Share of the divergence, in [0, 1].
-        mode: See above.
-        divergence: See above.
-        beta: Teacher's share of the mixture in ``jsd``, in (0, 1).
-        skew: Share of the first distribution in the second one of ``skew_kl`` and ``skew_reverse_kl``, in [0, 1).
+        alpha: Share of the divergence, in [0, 1]; 0.9 by default.
+        mode: See above; ``tail`` by default.
+        divergence: See above; ``forward_kl`` by default.
+        beta: Teacher's share of the mixture in ``jsd``, in (0, 1); 0.5 by default.
+        skew: Share of the first distribution in the second one of ``skew_kl`` and ``skew_reverse_kl``, in [0, 1);
+            0.1 by default.
         temperature: Divides both sets of logits of the divergence, which is multiplied by its square; other than 1
             for the renormalised modes only, as the stored top-k has the tail at 1.
         entropy: Give the student's entropy too, from the same pass.
@@ -134,24 +122,7 @@ def distill_loss(
     """
     _check_logits(logits_TV, labels_T)
     kernels = implementation(impl, logits_TV.device)
-    problem = make_problem(
-        logits_TV.shape[1],
-        labels_T,
-        teacher_ids_TK=teacher_ids_TK,
-        teacher_logprobs_TK=teacher_logprobs_TK,
-        teacher_log_tail_T=teacher_log_tail_T,
-        mask_T=mask_T,
-        weights_T=weights_T,
-        alpha=alpha,
-        mode=mode,
-        divergence=divergence,
-        beta=beta,
-        skew=skew,
-        temperature=temperature,
-        entropy=entropy,
-        vocab_size=vocab_size,
-        group=group,
-    )
+    problem = make_problem(logits_TV.shape[1], labels_T, **options)
     needs_grad = torch.is_grad_enabled() and logits_TV.requires_grad
     return as_distill_loss(problem, Losses(*_DistillLoss.apply(logits_TV, problem, kernels, inplace, needs_grad)))
 
