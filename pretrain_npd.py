@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_npd.config import TrainConfig, parse_config
+from megatron_npd.command import parse_config
+from megatron_npd.config import TrainConfig
 from megatron_npd.log import run_main
 from megatron_npd.platform import get_platform
 

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "megatron_npd"
 FLOORS = {
     "platform": 0,
     "config": 0,
+    "command": 0,
     "records": 0,
     "manifest": 0,
     "lock": 0,

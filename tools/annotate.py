@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from megatron_npd.config import AnnotateConfig, PlatformName, parse_config
+from megatron_npd.command import parse_config
+from megatron_npd.config import AnnotateConfig, PlatformName
 from megatron_npd.log import run_main
 from megatron_npd.platform import get_platform
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_npd.config import parse_config
+from megatron_npd.command import parse_config
 from megatron_npd.log import UserError, run_main
 from megatron_npd.platform import get_platform
 

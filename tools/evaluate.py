@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from megatron_npd.config import EvalConfig, RolloutConfig, parse_config
+from megatron_npd.command import parse_config
+from megatron_npd.config import EvalConfig, RolloutConfig
 from megatron_npd.log import UserError, run_main
 from megatron_npd.manifest import is_sealed
 from megatron_npd.rollout.evaluate import exact_match

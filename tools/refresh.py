@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_npd.config import RolloutConfig, parse_config
+from megatron_npd.command import parse_config
+from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError, run_main
 from megatron_npd.manifest import is_sealed
 from megatron_npd.rollout.pool import ServerPool

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_npd.config import NPDConfig, parse_config
+from megatron_npd.command import parse_config
+from megatron_npd.config import NPDConfig
 from megatron_npd.log import run_main
 from megatron_npd.platform import get_platform
 

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_npd.config import PlatformName, parse_config
+from megatron_npd.command import parse_config
+from megatron_npd.config import PlatformName
 from megatron_npd.log import run_main
 from megatron_npd.manifest import read_manifest
 from megatron_npd.platform import get_platform

@@ -10,7 +10,8 @@ else:
     from collections.abc import Sequence
     from dataclasses import dataclass
 
-    from megatron_npd.config import PlatformName, SelectConfig, parse_config
+    from megatron_npd.command import parse_config
+    from megatron_npd.config import PlatformName, SelectConfig
     from megatron_npd.log import UserError, run_main
     from megatron_npd.platform import get_platform
 

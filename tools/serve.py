@@ -9,7 +9,8 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from megatron_npd.config import PlatformName, RolloutConfig, parse_config
+from megatron_npd.command import parse_config
+from megatron_npd.config import PlatformName, RolloutConfig
 from megatron_npd.log import UserError, run_main
 from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform

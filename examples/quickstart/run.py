@@ -24,7 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # problems.py and models.py; pretrain_npd.py
 
 import pretrain_npd  # noqa: E402
-from megatron_npd.config import NPDConfig, TrainConfig, command_flags, parse_config  # noqa: E402
+from megatron_npd.command import command_flags, parse_config  # noqa: E402
+from megatron_npd.config import NPDConfig, TrainConfig  # noqa: E402
 from megatron_npd.log import get_logger, run_main  # noqa: E402
 from megatron_npd.manifest import is_sealed, write_atomic  # noqa: E402
 from megatron_npd.platform import get_platform  # noqa: E402

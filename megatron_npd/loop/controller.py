@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.config import NPDConfig, command_flags
+from megatron_npd.command import command_flags
+from megatron_npd.config import NPDConfig
 from megatron_npd.data.order import ScheduleEntry
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts

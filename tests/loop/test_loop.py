@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_npd.config import NPDConfig, parse_config
+from megatron_npd.command import parse_config
+from megatron_npd.config import NPDConfig
 from megatron_npd.data.order import load_schedule
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
