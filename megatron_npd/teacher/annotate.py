@@ -28,6 +28,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_npd.config import AnnotateConfig
+from megatron_npd.data.scores import Ids, Scores, mean_loss
 from megatron_npd.data.store import RECORD_RULES, SHARD_KIND, STORE_KIND, StoreShardWriter, broken_records
 from megatron_npd.data.tokenizer import check_vocabularies, document_start, load_tokenizer, turn_header
 from megatron_npd.log import UserError, get_logger, progress
@@ -51,7 +52,7 @@ from megatron_npd.records import (
     teacher_record_dtype,
 )
 from megatron_npd.teacher.samples import Samples, Setting, read_samples
-from megatron_npd.teacher.scorer import Ids, Scorer, Scores, mean_loss
+from megatron_npd.teacher.scorer import Scorer
 
 _FINGERPRINT_BYTES = 2**20
 

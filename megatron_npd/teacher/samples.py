@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_npd.config import AnnotateConfig
+from megatron_npd.data.scores import Ids
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.models.families.base import ModelSpec
 from megatron_npd.records import LOGPROB_ROUNDING, ROLLOUT_SCHEMA, ROLLOUTS_FILE
-from megatron_npd.teacher.scorer import Ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,45 +24,13 @@ from torch import Tensor
 
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.packing import pack_lengths
+from megatron_npd.data.scores import Ids, Scores, empty_scores
 from megatron_npd.models.build import build_model, head_weight, load_spec, packed_params, without_output_layer
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.topk import topk_logprobs
 from megatron_npd.records import LOG_TAIL_FLOOR
 
 _HEAD_ROWS = 1024  # rows of logits that exist at a time: 0.6 GB of fp32 at a vocabulary of 152k
-
-Ids = npt.NDArray[np.integer]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What a model says of the response tokens of all sequences, one after another.
-
-    Attributes:
-        starts_N: int64 [N + 1], first response token of each sequence.
-        sampled_logprobs_R: float32 [R], log-probability of each response token, over the full vocabulary.
-        ids_RK: int32 [R, K], most likely tokens first; None where none were asked for.
-        logprobs_RK: float32 [R, K], full-vocabulary log-probabilities of ``ids_RK``; None with it.
-        log_tail_R: float32 [R], log of the mass outside the K, floored at -30; None with it.
-    """
-
-    starts_N: npt.NDArray[np.int64]
-    sampled_logprobs_R: npt.NDArray[np.float32]
-    ids_RK: npt.NDArray[np.int32] | None
-    logprobs_RK: npt.NDArray[np.float32] | None
-    log_tail_R: npt.NDArray[np.float32] | None
-
-    def losses(self) -> npt.NDArray[np.float32]:
-        """L of each sequence: mean over its response tokens of -log p, nats a token, float32 [N] (METHOD section 3)."""
-        return mean_loss(self.sampled_logprobs_R, self.starts_N)
-
-
-def mean_loss(logprobs_R: npt.NDArray[np.float32], starts_N: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Mean of ``-logprobs_R`` over each sequence (at least one token each), float32 [N], summed in float64."""
-    if len(starts_N) == 1:
-        return np.zeros(0, np.float32)
-    sums_N = np.add.reduceat(logprobs_R.astype(np.float64), starts_N[:-1])
-    return (-sums_N / np.diff(starts_N)).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +98,7 @@ class Scorer:
         num_rows = int(rows_N.max(initial=-1)) + 1
         num_micro_batches = -(-num_rows // self.micro_batch_size)
         last = parallel_state.is_pipeline_last_stage()
-        scores = _empty_scores(starts_N, top_k) if last else None
+        scores = empty_scores(starts_N, top_k) if last else None
         if not num_micro_batches:
             return scores
         order = np.lexsort((offsets_N, rows_N))
@@ -203,17 +171,6 @@ class Scorer:
                 scores.ids_RK[places] = top.ids_TK.cpu().numpy()
                 scores.logprobs_RK[places] = top.logprobs_TK.cpu().numpy()
                 scores.log_tail_R[places] = top.log_tail_T.clamp(min=LOG_TAIL_FLOOR).cpu().numpy()
-
-
-def _empty_scores(starts_N: npt.NDArray[np.int64], top_k: int) -> Scores:
-    size = int(starts_N[-1])
-    return Scores(
-        starts_N=starts_N,
-        sampled_logprobs_R=np.empty(size, np.float32),
-        ids_RK=np.empty((size, top_k), np.int32) if top_k else None,
-        logprobs_RK=np.empty((size, top_k), np.float32) if top_k else None,
-        log_tail_R=np.empty(size, np.float32) if top_k else None,
-    )
 
 
 def _micro_batch(

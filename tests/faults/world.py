@@ -41,7 +41,7 @@ class StandInScorer:
         self.name = Path(hf_dir).name
 
     def score(self, prefixes: Any, responses: Any, *, top_k: int, on_tokens: Any = None) -> Any:
-        from megatron_npd.teacher.scorer import Scores
+        from megatron_npd.data.scores import Scores
 
         parts = []
         for prefix, response in zip(prefixes, responses, strict=True):
