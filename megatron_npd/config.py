@@ -97,9 +97,13 @@ class AnnotateConfig:
     """Compute in bfloat16 rather than float32."""
     max_quarantined: float = 0.1
     """Share of the samples that may be set aside before the stage stops."""
+    follow_seconds: float = 0.0
+    """Annotate a round that is still being generated, shard by shard as they are sealed, and wait for the next one as
+    long as answers arrive within this time, in seconds; 0: the round must be sealed."""
 
     def __post_init__(self) -> None:
         _require_share("max_quarantined", self.max_quarantined)
+        _require(self.follow_seconds >= 0, "follow_seconds", "at least 0", self.follow_seconds, "0 does not follow")
         for name in (
             "top_k",
             "seq_length",

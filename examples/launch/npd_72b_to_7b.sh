@@ -50,6 +50,7 @@ TEACHER_TP=${TEACHER_TP:-8}
 TEACHER_PP=${TEACHER_PP:-1}
 TEACHER_SEQ_LENGTH=${TEACHER_SEQ_LENGTH:-32768}
 BF16=${BF16:-true}
+FOLLOW_SECONDS=${FOLLOW_SECONDS:-600}  # the teacher follows the rollouts, and gives up after so long without an answer
 
 # Student training.
 STUDENT_TP=${STUDENT_TP:-4}
@@ -149,19 +150,24 @@ for round in $(seq 0 "$UPDATES"); do
   version=$(printf v%04d "$round")
   first_step=$((TRAIN_ITERS * round / (UPDATES + 1)))
   last_step=$((TRAIN_ITERS * (round + 1) / (UPDATES + 1)))
+  rollout=""
   [ "$DRY_RUN" = 1 ] || mkdir -p "$dir"
 
   if [ "$NODE_RANK" = 0 ] && [ "$round" -gt "$newest" ] && ! sealed "$dir/rollouts"; then
     run "$PYTHON" "$ROOT/tools/refresh.py" --urls "$URLS" --policy "$(policy "$round")" --version "$version"
   fi
-  once "$dir/rollouts" "$PYTHON" "$ROOT/tools/rollout.py" --prompts "$RUN/prompts" --out "$dir/rollouts" \
-    --round "$round" --policy-version "$version" --urls "$URLS" --greedy-paths "$GREEDY_PATHS" \
-    --sampled-paths "$SAMPLED_PATHS" --max-tokens "$MAX_TOKENS" --max-model-len "$MAX_MODEL_LEN"
-
+  if [ "$NODE_RANK" = 0 ] && ! sealed "$dir/rollouts"; then
+    run_beside "$PYTHON" "$ROOT/tools/rollout.py" --prompts "$RUN/prompts" --out "$dir/rollouts" \
+      --round "$round" --policy-version "$version" --urls "$URLS" --greedy-paths "$GREEDY_PATHS" \
+      --sampled-paths "$SAMPLED_PATHS" --max-tokens "$MAX_TOKENS" --max-model-len "$MAX_MODEL_LEN" &
+    rollout=$!
+    [ "$DRY_RUN" = 0 ] || wait
+  fi
   everywhere "$dir/annotations" "$ROOT/tools/annotate.py" --rollouts "$dir/rollouts" --out "$dir/annotations" \
     --teacher "$TEACHER" --student "$(policy "$round")" --top-k "$TOP_K" --seq-length "$TEACHER_SEQ_LENGTH" \
     --tensor-model-parallel-size "$TEACHER_TP" --pipeline-model-parallel-size "$TEACHER_PP" --bf16 "$BF16" \
-    --platform "$PLATFORM"
+    --follow-seconds "$FOLLOW_SECONDS" --platform "$PLATFORM"
+  [ "$DRY_RUN" = 1 ] || [ -z "$rollout" ] || wait "$rollout"
 
   tau_of=()
   [ "$round" = 0 ] || tau_of=(--tau-of "$RUN/rounds/0000/selection")

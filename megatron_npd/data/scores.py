@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.integer]
+# Called with what was scored since the last call: response tokens; all tokens; tokens that rows could have held.
+OnForward = Callable[[int, int, int], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class TokenScorer(Protocol):
         responses: Sequence[Ids],
         *,
         top_k: int = 0,
-        on_tokens: Callable[[int], object] | None = None,
+        on_forward: OnForward | None = None,
     ) -> Scores | None:
         """Score each response after its prefix.
 
@@ -75,7 +77,7 @@ class TokenScorer(Protocol):
             prefixes: Token ids [P >= 1] of each sequence.
             responses: Token ids [n >= 1] of each.
             top_k: Most likely tokens kept a response token; 0: none.
-            on_tokens: Called as work proceeds with the number of tokens scored since.
+            on_forward: Called as work proceeds.
 
         Returns:
             The scores; None on ranks that have no part of the model's output.

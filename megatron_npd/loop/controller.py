@@ -92,7 +92,8 @@ class _Loop:
         selection, packs = directory / "selection", directory / "packs"
         if not is_sealed(rollouts):
             self._serve(index)  # before the stage's clock starts: a server's start and refresh have their own
-        self._stage("rollout", index, rollouts, lambda: self._rollout(index, rollouts))
+        with self._following(index, rollouts, annotations):
+            self._stage("rollout", index, rollouts, lambda: self._rollout(index, rollouts))
         self._stage("annotate", index, annotations, lambda: self._annotate(index, rollouts, annotations))
         self._stage(
             "select",
@@ -155,12 +156,34 @@ class _Loop:
     def _annotate(self, index: int, rollouts: Path, out: Path) -> None:
         teacher, student = self.cfg.teacher, str(self._policy(index))
         if self.cfg.nproc_per_node > 1:
-            paths = {"rollouts": rollouts, "out": out, "teacher": teacher, "student": student}
-            self._torchrun("tools/annotate.py", {**paths, **dataclasses.asdict(self.cfg.annotate)})
+            code = subprocess.run(self._annotate_command(index, rollouts, out), check=False).returncode
+            _check_exit("tools/annotate.py", code)
             return
         from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
 
         annotate_round(rollouts, out, teacher_dir=teacher, student_dir=student, cfg=self.cfg.annotate)
+
+    def _annotate_command(self, index: int, rollouts: Path, out: Path) -> list[str]:
+        paths = {"rollouts": rollouts, "out": out, "teacher": self.cfg.teacher, "student": self._policy(index)}
+        fields = {**paths, **dataclasses.asdict(self.cfg.annotate), "platform": self.cfg.platform}
+        return self._command("tools/annotate.py", fields)
+
+    @contextmanager
+    def _following(self, index: int, rollouts: Path, out: Path) -> Iterator[None]:
+        """With ``annotate.follow_seconds``: another process annotates the shards while this one generates the rest."""
+        if not self.cfg.annotate.follow_seconds or is_sealed(rollouts):
+            yield
+            return
+        out.parent.mkdir(parents=True, exist_ok=True)
+        process = subprocess.Popen(self._annotate_command(index, rollouts, out))
+        try:
+            yield
+            with timed(self.run_dir, "annotate", index):  # what is left once the last answer is there
+                code = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+        _check_exit("tools/annotate.py", code)
 
     def _train(self, index: int) -> None:
         cfg = dataclasses.replace(
@@ -174,7 +197,8 @@ class _Loop:
             platform=self.cfg.platform,
         )
         if self.cfg.nproc_per_node > 1:
-            self._torchrun("pretrain_npd.py", dataclasses.asdict(cfg))
+            command = self._command("pretrain_npd.py", dataclasses.asdict(cfg))
+            _check_exit("pretrain_npd.py", subprocess.run(command, check=False).returncode)
             return
         from megatron_npd.training.trainer import train  # after the platform is chosen
 
@@ -248,13 +272,18 @@ class _Loop:
         if not is_sealed(out):
             raise UserError(f"round {index}: {name} must leave a sealed {out}, got none; see the messages above")
 
-    def _torchrun(self, script: str, fields: dict[str, Any]) -> None:
-        """Run a stage as several processes on this machine; its output goes to ours."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command += [str(self.cfg.nproc_per_node), str(REPOSITORY / script), *command_flags(fields)]
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            raise UserError(f"{script} must exit with 0, got {code}; see its messages above, then run again")
+    def _command(self, script: str, fields: dict[str, Any]) -> list[str]:
+        """A stage as ``nproc_per_node`` processes on this machine; their output goes to ours."""
+        command = [sys.executable]
+        if self.cfg.nproc_per_node > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(self.cfg.nproc_per_node)]
+        return [*command, str(REPOSITORY / script), *command_flags(fields)]
+
+
+def _check_exit(script: str, code: int) -> None:
+    if code:
+        raise UserError(f"{script} must exit with 0, got {code}; see its messages above, then run again")
 
 
 @contextmanager
@@ -294,7 +323,7 @@ def _keep_config(run: Path, cfg: NPDConfig) -> None:
         return
     free = {"run_dir", "nproc_per_node", "platform", "rollout.urls", "rollout.num_servers", "rollout.server_args"}
     free |= {"rollout.concurrency", "rollout.request_timeout", "rollout.start_timeout", "train.log_interval"}
-    free |= {"rollout.max_quarantined", "annotate.max_quarantined"}
+    free |= {"rollout.max_quarantined", "annotate.max_quarantined", "annotate.follow_seconds"}
     then = _flat(json.loads(path.read_text()))
     changed = [
         f"{name}: {then.get(name)!r} -> {value!r}"

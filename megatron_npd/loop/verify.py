@@ -161,6 +161,8 @@ class _Audit:
         books, complete = Books(), manifest is not None or not is_sealed(path)
         for shard in sorted(path.glob("shard-*")):
             part = self._read(shard) if is_sealed(shard) else None
+            if part is not None and part.kind == SHARD_KIND:
+                self._compare_origin(shard, part, path.parent / "rollouts" / shard.name, "rollouts_sha256")
             if part is not None and (counted := self._recount(shard, part)) is not None:
                 books += counted
             complete &= part is not None or not is_sealed(shard)
@@ -243,8 +245,7 @@ class _Audit:
         before = self.books.get(source)
         if before is None or (manifest and key not in manifest.provenance):
             return 0 if manifest else None
-        if manifest and is_sealed(source) and manifest.provenance[key] != file_sha256(source / MANIFEST):
-            self.problem(f"{path} must come from {source} as it is now, got another {key}")
+        if manifest and not self._compare_origin(path, manifest, source, key):
             return 0
         expected = before.kept
         if kind == "rollouts":
@@ -262,6 +263,17 @@ class _Audit:
                 f"{path} must account for every sample of {source}, got {len(lost)} lost, the first {identity}"
             )
         return 0 if manifest else len(lost)
+
+    def _compare_origin(self, path: Path, manifest: Manifest, source: Path, key: str) -> bool:
+        """Whether a directory names its input as it is now, where both are there to be compared."""
+        same = (
+            key not in manifest.provenance
+            or not is_sealed(source)
+            or manifest.provenance[key] == file_sha256(source / MANIFEST)
+        )
+        if not same:
+            self.problem(f"{path} must come from {source} as it is now, got another {key}")
+        return same
 
     def _look_inside(self, path: Path, manifest: Manifest) -> None:
         """What only the readers know: indices that fit their data; with ``full``, every teacher record."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.packing import pack_lengths
-from megatron_npd.data.scores import Ids, Scores, empty_scores
+from megatron_npd.data.scores import Ids, OnForward, Scores, empty_scores
 from megatron_npd.models.build import build_model, head_weight, load_spec, packed_params, without_output_layer
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.topk import topk_logprobs
@@ -77,7 +77,7 @@ class Scorer:
         responses: Sequence[Ids],
         *,
         top_k: int = 0,
-        on_tokens: Callable[[int], object] | None = None,
+        on_forward: OnForward | None = None,
     ) -> Scores | None:
         """Score each response after its prefix.
 
@@ -85,7 +85,7 @@ class Scorer:
             prefixes: Token ids [P >= 1] of each sequence.
             responses: Token ids [n >= 1] of each; P + n - 1 <= ``seq_length`` (the last token is predicted only).
             top_k: Most likely tokens kept a response token, at most ``columns``; 0: none.
-            on_tokens: Called after each forward with the number of tokens scored, padding excluded.
+            on_forward: Called after each forward.
 
         Returns:
             The scores on ranks of the last pipeline stage, None on the others.
@@ -125,8 +125,8 @@ class Scorer:
                     attention_mask=None,
                     packed_seq_params=packed_params(batch.cu_seqlens),
                 )
-            if on_tokens is not None:
-                on_tokens(micro.tokens)
+            if on_forward is not None:
+                on_forward(len(micro.places_R), micro.tokens, batch.position_ids.numel())
             return hidden_T1H, partial(self._collect, micro.places_R, batch, scores, top_k)
 
         with torch.no_grad():

@@ -40,7 +40,7 @@ class StandInScorer:
     def __init__(self, hf_dir: str | Path, **_: Any) -> None:
         self.name = Path(hf_dir).name
 
-    def score(self, prefixes: Any, responses: Any, *, top_k: int, on_tokens: Any = None) -> Any:
+    def score(self, prefixes: Any, responses: Any, *, top_k: int = 0, on_forward: Any = None) -> Any:
         from megatron_npd.data.scores import Scores
 
         parts = []

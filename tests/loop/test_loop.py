@@ -105,6 +105,25 @@ def test_a_finished_run_repeats_nothing(recipe: NPDConfig, monkeypatch: pytest.M
     controller.run_npd(recipe)
 
 
+def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
+    """Another process annotates shards while this one generates; the store is the undisturbed run's."""
+    undisturbed = Path(recipe.run_dir)
+    cfg = dataclasses.replace(
+        recipe,
+        run_dir=str(undisturbed.with_name("followed")),
+        updates=0,
+        annotate=dataclasses.replace(recipe.annotate, follow_seconds=120.0),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controller._Loop, "_annotate", None)  # this process has no part in it
+        controller.run_npd(cfg)
+    for file in sorted((undisturbed / "rounds/0000/annotations").rglob("[!.]*.*")):
+        other = Path(cfg.run_dir) / file.relative_to(undisturbed)
+        assert other.read_bytes() == file.read_bytes(), file
+    stages = [json.loads(line)["stage"] for line in (Path(cfg.run_dir) / "report/seconds.jsonl").open()]
+    assert stages.index("rollout") < stages.index("annotate") < stages.index("select")
+
+
 @pytest.mark.parametrize("stage", ["_annotate", "_train", "_export"])
 def test_a_run_stopped_in_its_second_round_ends_the_same(
     recipe: NPDConfig, stage: str, monkeypatch: pytest.MonkeyPatch

@@ -141,6 +141,12 @@ def remake_selection(run: Path) -> None:
     reseal(here(run) / "selection", lambda counts: counts.update(extra=1))
 
 
+def remake_rollout_shard(run: Path) -> None:
+    """While its round is not sealed: the annotation that followed it is another shard's."""
+    reseal(here(run) / "rollouts/shard-00001", lambda counts: counts.update(extra=1))
+    (here(run) / "rollouts" / MANIFEST).unlink()
+
+
 def other_schedule(run: Path) -> None:
     from megatron_npd.data.order import ScheduleEntry, schedule_text
 
@@ -160,6 +166,7 @@ def other_schedule(run: Path) -> None:
         (lose_shard, "shard-00001/manifest.json must exist"),
         (stray, "got notes.txt too"),
         (remake_selection, "packs must come from .*selection as it is now, got another selection_sha256"),
+        (remake_rollout_shard, "annotations/shard-00001 must come from .*rollouts/shard-00001 as it is now"),
         (other_schedule, "must name packs of the same round and policy"),
     ],
 )

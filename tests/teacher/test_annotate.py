@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,14 @@ import torch
 
 from megatron_npd.config import AnnotateConfig
 from megatron_npd.log import UserError
-from megatron_npd.manifest import PART, is_sealed, read_manifest, seal
+from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 from tests.dist import run_distributed
 from tests.helpers import VOCAB_SIZE, make_tiny_model
 from tests.teacher.reference import HEADER, TransformersModel, check_top_k, make_rollouts
 from tools.annotate import main as command
 
 CFG = AnnotateConfig(top_k=4, seq_length=128)
+FOLLOWING = AnnotateConfig(top_k=4, seq_length=128, follow_seconds=60.0)
 LENGTHS = [(20, 12), (8, 30), (3, 1), (30, 40), (2, 7), (15, 15), (9, 9), (40, 3)]
 
 
@@ -229,7 +232,7 @@ def test_a_sealed_round_is_kept_and_another_input_refused(tmp_path: Path, models
 
 def _killed_at(rank: int, world_size: int, shard: str, rollouts: Path, out: Path, models: dict[str, Path]) -> None:
     """Annotate, and be killed when all files of ``shard`` are written and it is about to be sealed."""
-    from megatron_npd.teacher import annotate as stage
+    from megatron_npd.teacher import shard as stage
 
     def seal_or_die(path: Path, **options: Any) -> Any:
         if path.parent.name == shard:
@@ -254,6 +257,81 @@ def test_a_killed_stage_goes_on_and_leaves_the_same_bytes(tmp_path: Path, models
     command([f"--{name}={value}" for name, value in flags.items()])
     assert (out / "shard-00000" / "tokens.bin").stat().st_mtime_ns == kept
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def unseal_and_give_back(rollouts: Path, pause: float) -> threading.Thread:
+    """Hide a round, and seal shard after shard of it again, the last first, then the round."""
+    hidden = rollouts.with_name("hidden")
+    rollouts.rename(hidden)
+    rollouts.mkdir()
+
+    def give_back() -> None:
+        for shard in sorted(hidden.glob("shard-*"), reverse=True):
+            time.sleep(pause)
+            shard.rename(rollouts / shard.name)
+        time.sleep(pause)
+        (hidden / MANIFEST).rename(rollouts / MANIFEST)
+
+    thread = threading.Thread(target=give_back)
+    thread.start()
+    return thread
+
+
+def test_a_round_is_annotated_while_it_is_generated(tmp_path: Path, models: dict[str, Path]) -> None:
+    """In waves of one shard or more; the bytes are those of a round annotated afterwards."""
+    from megatron_npd.teacher import annotate as stage
+
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
+    annotate(tmp_path / "rollouts", tmp_path / "whole", models)
+    waves = []
+    real = stage._annotate_wave
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "_annotate_wave", lambda *args: (waves.append(list(args[2].shards)), real(*args)))
+        thread = unseal_and_give_back(tmp_path / "rollouts", 1.5)
+        annotate(tmp_path / "rollouts", tmp_path / "out", models, FOLLOWING)
+    thread.join()
+    assert waves[0] == ["shard-00002"] and len(waves) > 1, waves
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_the_wait_for_a_round_ends_once_no_answer_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers show in the journal of the rollout stage, long before they fill a shard."""
+    from megatron_npd.teacher import waves as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    waves = module.RolloutWaves(tmp_path, tmp_path / "out", FOLLOWING, {})
+    journal = tmp_path / "answers.journal"
+    for second in range(0, 200, 40):
+        now[0] = float(second)
+        assert waves.next() == module.Wave(shards={}, round_size=None)
+        journal.write_text("x" * second)
+    with pytest.raises(UserError, match=r"must be sealed or get answers, got none in 60 s \(follow_seconds\)"):
+        for second in range(200, 400, 40):
+            now[0] = float(second)
+            waves.next()
+
+
+def test_a_round_in_the_making_is_refused_but_for_followers(tmp_path: Path, models: dict[str, Path]) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=2)
+    (tmp_path / "rollouts" / MANIFEST).unlink()
+    with pytest.raises(UserError, match=r"must be a sealed directory"):
+        annotate(tmp_path / "rollouts", tmp_path / "out", models)
+    cfg = AnnotateConfig(**vars(CFG) | {"follow_seconds": 0.1})
+    with pytest.raises(UserError, match=r"must be sealed or get answers"):
+        annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg)
+    assert is_sealed(tmp_path / "out" / "shard-00001") and not is_sealed(tmp_path / "out")  # what was there is kept
+
+
+def test_data_parallel_ranks_follow_a_round_together(tmp_path: Path, models: dict[str, Path]) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
+    alone = annotate(tmp_path / "rollouts", tmp_path / "alone", models)
+    thread = unseal_and_give_back(tmp_path / "rollouts", 1.0)
+    results = run_distributed(_annotate_rank, 2, tmp_path / "rollouts", tmp_path / "two", models, FOLLOWING)
+    thread.join()
+    assert results == [dict(alone.counts), None]
+    assert contents(tmp_path / "two") == contents(tmp_path / "alone")
 
 
 def _annotate_rank(rank: int, world_size: int, rollouts: Path, out: Path, models: Any, cfg: AnnotateConfig) -> Any:

@@ -31,9 +31,12 @@ def score(hf_dir: Path, *, top_k: int, micro_batch_size: int = 1, vocab_size: in
 
     initialize_distributed()
     scorer = Scorer(hf_dir, seq_length=64, micro_batch_size=micro_batch_size, bf16=False, vocab_size=vocab_size)
-    counted: list[int] = []
-    scores = scorer.score(*sequences(), top_k=top_k, on_tokens=counted.append)
-    assert sum(counted) == sum(prefix + response - 1 for prefix, response in LENGTHS)
+    forwards: list[tuple[int, int, int]] = []
+    scores = scorer.score(*sequences(), top_k=top_k, on_forward=lambda *counts: forwards.append(counts))
+    scored, tokens, row_tokens = (sum(counts) for counts in zip(*forwards, strict=True))
+    assert scored == sum(response for _, response in LENGTHS)
+    assert tokens == sum(prefix + response - 1 for prefix, response in LENGTHS)
+    assert row_tokens == 64 * micro_batch_size * len(forwards) >= tokens
     return scores
 
 

@@ -1,0 +1,140 @@
+"""One shard of the annotation store: what was scored becomes records and columns, checked, written and sealed.
+
+Legend: R response tokens of a shard, N samples of a shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.data.scores import Scores, mean_loss
+from megatron_npd.data.store import RECORD_RULES, SHARD_KIND, StoreShardWriter, broken_records
+from megatron_npd.manifest import Manifest, seal, writing
+from megatron_npd.records import (
+    LOGPROB_ROUNDING,
+    QUARANTINE_FILE,
+    SAMPLE_SCHEMA,
+    SAMPLES_FILE,
+    teacher_record_dtype,
+)
+from megatron_npd.teacher.samples import Samples
+
+
+def write_shard(
+    out: Path,
+    samples: Samples,
+    *,
+    teacher: Scores,
+    teacher_alone: Scores,
+    student_loss_alone: npt.NDArray[np.float32],
+    vocab_size: int,
+    provenance: Mapping[str, Any],
+) -> Manifest:
+    """Write and seal a shard of kind ``annotations-shard``.
+
+    Args:
+        out: Directory to seal.
+        samples: What was scored, and what was set aside before.
+        teacher: The teacher's scores of each response after its prompt, with the top-k.
+        teacher_alone: The same after the header of the turn alone.
+        student_loss_alone: L(y) of the student, nats a token, float32 [N].
+        vocab_size: V*.
+        provenance: What made it.
+
+    Returns:
+        Its manifest (counts: ``in`` = ``kept`` + sum of ``quarantined``, and ``response_tokens``).
+    """
+    assert len(student_loss_alone) == len(samples.responses)
+    losses = {
+        "teacher_loss": teacher.losses(),
+        "teacher_loss_alone": teacher_alone.losses(),
+        "student_loss": mean_loss(_joined(samples.generator_logprobs, np.float32), teacher.starts_N),
+        "student_loss_alone": student_loss_alone,
+    }
+    records_R = _records(samples, teacher)
+    kept, refused = _checked(samples, teacher, records_R, vocab_size)
+    quarantine = samples.quarantine + refused
+    reasons = Counter(entry["reason"] for entry in quarantine)
+    counts = {
+        "in": len(kept) + reasons.total(),
+        "kept": len(kept),
+        "quarantined": dict(sorted(reasons.items())),
+        "pending": 0,
+        "response_tokens": int(np.diff(teacher.starts_N)[kept].sum()),
+    }
+    with writing(out) as directory:
+        _write_files(directory, samples, teacher, records_R, losses, kept, vocab_size)
+        lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
+        (directory / QUARANTINE_FILE).write_text(lines, encoding="utf-8")
+        return seal(directory, kind=SHARD_KIND, provenance=provenance, counts=counts)
+
+
+def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts])
+
+
+def _records(samples: Samples, teacher: Scores) -> np.ndarray:
+    """The store's records of all response tokens."""
+    assert teacher.ids_RK is not None and teacher.logprobs_RK is not None and teacher.log_tail_R is not None
+    records_R = np.empty(int(teacher.starts_N[-1]), teacher_record_dtype(teacher.ids_RK.shape[1]))
+    records_R["ids"] = teacher.ids_RK
+    with np.errstate(over="ignore"):  # what fp16 cannot hold is refused by _checked
+        records_R["logprobs"] = teacher.logprobs_RK
+    records_R["log_tail"] = teacher.log_tail_R
+    defined_R = np.repeat(samples.on_distribution_N, np.diff(teacher.starts_N))
+    records_R["generator_logprob"] = np.where(defined_R, _joined(samples.generator_logprobs, np.float32), np.nan)
+    return records_R
+
+
+def _checked(
+    samples: Samples, teacher: Scores, records_R: np.ndarray, vocab_size: int
+) -> tuple[npt.NDArray[np.int64], list[dict[str, str]]]:
+    """The samples whose scores a model can have given, and those set aside."""
+    sampled_R = teacher.sampled_logprobs_R
+    reasons = ["", *(reason for reason, _ in RECORD_RULES), "sampled_logprob_undefined"]
+    undefined_R = ~(np.isfinite(sampled_R) & (sampled_R <= LOGPROB_ROUNDING))
+    codes_R = np.where(undefined_R, len(reasons) - 1, broken_records(records_R, vocab_size))
+    worst_N = np.maximum.reduceat(codes_R, teacher.starts_N[:-1]) if len(codes_R) else codes_R
+    ids = samples.table["sample_id"]
+    refused = [
+        {"sample_id": ids[index].as_py(), "reason": reasons[worst_N[index]], "detail": "of the teacher's scores"}
+        for index in np.flatnonzero(worst_N).tolist()
+    ]
+    return np.flatnonzero(worst_N == 0), refused
+
+
+def _write_files(
+    out: Path,
+    samples: Samples,
+    teacher: Scores,
+    records_R: np.ndarray,
+    losses: dict[str, npt.NDArray[np.float32]],
+    kept: npt.NDArray[np.int64],
+    vocab_size: int,
+) -> None:
+    starts_N = teacher.starts_N
+    store = StoreShardWriter(out, records_R.dtype["ids"].shape[0], vocab_size=vocab_size)
+    for index in kept.tolist():
+        tokens = np.concatenate([samples.prompts[index], samples.responses[index]])
+        store.add(tokens, records_R[starts_N[index] : starts_N[index + 1]], checked=True)
+    store.finalize()
+    table = samples.table.take(pa.array(kept))
+    columns = {name: table[name] for name in SAMPLE_SCHEMA.names if name in table.schema.names}
+    logprobs = pa.ListArray.from_arrays(starts_N.astype(np.int32), teacher.sampled_logprobs_R)
+    columns |= {
+        "prompt_len": np.array([len(samples.prompts[index]) for index in kept], np.int32),
+        "response_len": np.diff(starts_N)[kept].astype(np.int32),
+        "on_distribution": samples.on_distribution_N[kept],
+        "teacher_logprobs": logprobs.take(pa.array(kept)),
+        **{name: values_N[kept] for name, values_N in losses.items()},
+    }
+    pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), out / SAMPLES_FILE)
