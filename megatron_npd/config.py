@@ -100,13 +100,21 @@ class AnnotateConfig:
     follow_seconds: float = 0.0
     """Annotate a round that is still being generated, shard by shard as they are sealed, and wait for the next one as
     long as answers arrive within this time, in seconds; 0: the round must be sealed."""
+    backend: Literal["megatron", "vllm"] = "megatron"
+    """What runs the teacher: megatron-core, or vLLM servers (prompt_logprobs) for teachers that no family covers."""
+    urls: tuple[str, ...] = ()
+    """Base URLs of running vLLM servers of the teacher, for backend vllm; empty: one is launched on this machine."""
+    concurrency: int = 32
+    """Requests in flight a server of the teacher."""
 
     def __post_init__(self) -> None:
         _require_share("max_quarantined", self.max_quarantined)
         _require(self.follow_seconds >= 0, "follow_seconds", "at least 0", self.follow_seconds, "0 does not follow")
+        _require(not self.urls or self.backend == "vllm", "urls", "empty", list(self.urls), "they go with backend vllm")
         for name in (
             "top_k",
             "seq_length",
+            "concurrency",
             "micro_batch_size",
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import AnnotateConfig, PlatformName
-from megatron_npd.log import run_main
+from megatron_npd.log import UserError, run_main
 from megatron_npd.platform import get_platform
+from megatron_npd.rollout.score import ServerScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +39,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     get_platform(command.platform)
     from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
 
-    annotate_round(
+    cfg = AnnotateConfig(**{field.name: getattr(command, field.name) for field in fields(AnnotateConfig)})
+    annotate = partial(
+        annotate_round,
         command.rollouts,
         command.out,
         teacher_dir=command.teacher,
         student_dir=command.student,
-        cfg=AnnotateConfig(**{field.name: getattr(command, field.name) for field in fields(AnnotateConfig)}),
+        cfg=cfg,
     )
+    if cfg.backend == "megatron":
+        annotate()
+        return
+    if not cfg.urls and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("urls must name the teacher's servers under torchrun, got none; start them with tools/serve.py")
+    with ServerScorer(command.teacher, cfg) as servers:
+        annotate(servers=servers)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ class _Loop:
 
     def _annotate(self, index: int, rollouts: Path, out: Path) -> None:
         teacher, student = self.cfg.teacher, str(self._policy(index))
-        if self.cfg.nproc_per_node > 1:
+        if self.cfg.nproc_per_node > 1 or self.cfg.annotate.backend == "vllm":
             code = subprocess.run(self._annotate_command(index, rollouts, out), check=False).returncode
             _check_exit("tools/annotate.py", code)
             return
@@ -323,7 +323,8 @@ def _keep_config(run: Path, cfg: NPDConfig) -> None:
         return
     free = {"run_dir", "nproc_per_node", "platform", "rollout.urls", "rollout.num_servers", "rollout.server_args"}
     free |= {"rollout.concurrency", "rollout.request_timeout", "rollout.start_timeout", "train.log_interval"}
-    free |= {"rollout.max_quarantined", "annotate.max_quarantined", "annotate.follow_seconds"}
+    free |= {"rollout.max_quarantined", "annotate.max_quarantined", "annotate.follow_seconds", "annotate.urls"}
+    free |= {"annotate.concurrency"}
     then = _flat(json.loads(path.read_text()))
     changed = [
         f"{name}: {then.get(name)!r} -> {value!r}"

@@ -7,8 +7,9 @@ import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -17,10 +18,12 @@ from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.rollout.server import GENERATE, PROBE, VLLMServer
 
+Asked = TypeVar("Asked")
+Read = TypeVar("Read")
 UNUSABLE = "unusable"  # the version of a server whose weights were left half loaded
 _RETRY_DELAYS = (0.2, 1.0)  # seconds, after a connection broke or the server answered 5xx
 _CONTROL_TIMEOUT = 60.0  # seconds, of requests that generate at most one token
-_NO_LOGPROB = -9999.0  # what the server sends where a log-probability is not a number
+NO_LOGPROB = -9999.0  # what the server sends where a log-probability is not a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,16 +205,42 @@ class ServerPool:
         Raises:
             UserError: A server died or hangs; ``on_result`` has been called for everything that had arrived.
         """
-        asyncio.run(self._run(iter(requests), on_result, logprobs))
+        self.ask(requests, on_result, body=partial(_generate_body, logprobs), read=partial(_read_answer, logprobs))
+
+    def ask(
+        self,
+        requests: Iterable[Asked],
+        on_result: Callable[[Asked, Read | Failure], None],
+        *,
+        body: Callable[[Asked], dict[str, Any]],
+        read: Callable[[dict[str, Any]], Read | Failure],
+    ) -> None:
+        """``run`` for requests and answers of any form.
+
+        Args:
+            requests: What is asked for, in the order to start them.
+            on_result: Called once for each, in the order of arrival.
+            body: The JSON object that is sent for one.
+            read: What is made of the JSON object that comes back.
+
+        Raises:
+            UserError: As for ``run``.
+        """
+        asyncio.run(self._run(iter(requests), on_result, body, read))
 
     async def _run(
-        self, requests: Iterator[Request], on_result: Callable[[Request, Answer | Failure], None], logprobs: bool
+        self,
+        requests: Iterator[Asked],
+        on_result: Callable[[Asked, Read | Failure], None],
+        body: Callable[[Asked], dict[str, Any]],
+        read: Callable[[dict[str, Any]], Read | Failure],
     ) -> None:
         async def worker(url: str) -> None:
             # A client of its own: httpx's shared connection pool looks at every connection for every request.
             async with httpx.AsyncClient(timeout=timeout, verify=self._tls, trust_env=False) as client:
                 for request in requests:
-                    on_result(request, await self._generate(client, url, request, logprobs))
+                    answer = await self._generate(client, url, body(request))
+                    on_result(request, answer if isinstance(answer, Failure) else read(answer))
 
         timeout = httpx.Timeout(self.cfg.request_timeout, connect=_CONTROL_TIMEOUT)
         tasks = [asyncio.create_task(worker(url)) for _ in range(self.cfg.concurrency) for url in self.urls]
@@ -222,19 +251,7 @@ class ServerPool:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _generate(
-        self, client: httpx.AsyncClient, url: str, request: Request, logprobs: bool
-    ) -> Answer | Failure:
-        sampling: dict[str, Any] = {
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "seed": request.seed,
-            "detokenize": False,
-        }
-        if logprobs:
-            sampling["logprobs"] = 0  # of the sampled token alone
-        body = {"token_ids": request.token_ids, "sampling_params": sampling}
+    async def _generate(self, client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> dict[str, Any] | Failure:
         trouble = ""
         for delay in (*_RETRY_DELAYS, None):
             try:
@@ -246,7 +263,7 @@ class ServerPool:
                 trouble = _words(error)
             else:
                 if response.status_code == 200:
-                    return _read_answer(response.json()["choices"][0], logprobs)
+                    return response.json()
                 if response.status_code < 500:
                     return Failure(reason="request_failed", detail=f"{response.status_code}: {_detail(response)}")
                 trouble = f"{response.status_code}: {_detail(response)}"
@@ -271,11 +288,25 @@ class ServerPool:
         return UserError(f"the vLLM server {url} {what}; look at its log and restart it, then run the same again")
 
 
-def _read_answer(choice: dict[str, Any], logprobs: bool) -> Answer | Failure:
+def _generate_body(logprobs: bool, request: Request) -> dict[str, Any]:
+    sampling: dict[str, Any] = {
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
+        "detokenize": False,
+    }
+    if logprobs:
+        sampling["logprobs"] = 0  # of the sampled token alone
+    return {"token_ids": request.token_ids, "sampling_params": sampling}
+
+
+def _read_answer(logprobs: bool, answer: dict[str, Any]) -> Answer | Failure:
+    choice = answer["choices"][0]
     values = [entry["logprob"] for entry in choice["logprobs"]["content"]] if logprobs else []
     if choice["finish_reason"] not in ("stop", "length"):
         return Failure(reason="request_failed", detail=f"finish reason {choice['finish_reason']}")
-    if logprobs and (len(values) != len(choice["token_ids"]) or min(values, default=0.0) <= _NO_LOGPROB):
+    if logprobs and (len(values) != len(choice["token_ids"]) or min(values, default=0.0) <= NO_LOGPROB):
         return Failure(reason="undefined_logprob", detail=f"log-probabilities {values[:8]}")
     return Answer(
         token_ids=choice["token_ids"],

@@ -26,11 +26,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_npd.config import AnnotateConfig
+from megatron_npd.data.scores import TokenScorer
 from megatron_npd.data.store import STORE_KIND
 from megatron_npd.data.tokenizer import check_vocabularies, document_start, load_tokenizer, turn_header
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, read_manifest, seal, writing
-from megatron_npd.models.families.base import load_spec
+from megatron_npd.models.families.base import load_sizes, load_spec
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.records import QUARANTINE_FILE
 from megatron_npd.teacher.samples import Setting, read_samples
@@ -48,6 +49,7 @@ def annotate_round(
     teacher_dir: str | Path,
     student_dir: str | Path,
     cfg: AnnotateConfig,
+    servers: TokenScorer | None = None,
 ) -> Manifest | None:
     """Annotate every rollout shard and seal ``out_dir`` as a store (``data/store.py``); every rank calls it.
 
@@ -60,6 +62,7 @@ def annotate_round(
         teacher_dir: Hugging Face directory of the teacher.
         student_dir: Hugging Face directory of the student that generated the rollouts.
         cfg: Settings.
+        servers: What scores in the teacher's place with ``cfg.backend`` vllm (``rollout/score.py``).
 
     Returns:
         The manifest on rank 0 (counts: ``in`` = ``kept`` + sum of ``quarantined``, and ``response_tokens``), None on
@@ -69,17 +72,22 @@ def annotate_round(
         UserError: Input, models or layout are refused, no sample could be scored, or a round that was followed got no
             answer for ``cfg.follow_seconds``.
     """
+    assert (servers is not None) == (cfg.backend == "vllm")
     rollouts_dir, out_dir = Path(rollouts_dir), Path(out_dir)
     initialize_distributed(**_layout(cfg))
     rank = dist.get_rank()
     setting = _setting(teacher_dir, student_dir, cfg)
+
+    def load_teacher() -> TokenScorer:
+        return servers or Scorer(teacher_dir, vocab_size=setting.student.vocab_size, **_scorer_settings(cfg))
+
     waves = RolloutWaves(rollouts_dir, out_dir, cfg, _models(teacher_dir, setting))
     if (manifest := _rank0(waves.finished)) is not None:
         return manifest if rank == 0 else None
     with writing(out_dir, resume=True) if rank == 0 else nullcontext():
         while (wave := _rank0(waves.next)) is not None:
             if wave.shards:
-                _annotate_wave(rollouts_dir, out_dir, wave, teacher_dir, setting)
+                _annotate_wave(rollouts_dir, out_dir, wave, load_teacher, setting)
         return _seal_round(waves) if rank == 0 else None
 
 
@@ -107,6 +115,9 @@ def _rank0(question: Callable[[], Any]) -> Any:
 
 
 def _layout(cfg: AnnotateConfig) -> dict[str, int]:
+    """Of the teacher; ranks that only talk to its servers are all data-parallel."""
+    if cfg.backend == "vllm":
+        return {}
     return {
         "tensor_model_parallel_size": cfg.tensor_model_parallel_size,
         "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
@@ -114,16 +125,21 @@ def _layout(cfg: AnnotateConfig) -> dict[str, int]:
 
 
 def _setting(teacher_dir: str | Path, student_dir: str | Path, cfg: AnnotateConfig) -> Setting:
-    teacher, student = load_spec(teacher_dir), load_spec(student_dir)
-    vocab_size = min(teacher.vocab_size, student.vocab_size)
+    student = load_spec(student_dir)
+    if cfg.backend == "megatron":
+        load_spec(teacher_dir)  # refuses what no family covers
+    teacher_vocab_size, context = load_sizes(teacher_dir)
+    longest = min(cfg.seq_length, context - (cfg.backend == "vllm"))  # a server insists on generating a token
+    vocab_size = min(teacher_vocab_size, student.vocab_size)
     if cfg.top_k > vocab_size:
         raise UserError(f"top_k must be at most the vocabulary ({vocab_size}), got {cfg.top_k}; lower it")
     student_tokenizer, teacher_tokenizer = load_tokenizer(student_dir), load_tokenizer(teacher_dir)
     check_vocabularies(student_tokenizer, teacher_tokenizer)
     return Setting(
         cfg=cfg,
-        teacher=teacher,
         student=student,
+        longest=longest,
+        ids_end=vocab_size,
         teacher_header=np.array(turn_header(teacher_tokenizer)),
         teacher_start=np.array([document_start(teacher_tokenizer)]),
         student_start=np.array([document_start(student_tokenizer)]),
@@ -135,6 +151,7 @@ def _models(teacher_dir: str | Path, setting: Setting) -> dict[str, Any]:
     return {
         "teacher": model_fingerprint(teacher_dir),
         "student": model_fingerprint(setting.student.path),
+        "backend": setting.cfg.backend,
         "top_k": setting.cfg.top_k,
         "vocab_size": setting.student.vocab_size,
         "bf16": setting.cfg.bf16,
@@ -160,11 +177,13 @@ class _Meter:
         return f"{100 * self.tokens / max(self.row_tokens, 1):.1f} % full"
 
 
-def _annotate_wave(rollouts_dir: Path, out_dir: Path, wave: Wave, teacher_dir: str | Path, setting: Setting) -> None:
-    """Score the shards of a wave on all ranks and seal each."""
+def _annotate_wave(
+    rollouts_dir: Path, out_dir: Path, wave: Wave, load_teacher: Callable[[], TokenScorer], setting: Setting
+) -> None:
+    """Score the shards of a wave on all ranks and seal each; the teacher is loaded once the student is gone."""
     student_losses = _student_losses(rollouts_dir, wave, setting)
     initialize_distributed(**_layout(setting.cfg))
-    teacher = Scorer(teacher_dir, vocab_size=setting.student.vocab_size, **_scorer_settings(setting.cfg))
+    teacher = load_teacher()
     own, reasons = _own(wave), Counter[str]()
     meter = _Meter("teacher", 2 * _response_tokens(rollouts_dir, own))
     for name in own:

@@ -23,11 +23,12 @@ from megatron_npd.records import LOGPROB_ROUNDING, ROLLOUT_SCHEMA, ROLLOUTS_FILE
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all shards share: the models' shapes, and what opens an answer where a sample's prompt does not say it."""
+    """What all shards share: what models can take, and what opens an answer where a sample's prompt does not say it."""
 
     cfg: AnnotateConfig
-    teacher: ModelSpec
     student: ModelSpec
+    longest: int  # tokens of prompt and response together that the teacher can score
+    ids_end: int  # teacher and student both know the ids below
     teacher_header: Ids  # of the teacher's chat template
     teacher_start: Ids  # the teacher's BOS or end-of-document token
     student_start: Ids
@@ -65,8 +66,7 @@ def read_samples(source: Path, setting: Setting) -> Samples:
     prompts, own_prompts, responses, logprobs = (
         _Lists.of(table[name]) for name in ("prompt_ids", "teacher_prompt_ids", "response_ids", "logprobs")
     )
-    longest = min(setting.cfg.seq_length, setting.teacher.max_position_embeddings)
-    ids_end = min(setting.student.vocab_size, setting.teacher.vocab_size)
+    longest, ids_end = setting.longest, setting.ids_end
     tokens_N = np.maximum(prompts.lens, own_prompts.lens) + responses.lens
     outside_N = np.logical_or.reduce(
         [ids.any((ids.values < 0) | (ids.values >= ids_end)) for ids in (prompts, own_prompts, responses)]

@@ -44,6 +44,17 @@ def fake_answer(body: dict[str, Any], version: str) -> dict[str, Any]:
     }
 
 
+def fake_prompt_logprobs(body: dict[str, Any]) -> list[dict[str, Any] | None] | None:
+    """At each token but the first: token ids 3, 4, ... with falling shares, and the token itself, most likely."""
+    if (k := body["sampling_params"].get("prompt_logprobs")) is None:
+        return None
+    positions: list[dict[str, Any] | None] = [None]
+    for token in body["token_ids"][1:]:
+        ids = list(dict.fromkeys([token, *range(3, 3 + k)]))[: max(k, 1)]
+        positions.append({str(i): {"logprob": -0.7 - n, "rank": n + 1} for n, i in enumerate(ids)})
+    return positions
+
+
 class FakeServer(ThreadingHTTPServer):
     """Starts on construction; a context manager.
 
@@ -131,7 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif isinstance(trouble, int):
             self._answer(trouble, {"error": {"message": "as the test wants it"}})
         else:
-            self._answer(200, {"choices": [fake_answer(body, self.server.version) | (trouble or {})]})
+            choice = fake_answer(body, self.server.version) | (trouble or {})
+            self._answer(200, {"choices": [choice], "prompt_logprobs": fake_prompt_logprobs(body)})
             with self.server.lock:
                 self.server.answered += body["sampling_params"]["max_tokens"] > 1
 

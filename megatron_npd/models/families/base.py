@@ -254,6 +254,22 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
     )
 
 
+def load_sizes(hf_dir: str | Path) -> tuple[int, int]:
+    """Vocabulary size and longest context, in tokens, of a model of any family, supported here or not.
+
+    Raises:
+        UserError: ``config.json`` is missing, malformed or does not give them.
+    """
+    path = Path(hf_dir)
+    config = _read_config(path, path / "config.json")
+    config = config.get("text_config", config)  # of a model that reads images too
+    names = ("vocab_size", "max_position_embeddings")
+    for name in names:
+        value = config.get(name)
+        _expect(type(value) is int and value > 0, path / "config.json", name, "a positive integer", config)
+    return config[names[0]], config[names[1]]
+
+
 def _read_config(path: Path, config_file: Path) -> dict[str, Any]:
     if not config_file.is_file():
         raise UserError(f"{path} must be a Hugging Face model directory, got no config.json in it; check the path")

@@ -1,0 +1,121 @@
+"""A teacher behind a vLLM server: the same records as on megatron-core, and what a server refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_npd.config import AnnotateConfig
+from megatron_npd.log import UserError
+from megatron_npd.manifest import read_manifest
+from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.rollout.score import ServerScorer
+from tests.dist import run_distributed
+from tests.helpers import make_tiny_model
+from tests.rollout.fake import FakeServer
+from tests.teacher.reference import TransformersModel, check_top_k, make_rollouts
+from tests.teacher.test_annotate import LENGTHS, annotate, contents, rollout_rows, samples
+from tools.annotate import main as command
+
+TOP_K = 6
+
+
+@pytest.fixture(scope="module")
+def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("score") / "student", seed=2)
+
+
+def settings(*urls: str, **fields: Any) -> AnnotateConfig:
+    return AnnotateConfig(**{"top_k": TOP_K, "seq_length": 128, "backend": "vllm", "urls": urls, **fields})
+
+
+@pytest.mark.server
+def test_servers_leave_the_records_of_megatron_core(
+    served_pool: ServerPool, tiny_model_dir: Path, student_dir: Path, tmp_path: Path
+) -> None:
+    """Of a teacher that no family covers: its directory is read for its sizes and tokenizer alone."""
+    from megatron_npd.data.store import AnnotationStore
+
+    unknown = Path(shutil.copytree(tiny_model_dir, tmp_path / "unknown"))
+    config = json.loads((unknown / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysModel"], "model_type": "new"}))
+    make_rollouts(tmp_path / "rollouts", LENGTHS)
+    models = {"teacher_dir": tiny_model_dir, "student_dir": student_dir}
+    annotate(tmp_path / "rollouts", tmp_path / "core", models, AnnotateConfig(top_k=TOP_K, seq_length=128))
+    flags = {"rollouts": tmp_path / "rollouts", "out": tmp_path / "served", "teacher": unknown, "student": student_dir}
+    flags |= {"top-k": TOP_K, "seq-length": 128, "backend": "vllm", "urls": served_pool.urls[0], "platform": "cpu"}
+    command([f"--{name}={value}" for name, value in flags.items()])
+
+    core, served = AnnotationStore(tmp_path / "core"), AnnotationStore(tmp_path / "served")
+    assert read_manifest(tmp_path / "served").counts == read_manifest(tmp_path / "core").counts
+    assert read_manifest(tmp_path / "served").provenance["backend"] == "vllm"
+    teacher = TransformersModel(tiny_model_dir)
+    for index, row in enumerate(rollout_rows(tmp_path / "rollouts")):
+        reference = teacher(row["prompt_ids"], row["response_ids"]).logprobs
+        ours, theirs = core.teacher(index), served.teacher(index)
+        for records in (ours, theirs):
+            check_top_k(records["ids"], records["logprobs"], reference, 4e-3)  # fp16
+        np.testing.assert_allclose(theirs["log_tail"], ours["log_tail"], atol=4e-3)
+        np.testing.assert_array_equal(theirs["generator_logprob"], ours["generator_logprob"])
+        assert served.tokens(index).tolist() == core.tokens(index).tolist()
+    for one, two in zip(samples(tmp_path / "core"), samples(tmp_path / "served"), strict=True):
+        for name, value in one.items():
+            if isinstance(value, float | list):
+                np.testing.assert_allclose(two[name], value, atol=1e-4)
+            else:
+                assert two[name] == value
+
+
+def test_a_server_that_gives_too_few_logprobs_is_refused(student_dir: Path, tmp_path: Path) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS)
+    with FakeServer() as server:
+        server.max_model_len = 256
+        server.trouble = lambda body: 400 if body["sampling_params"].get("prompt_logprobs", 0) > 4 else None
+        with (
+            ServerScorer(student_dir, settings(server.url)) as scorer,
+            pytest.raises(UserError, match=r"must give 6 \(top_k\) prompt_logprobs, got 400: .*--max-logprobs 6"),
+        ):
+            scorer.score([np.array([5])], [np.array([6, 7])], top_k=TOP_K)
+
+
+def test_a_sequence_that_a_server_refuses_is_set_aside(student_dir: Path, tmp_path: Path) -> None:
+    from megatron_npd.teacher.annotate import annotate_round
+
+    make_rollouts(tmp_path / "rollouts", LENGTHS)
+    longest = max(prompt + response for prompt, response in LENGTHS)
+    with FakeServer() as server:
+        server.max_model_len = 256
+        server.trouble = lambda body: 400 if len(body["token_ids"]) == longest else None
+        cfg = settings(server.url, max_quarantined=0.2)
+        with ServerScorer(student_dir, cfg) as servers:
+            models = {"teacher_dir": student_dir, "student_dir": student_dir}
+            manifest = annotate_round(tmp_path / "rollouts", tmp_path / "out", **models, cfg=cfg, servers=servers)
+    assert manifest is not None
+    assert manifest.counts["quarantined"] == {"sampled_logprob_undefined": 1} and manifest.counts["kept"] == 7
+
+
+def _annotate_rank(rank: int, world_size: int, rollouts: Path, out: Path, student_dir: Path, url: str) -> None:
+    from megatron_npd.teacher.annotate import annotate_round
+
+    cfg = settings(url)
+    with ServerScorer(student_dir, cfg) as servers:
+        annotate_round(rollouts, out, teacher_dir=student_dir, student_dir=student_dir, cfg=cfg, servers=servers)
+
+
+def test_ranks_share_the_shards(student_dir: Path, tmp_path: Path) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
+    with FakeServer() as server:
+        server.max_model_len = 256
+        for world_size, name in ((1, "one"), (2, "two")):
+            run_distributed(_annotate_rank, world_size, tmp_path / "rollouts", tmp_path / name, student_dir, server.url)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_urls_go_with_the_backend() -> None:
+    with pytest.raises(UserError, match=r"urls must be empty, got .*backend vllm"):
+        AnnotateConfig(urls=("http://a",))
