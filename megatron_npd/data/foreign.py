@@ -206,7 +206,7 @@ def _from_answer(value: Mapping[str, Any], *, teacher: bool) -> dict[str, Any]:
     if not tokens and isinstance(request, Mapping):
         tokens = request.get("prompt")
     if not isinstance(tokens, list) and isinstance(echo, Mapping) and echo.get("tokens"):
-        tokens = [_token_id(name) for name in echo["tokens"]]
+        tokens = [_token_id(name) for name in echo["tokens"]][: _prompt_tokens(answer)]
     if not isinstance(tokens, list):
         raise BadRecord("no_token_ids", "an answer must hold prompt_token_ids (ask for return_token_ids), or token_ids")
     record["token_ids"] = tokens
@@ -228,6 +228,15 @@ def _from_answer(value: Mapping[str, Any], *, teacher: bool) -> dict[str, Any]:
     record["top_ids"] = [ids[:columns] for ids, _ in scored]
     record["top_logprobs"] = [logprobs[:columns] for _, logprobs in scored]
     return {"teacher_logprobs": own, **record}
+
+
+def _prompt_tokens(answer: Mapping[str, Any]) -> int:
+    """How many of an echo's tokens were asked about; the server's own follow, as many as it had to generate."""
+    usage = answer.get("usage")
+    number = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    if type(number) is not int or number < 1:
+        raise BadRecord("no_prompt_tokens", f"an echo must come with usage.prompt_tokens, got {number!r}")
+    return number
 
 
 def _alternatives(position: Any) -> tuple[list[int], list[float]]:

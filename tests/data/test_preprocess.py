@@ -187,8 +187,11 @@ def answer(kind: str, source: dict[str, Any]) -> dict[str, Any]:
         reply = {"choices": [{"message": {}}], "prompt_logprobs": positions, "prompt_token_ids": tokens}
         return {"id": "r0", "prompt_len": 3, "response": reply}
     named = [t and {f"token_id:{name}": value for name, value in t.items()} for t in tables]
-    echo = {"tokens": [f"token_id:{token}" for token in tokens], "token_logprobs": [], "top_logprobs": named}
-    return {"id": "r0", "prompt_len": 3, "response": {"choices": [{"text": "x", "logprobs": echo}]}}
+    generated = {"token_id:9": -0.5}  # by a server that insists on a token of its own
+    names = [f"token_id:{token}" for token in [*tokens, 9]]
+    echo = {"tokens": names, "token_logprobs": [], "top_logprobs": [*named, generated]}
+    usage = {"prompt_tokens": len(tokens), "completion_tokens": 1}
+    return {"id": "r0", "prompt_len": 3, "response": {"choices": [{"text": "x", "logprobs": echo}], "usage": usage}}
 
 
 @pytest.mark.parametrize("kind", ["vllm", "chat", "echo"])
@@ -259,6 +262,7 @@ BAD: list[tuple[str, Any]] = [
     ("no_prompt_logprobs", {"choices": [{"prompt_token_ids": [1, 2]}], "prompt_len": 1}),
     ("no_prompt_logprobs", changed(set_at("choices", 0, "prompt_logprobs", 4, to=None), answer("vllm", record()))),
     ("no_token_ids", changed(set_at("choices", 0, "prompt_logprobs", 4, to={"the": -1}), answer("vllm", record()))),
+    ("no_prompt_tokens", changed(set_at("response", "usage", to=None), answer("echo", record()))),
     ("no_prompt_logprobs", changed(set_at("choices", 0, "prompt_logprobs", 4, to={"5": -1}), answer("vllm", record()))),
     ("wrong_type", changed(set_at("choices", 0, "prompt_logprobs", 4, to={"5": "x"}), answer("vllm", record()))),
 ]
