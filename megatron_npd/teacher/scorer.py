@@ -34,10 +34,18 @@ _HEAD_ROWS = 1024  # rows of logits that exist at a time: 0.6 GB of fp32 at a vo
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MicroBatch:
+class MicroBatch:
+    """Packed rows to score.
+
+    Attributes:
+        batch: The rows.
+        places_R: int64, where their response tokens belong in ``Scores``.
+        tokens: Their tokens, without padding.
+    """
+
     batch: PackedBatch
-    places_R: npt.NDArray[np.int64]  # where its response tokens belong in Scores
-    tokens: int  # without padding
+    places_R: npt.NDArray[np.int64]
+    tokens: int
 
 
 class Scorer:
@@ -91,31 +99,13 @@ class Scorer:
             The scores on ranks of the last pipeline stage, None on the others.
         """
         assert top_k <= self.columns
-        lens_N = np.array([len(response) for response in responses], np.int64)
-        inputs_N = np.array([len(prefix) for prefix in prefixes], np.int64) + lens_N - 1
-        starts_N = np.concatenate([[0], np.cumsum(lens_N)])
-        rows_N, offsets_N = pack_lengths(inputs_N, self.seq_length, 1)
-        num_rows = int(rows_N.max(initial=-1)) + 1
-        num_micro_batches = -(-num_rows // self.micro_batch_size)
-        last = parallel_state.is_pipeline_last_stage()
-        scores = empty_scores(starts_N, top_k) if last else None
+        starts_N = np.concatenate([[0], np.cumsum([len(response) for response in responses], dtype=np.int64)])
+        scores = empty_scores(starts_N, top_k) if parallel_state.is_pipeline_last_stage() else None
+        num_micro_batches, micro_batches = self.micro_batches(prefixes, responses)
         if not num_micro_batches:
             return scores
-        order = np.lexsort((offsets_N, rows_N))
-        bounds = np.searchsorted(rows_N[order], np.arange(num_micro_batches + 1) * self.micro_batch_size)
-        micro_batches = (
-            _micro_batch(
-                order[first:end],
-                (rows_N[order[first:end]] % self.micro_batch_size) * self.seq_length + offsets_N[order[first:end]],
-                self.seq_length * self.micro_batch_size,
-                prefixes,
-                responses,
-                starts_N,
-            )
-            for first, end in pairwise(bounds)
-        )
 
-        def forward_step(data: Iterator[_MicroBatch], model: Any) -> tuple[Tensor, Callable[..., None]]:
+        def forward_step(data: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., None]]:
             micro = next(data)
             batch = micro.batch.to(self.device)
             with without_output_layer(model):  # which then sees response positions only
@@ -141,6 +131,23 @@ class Scorer:
                 collect_non_loss_data=True,
             )
         return scores
+
+    def micro_batches(self, prefixes: Sequence[Ids], responses: Sequence[Ids]) -> tuple[int, Iterator[MicroBatch]]:
+        """The packed rows of these sequences, ``micro_batch_size`` at a time, and how many that are.
+
+        Longest first: rows of one micro-batch, and those that follow one another through a pipeline, are alike.
+        """
+        lens_N = np.array([len(response) for response in responses], np.int64)
+        inputs_N = np.array([len(prefix) for prefix in prefixes], np.int64) + lens_N - 1
+        starts_N = np.concatenate([[0], np.cumsum(lens_N)])
+        rows_N, offsets_N = pack_lengths(inputs_N, self.seq_length, 1)
+        number = -(-(int(rows_N.max(initial=-1)) + 1) // self.micro_batch_size)
+        order = np.lexsort((offsets_N, rows_N))
+        bounds = np.searchsorted(rows_N[order], np.arange(number + 1) * self.micro_batch_size)
+        places_N = (rows_N % self.micro_batch_size) * self.seq_length + offsets_N
+        length = self.seq_length * self.micro_batch_size
+        parts = (order[first:end] for first, end in pairwise(bounds))
+        return number, (_micro_batch(part, places_N[part], length, prefixes, responses, starts_N) for part in parts)
 
     def _collect(
         self,
@@ -180,7 +187,7 @@ def _micro_batch(
     prefixes: Sequence[Ids],
     responses: Sequence[Ids],
     starts_N: npt.NDArray[np.int64],
-) -> _MicroBatch:
+) -> MicroBatch:
     """Lay sequences into ``length`` tokens at ascending ``offsets``; what lies between them is padding."""
     tokens_T, labels_T = np.zeros(length, np.int64), np.zeros(length, np.int64)
     positions_T, mask_T = np.arange(length), np.zeros(length, np.float32)
@@ -211,4 +218,4 @@ def _micro_batch(
         teacher_log_tail=None,
         generator_logprobs=None,
     )
-    return _MicroBatch(batch=batch, places_R=np.concatenate(places), tokens=used)
+    return MicroBatch(batch=batch, places_R=np.concatenate(places), tokens=used)
