@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -59,10 +60,13 @@ def initialize_distributed(
 
 
 def _join(backend: str) -> None:
+    # All ranks together only ever wait for each other: for rank 0 that hashes files, for one that scores a shard more.
+    # Ten minutes, the default with NCCL, are too few; groups that compute together keep megatron-core's own patience.
+    patience = timedelta(hours=2)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=patience)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=patience, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def shutdown() -> None:
