@@ -124,17 +124,6 @@ def teacher_record_dtype(top_k: int) -> np.dtype:
     )
 
 
-def record_parts(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ids and the K + 2 halves of teacher records as opaque items, views of shape [T].
-
-    numpy copies such items by one memcpy each, several times faster than a strided [T, K] array of numbers.
-    """
-    K = records.dtype["ids"].shape[0]
-    formats, offsets = [f"V{4 * K}", f"V{2 * K + 4}"], [0, 4 * K]
-    parts = records.view(np.dtype({"names": ["ids", "halves"], "formats": formats, "offsets": offsets}))
-    return parts["ids"], parts["halves"]
-
-
 def sample_id(prompt_id: str, round_index: int, path: int) -> str:
     """The id of an answer: 16 hex digits of a hash of its prompt, round and path."""
     return hashlib.sha256(f"{prompt_id}\0{round_index}\0{path}".encode()).hexdigest()[:16]

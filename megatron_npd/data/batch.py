@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from megatron_npd.data.decode import rescaled
+from megatron_npd.data.decode import decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,8 @@ class HostBatch:
         weights_T: float32 [T]; None where all are 1.
         cu_seqlens: int32 [S + 1].
         max_seqlen: Longest segment, in tokens.
-        teacher_ids_TK: int32 [T, K].
-        teacher_halves_TK2: fp16 [T, K + 2], as ``decode.empty_parts``.
+        teacher_TW: int32 [T, W], the teacher records as ``decode.empty_records`` lays them out.
+        top_k: K.
         feeds_tokens: Whether the model of this rank takes the tokens, or only the loss their labels.
     """
 
@@ -80,13 +80,13 @@ class HostBatch:
     weights_T: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
-    teacher_ids_TK: Tensor | None
-    teacher_halves_TK2: Tensor | None
+    teacher_TW: Tensor | None
+    top_k: int
     feeds_tokens: bool
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch on ``device``, where it is widened and rescaled."""
-        tokens_T = None if self.tokens_T is None else self.tokens_T.to(device, non_blocking=True).long()
+        """The batch on ``device``, where it is taken apart, widened and rescaled."""
+        tokens_T = None if self.tokens_T is None else self.tokens_T.to(device, non_blocking=True)
         T = int(self.cu_seqlens[-1])
         bounds = self.cu_seqlens.to(device, non_blocking=True).long()
         starts_T = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=T)
@@ -94,14 +94,14 @@ class HostBatch:
         if self.mask_T is not None:
             assert tokens_T is not None
             mask_T = self.mask_T.to(device, non_blocking=True)
-            labels = (tokens_T.roll(-1) * mask_T)[None]  # at a segment's last position stands the next one's token
+            labels = (tokens_T.roll(-1) * mask_T).long()[None]  # rolled, a segment's end holds the next one's token
             loss_mask = mask_T.float()[None]
-        if self.teacher_ids_TK is not None and self.teacher_halves_TK2 is not None:
-            ids_TK = self.teacher_ids_TK.to(device, non_blocking=True)
-            logprobs_TK, log_tail_T, generator_T = rescaled(self.teacher_halves_TK2.to(device, non_blocking=True))
+        if self.teacher_TW is not None:
+            records_TW = self.teacher_TW.to(device, non_blocking=True)
+            ids_TK, logprobs_TK, log_tail_T, generator_T = decoded(records_TW, self.top_k)
         return PackedBatch(
-            tokens=tokens_T[None] if tokens_T is not None and self.feeds_tokens else None,
-            position_ids=(torch.arange(T, device=device) - starts_T)[None],
+            tokens=tokens_T.long()[None] if tokens_T is not None and self.feeds_tokens else None,
+            position_ids=torch.arange(T, device=device).sub_(starts_T)[None],
             cu_seqlens=self.cu_seqlens,
             max_seqlen=self.max_seqlen,
             labels=labels,

@@ -1,14 +1,15 @@
-"""Teacher records taken apart: ids and halves into arrays of their own, checked, and the log-probs that the loss takes.
+"""Teacher records in a batch: gathered whole and checked on the host, taken apart where the loss computes.
 
-The host only moves bytes and checks them (an item at a time: a row of 32768 tokens in half a millisecond); what costs
-arithmetic, fp32 and the rescaling, is torch and runs where the loss does.
+The host only moves bytes, a sample's records by one memcpy, and the device receives them as they are; what costs
+arithmetic, fp32 and the rescaling, is torch and runs there.
 
-Legend: T tokens, K teacher columns.
+Legend: T tokens, K teacher columns, W words of a record: its 6 K + 4 bytes in int32, rounded up where K is odd.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from megatron_npd.data.store import check_token_ids
 from megatron_npd.log import UserError
-from megatron_npd.records import LOG_TAIL_FLOOR, record_parts, teacher_record_dtype
+from megatron_npd.records import LOG_TAIL_FLOOR, teacher_record_dtype
 
 # fp16 read as int16, where smaller is nearer to 0 for negative numbers: NaN, infinity and what is too large stand out.
 _POSITIVE_BITS = int(np.float16(1e-5).view(np.int16))  # what rounding may leave above log 1 = 0
@@ -25,34 +26,43 @@ _FINITE_BITS = int(np.float16(-65504.0).view(np.uint16))
 _FLOOR_BITS = int(np.float16(LOG_TAIL_FLOOR).view(np.uint16))
 
 
-def empty_parts(T: int, K: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
-    """Arrays to gather records into: ids int32 [T, K]; log-probs, log t_p and generator's log-prob fp16 [T, K + 2]."""
-    return np.empty((T, K), np.int32), np.empty((T, K + 2), np.float16)
+def empty_records(T: int, K: int, *, pin_memory: bool = False) -> Tensor:
+    """Room for T records, int32 [T, W]."""
+    return torch.empty(T, (3 * K + 3) // 2, dtype=torch.int32, pin_memory=pin_memory)
 
 
-def as_items(array: np.ndarray) -> np.ndarray:
-    """A contiguous [T, N] array as [T] opaque items, to assign ``record_parts`` to."""
-    return array.view(f"V{array.shape[1] * array.itemsize}").reshape(len(array))
+def as_items(records_TW: Tensor, K: int) -> np.ndarray:
+    """The same memory as opaque items [T]: numpy copies these by memcpy, where it would copy records field by field."""
+    size = teacher_record_dtype(K).itemsize
+    return records_TW.numpy().view(np.uint8)[:, :size].view(f"V{size}")[:, 0]
 
 
-def check_parts(
-    ids_TK: npt.NDArray[np.int32], halves_TK2: npt.NDArray[np.float16], vocab_size: int, where: str
-) -> None:
-    """Refuse records that no distribution could have left, in two passes at the speed of memory.
+@lru_cache(maxsize=4)
+def filler_record(K: int) -> np.ndarray:
+    """What stands where no record is needed: distinct ids, a distribution, no lag. One opaque item, shape [1]."""
+    record = np.empty(1, teacher_record_dtype(K))
+    record["ids"], record["logprobs"] = np.arange(K), -np.log(max(K, 1))
+    record["log_tail"], record["generator_logprob"] = LOG_TAIL_FLOOR, np.nan
+    return record.view(f"V{record.itemsize}")
+
+
+def check_records(records_TW: npt.NDArray[np.int32], K: int, vocab_size: int, where: str) -> None:
+    """Refuse records that no distribution could have left, in three passes at the speed of memory.
 
     Raises:
         UserError: An id is outside ``0 .. vocab_size - 1``, a log-prob is not finite or above 0, or a tail is not in
             [-30, 0).
     """
-    if ids_TK.size and int(ids_TK.view(np.uint32).max()) >= vocab_size:
-        check_token_ids(ids_TK, vocab_size, where)  # names the id
-    if not halves_TK2.size:
+    if not len(records_TW):
         return
-    highest, lowest = _column_max(halves_TK2.view(np.int16)), _column_max(halves_TK2.view(np.uint16))
-    log_tail_T = halves_TK2[:, -2].view(np.int16)
-    if highest[:-2].max() > _POSITIVE_BITS or lowest[:-2].max() > _FINITE_BITS:
+    if int(_column_max(records_TW.view(np.uint32))[:K].max()) >= vocab_size:
+        check_token_ids(records_TW[:, :K], vocab_size, where)  # names the id
+    logprobs, tail = slice(2 * K, 3 * K), 3 * K
+    highest, lowest = _column_max(records_TW.view(np.int16)), _column_max(records_TW.view(np.uint16))
+    log_tail_T = records_TW.view(np.int16)[:, tail]
+    if highest[logprobs].max() > _POSITIVE_BITS or lowest[logprobs].max() > _FINITE_BITS:
         raise UserError(f"{where} must hold finite log-probs <= 0, got another value; annotate again")
-    if highest[-2] >= 0 or lowest[-2] > _FLOOR_BITS or int(log_tail_T.min()) == np.iinfo(np.int16).min:  # that is -0.0
+    if highest[tail] >= 0 or lowest[tail] > _FLOOR_BITS or int(log_tail_T.min()) == np.iinfo(np.int16).min:  # is -0.0
         raise UserError(f"{where} must hold log tails in [{LOG_TAIL_FLOOR:g}, 0), got another value; annotate again")
 
 
@@ -62,19 +72,22 @@ def _column_max(array_TN: np.ndarray) -> np.ndarray:
     return array_TN.reshape(math.gcd(T, 128), -1).max(axis=0).reshape(-1, N).max(axis=0)
 
 
-def rescaled(halves_TK2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the loss takes, from the halves of the records, on their device.
+def decoded(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the loss takes, from records on their device.
 
     Returns:
-        Log-probs float32 [T, K], rescaled so that their mass is 1 - t_p (METHOD section 2: fp16 rounding never gives
-        a mass above 1); log t_p float32 [T]; generator's log-probs float32 [T].
+        Ids int32 [T, K], a view of the records; log-probs float32 [T, K], rescaled so that their mass is 1 - t_p
+        (METHOD section 2: fp16 rounding never gives a mass above 1); log t_p float32 [T]; generator's log-probs
+        float32 [T].
     """
-    floats_TK2 = halves_TK2.float()
-    logprobs_TK, log_tail_T, generator_T = floats_TK2[:, :-2], floats_TK2[:, -2].clone(), floats_TK2[:, -1].clone()
-    # exp over whole rows, which are contiguous; the matrix-vector product then steps over the last two numbers.
-    mass_T = floats_TK2.exp()[:, :-2] @ floats_TK2.new_ones(logprobs_TK.shape[1])
-    log_kept_T = torch.log(-torch.expm1(log_tail_T))
-    return logprobs_TK.add_((log_kept_T - torch.log(mass_T))[:, None]), log_tail_T, generator_T
+    halves_TH = records_TW.view(torch.float16)
+    # Contiguous before anything is computed: torch is slow on rows of K numbers that are apart in memory.
+    logprobs_TK = torch.narrow_copy(halves_TH, 1, 2 * K, K).float()
+    log_tail_T, generator_T = halves_TH[:, 3 * K].float(), halves_TH[:, 3 * K + 1].float()
+    # exp2: torch's exp, which is MKL's, takes more than twice as long on an AMD processor.
+    mass_T = (logprobs_TK * math.log2(math.e)).exp2_() @ logprobs_TK.new_ones(K)
+    log_scale_T = torch.log(-torch.expm1(log_tail_T) / mass_T)
+    return records_TW[:, :K], logprobs_TK.add_(log_scale_T[:, None]), log_tail_T, generator_T
 
 
 def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,22 +98,14 @@ def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tens
         vocab_size: V*.
 
     Returns:
-        ids int32 [T, K]; log-probs float32 [T, K], log t_p float32 [T], generator's log-probs float32 [T] as
-        ``rescaled`` gives them.
+        As ``decoded``.
 
     Raises:
-        UserError: As ``check_parts``.
+        UserError: As ``check_records``.
     """
-    ids_TK, halves_TK2 = empty_parts(len(records_T), records_T.dtype["ids"].shape[0])
-    as_items(ids_TK)[:], as_items(halves_TK2)[:] = record_parts(records_T)
-    check_parts(ids_TK, halves_TK2, vocab_size, "the teacher records")
-    return torch.from_numpy(ids_TK), *rescaled(torch.from_numpy(halves_TK2))
-
-
-def filler_parts(T: int, K: int) -> tuple[np.ndarray, np.ndarray]:
-    """What stands where no record is needed, as ``record_parts``: distinct ids, a distribution, no lag."""
-    records = np.empty(T, teacher_record_dtype(K))
-    records["ids"], records["logprobs"] = np.arange(K), -np.log(max(K, 1))
-    records["log_tail"], records["generator_logprob"] = LOG_TAIL_FLOOR, np.nan
-    ids, halves = record_parts(records)
-    return ids.copy(), halves.copy()
+    K = records_T.dtype["ids"].shape[0]
+    records_TW = empty_records(len(records_T), K)
+    items = as_items(records_TW, K)
+    items[:] = records_T.view(items.dtype)
+    check_records(records_TW.numpy(), K, vocab_size, "the teacher records")
+    return decoded(records_TW, K)

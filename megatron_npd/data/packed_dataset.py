@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from megatron_npd.data.batch import HostBatch
-from megatron_npd.data.decode import as_items, check_parts, filler_parts
+from megatron_npd.data.decode import as_items, check_records, empty_records, filler_record
 from megatron_npd.data.order import PACKS_KIND, RowSchedule, load_schedule
 from megatron_npd.data.store import AnnotationStore, check_token_ids
 from megatron_npd.log import UserError
@@ -156,12 +155,9 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
     mask_T = torch.zeros(T if streams.targets else 0, dtype=torch.bool, pin_memory=pin_memory)
     weighted = streams.targets and any(source.weighted for source, _ in rows)
     weights_T = torch.ones(T if weighted else 0, dtype=torch.float32, pin_memory=pin_memory)
-    weights = weights_T.numpy()
-    T_teacher = T if streams.teacher else 0
-    ids_TK = torch.empty(T_teacher, packs.top_k, dtype=torch.int32, pin_memory=pin_memory)
-    halves_TK2 = torch.empty(T_teacher, packs.top_k + 2, dtype=torch.float16, pin_memory=pin_memory)
-    tokens, mask, ids, halves = tokens_T.numpy(), mask_T.numpy(), as_items(ids_TK.numpy()), as_items(halves_TK2.numpy())
-    filler_ids, filler_halves = _filler(packs.seq_length if streams.teacher else 0, packs.top_k)
+    records_TW = empty_records(T if streams.teacher else 0, packs.top_k, pin_memory=pin_memory)
+    tokens, mask, weights = tokens_T.numpy(), mask_T.numpy(), weights_T.numpy()
+    records, filler = as_items(records_TW, packs.top_k), filler_record(packs.top_k)
     starts, written = [], 0  # written: first token without a teacher record
     for index, (source, row) in enumerate(rows):
         assert (source.seq_length, source.top_k, source.streams) == (packs.seq_length, packs.top_k, streams)
@@ -179,24 +175,19 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
             if streams.tokens or streams.targets:
                 tokens[start:end] = source.store.tokens(sample)[:length]
             if streams.teacher:
-                own_ids, own_halves = source.store.teacher_parts(sample)
-                ids[written:first], halves[written:first] = (
-                    filler_ids[: first - written],
-                    filler_halves[: first - written],
-                )
                 answer = end - 1 - first  # all of it, but for a truncated sample
-                ids[first : end - 1], halves[first : end - 1] = own_ids[:answer], own_halves[:answer]
+                records[written:first] = filler
+                records[first : end - 1] = source.store.teacher(sample)[:answer].view(records.dtype)
                 written = end - 1
         if tail < end_of_row:
             starts.append(tail)
         if streams.teacher:
-            rest = end_of_row - written
-            ids[written:end_of_row], halves[written:end_of_row] = filler_ids[:rest], filler_halves[:rest]
+            records[written:end_of_row] = filler
             written = end_of_row
     where = str(packs.store.path)
     check_token_ids(tokens, packs.vocab_size, where)
     if not all(source.checked[row] for source, row in rows):
-        check_parts(ids_TK.numpy(), halves_TK2.numpy(), packs.vocab_size, where)
+        check_records(records_TW.numpy(), packs.top_k, packs.vocab_size, where)
         for source, row in rows:
             source.checked[row] = True
     bounds = np.array([*starts, T], np.int32)
@@ -207,16 +198,10 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
         weights_T=weights_T if weighted else None,
         cu_seqlens=torch.from_numpy(bounds),
         max_seqlen=int(lens.max()),
-        teacher_ids_TK=ids_TK if streams.teacher else None,
-        teacher_halves_TK2=halves_TK2 if streams.teacher else None,
+        teacher_TW=records_TW if streams.teacher else None,
+        top_k=packs.top_k,
         feeds_tokens=streams.tokens,
     )
-
-
-@lru_cache(maxsize=4)
-def _filler(T: int, K: int) -> tuple[np.ndarray, np.ndarray]:
-    """Filler for a row's positions without a record."""
-    return filler_parts(T, K)
 
 
 class PackedDataset:

@@ -34,7 +34,6 @@ from megatron_npd.records import (
     LOGPROB_ROUNDING,
     SAMPLE_SCHEMA,
     SAMPLES_FILE,
-    record_parts,
     teacher_record_dtype,
 )
 
@@ -221,7 +220,6 @@ class _Stream:
 class _Shard:
     tokens: _Stream  # int32
     teacher: _Stream | None  # records of all response tokens
-    parts: tuple[np.ndarray, np.ndarray] | None  # the same, ids and halves apart
 
 
 class AnnotationStore:
@@ -284,10 +282,10 @@ class AnnotationStore:
             raise UserError(f"{shard_path} must have prompts and responses of 1 token or more, got 0; annotate again")
         tokens = self._open_pair(shard_path / "tokens", np.dtype("<i4"), 1, lens_N2.sum(axis=1))
         if not self.top_k:
-            return _Shard(tokens=tokens, teacher=None, parts=None)
+            return _Shard(tokens=tokens, teacher=None)
         dtype = teacher_record_dtype(self.top_k)
         teacher = self._open_pair(shard_path / "teacher", dtype, dtype.itemsize // 2, lens_N2[:, 1])
-        return _Shard(tokens=tokens, teacher=teacher, parts=record_parts(teacher.items))
+        return _Shard(tokens=tokens, teacher=teacher)
 
     def _open_pair(
         self, prefix: Path, dtype: np.dtype, numbers_per_item: int, lens_N: npt.NDArray[np.integer]
@@ -330,14 +328,6 @@ class AnnotationStore:
         shard, local = self._locate(index)
         assert shard.teacher is not None, f"{self.path} holds no teacher records"
         return shard.teacher.items[shard.teacher.starts[local] : shard.teacher.starts[local + 1]]
-
-    def teacher_parts(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same records as ``records.record_parts``."""
-        shard, local = self._locate(index)
-        assert shard.teacher is not None and shard.parts is not None, f"{self.path} holds no teacher records"
-        start, end = shard.teacher.starts[local], shard.teacher.starts[local + 1]
-        ids, halves = shard.parts
-        return ids[start:end], halves[start:end]
 
     def will_need(self, indices: npt.NDArray[np.integer], *, tokens: bool, teacher: bool) -> None:
         """Have the kernel read these samples' tokens and teacher records ahead, in the order of the files."""
