@@ -31,6 +31,7 @@ from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 
 KIND = "checkpoint"
 _STATE_FILE = "state.json"
+_STREAM_ERROR = "iostream error"  # all that torch.save says where it opens the file itself and the disk fails
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -70,7 +71,9 @@ def save_checkpoint(
         tensors = _sharded_state(model, optimizer, scheduler, is_loading=False)
         try:
             _save(tensors, part)
-        except CheckpointException as error:
+        except (CheckpointException, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and _STREAM_ERROR not in str(error):
+                raise
             raise UserError(
                 f"{path} must be writable, got: {_reason(error)}; mend that and run the same command again"
             ) from error
@@ -216,6 +219,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         failures = list(error.failures.values())
         return str(failures[0][0]) if failures else "a failure that rank 0 reports"
+    if isinstance(error, RuntimeError):
+        return f"'{error}' from torch, as of a full disk"
     return str(error)
 
 
