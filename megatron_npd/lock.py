@@ -32,8 +32,13 @@ def _machine() -> dict[str, str]:
 
 
 @contextmanager
-def hold_lock(directory: str | Path) -> Iterator[None]:
+def hold_lock(directory: str | Path, *, believe: bool = True) -> Iterator[None]:
     """Hold ``directory/.lock``; a dead holder's is taken over.
+
+    Args:
+        directory: It must exist.
+        believe: Stop for a holder on another machine whose lock the kernel gives out. False where what is written has
+            locks of its own, and a job that starts again elsewhere must not wait for a hand.
 
     Raises:
         UserError: Another process holds it, or one on another machine may; the message names it.
@@ -54,7 +59,8 @@ def hold_lock(directory: str | Path) -> Iterator[None]:
                 "its flock option, or use another directory"
             ) from error
         before, here = _read(fd), _machine()
-        if before.get("pid") and not any(before.get(name) == value != "" for name, value in here.items()):
+        elsewhere = not any(before.get(name) == value != "" for name, value in here.items())
+        if believe and before.get("pid") and elsewhere:
             raise UserError(
                 f"{directory} must have one writer, got a second one beside {_words(before)}; if that one is gone, "
                 f"remove {path} and rerun"

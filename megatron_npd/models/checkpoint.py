@@ -64,7 +64,7 @@ def save_checkpoint(
     """
     path = Path(root) / f"iter_{iteration:07d}"
     with ExitStack() as stack:
-        with _together():
+        with together():
             if dist.get_rank() == 0:
                 stack.enter_context(writing(path))
         part = path / PART
@@ -77,7 +77,7 @@ def save_checkpoint(
             raise UserError(
                 f"{path} must be writable, got: {_reason(error)}; mend that and run the same command again"
             ) from error
-        with _together():
+        with together():
             if dist.get_rank() == 0:
                 content = {"state": dict(state), "optimizer": optimizer is not None, "scheduler": scheduler is not None}
                 (part / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
@@ -126,7 +126,7 @@ def load_checkpoint(
         UserError: The directory is not a sealed checkpoint, a file is damaged, or it holds another model.
     """
     path = Path(path)
-    with _together():
+    with together():
         # Nothing may lie there that no hash vouches for: it could be a pickle that megatron-core opens.
         if dist.get_rank() == 0 and (foreign := unlisted(path, read_manifest(path, kind=KIND))):
             raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
@@ -225,7 +225,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Run a block on all ranks; a rank's error in it is raised on every rank, so that none waits for another."""
     failure: Exception | None = None
     try:
