@@ -80,6 +80,8 @@ class Bench:
             _remove(out)
             outcome = self.zygote.run(stage, run, mode, at, kill_after)
             ends[_end(outcome)] += 1
+            if kills and outcome.code == 0:  # the machine is less busy than before; a tenth more, to hit the last lines
+                self.seconds[stage] = 1.1 * outcome.seconds
             broken += [f"{where}: {text}" for text in self._promises(stage, run, out, mode, outcome)]
             if kills and ends["killed"] == kills:
                 break
