@@ -20,7 +20,7 @@ from typing import Any
 from megatron_npd.log import UserError
 
 LOCK = ".lock"
-_held: dict[Path, bytes] = {}  # directory -> what its lock file must say
+_held: dict[Path, bytes] = {}  # lock file -> what it must say
 
 
 def _machine() -> dict[str, str]:
@@ -32,14 +32,20 @@ def _machine() -> dict[str, str]:
 
 
 @contextmanager
-def hold_lock(directory: str | Path) -> Iterator[None]:
+def hold_lock(directory: str | Path, *, name: str = LOCK, believe: bool = True) -> Iterator[None]:
     """Hold ``directory/.lock``; a dead holder's is taken over.
+
+    Args:
+        directory: It must exist.
+        name: Of the lock file, where it is for a part of the directory alone.
+        believe: Stop for a holder on another machine whose lock the kernel gives out. False where what is written is
+            safe without, and a job that starts again elsewhere must not wait for a hand.
 
     Raises:
         UserError: Another process holds it, or one on another machine may; the message names it.
     """
     directory = Path(directory)
-    path = directory / LOCK
+    path = directory / name
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         try:
@@ -54,7 +60,8 @@ def hold_lock(directory: str | Path) -> Iterator[None]:
                 "its flock option, or use another directory"
             ) from error
         before, here = _read(fd), _machine()
-        if before.get("pid") and not any(before.get(name) == value != "" for name, value in here.items()):
+        elsewhere = not any(before.get(name) == value != "" for name, value in here.items())
+        if believe and before.get("pid") and elsewhere:
             raise UserError(
                 f"{directory} must have one writer, got a second one beside {_words(before)}; if that one is gone, "
                 f"remove {path} and rerun"
@@ -62,7 +69,7 @@ def hold_lock(directory: str | Path) -> Iterator[None]:
         epoch = before.get("epoch")
         epoch = epoch + 1 if isinstance(epoch, int) else 1
         _write(fd, text := json.dumps({"epoch": epoch, "pid": os.getpid(), **here}).encode() + b"\n")
-        _held[key := directory.resolve()] = text
+        _held[key := directory.resolve() / name] = text
         try:
             yield
         finally:
@@ -79,7 +86,8 @@ def check_lock(directory: str | Path) -> None:
     Raises:
         UserError: The lock file names another holder or is gone.
     """
-    text, path = _held.get(Path(directory).resolve()), Path(directory) / LOCK
+    path = Path(directory) / LOCK
+    text = _held.get(Path(directory).resolve() / LOCK)
     now = path.read_bytes() if path.is_file() else b""
     if text is not None and now != text:
         raise UserError(

@@ -248,6 +248,9 @@ def test_a_writer_on_another_machine_is_believed_until_its_lock_is_removed(tmp_p
         out.mkdir()
         (out / LOCK).write_text(json.dumps(there | {known: lock._machine()[known]}))
         make(out)
+    (out / LOCK).write_text(json.dumps(there))
+    with lock.hold_lock(out, believe=False):  # as the trainer holds it
+        assert json.loads((out / LOCK).read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("removed", [True, False])

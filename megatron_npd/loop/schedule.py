@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_npd.data.order import ScheduleEntry, load_schedule, schedule_text
+from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError
 from megatron_npd.manifest import file_inside, write_atomic
 
@@ -21,10 +22,16 @@ def append_entry(path: str | Path, entry: ScheduleEntry) -> None:
     """Append one round to the schedule, durably; a round that stands there already must be the same.
 
     Raises:
-        UserError: The schedule holds the round with other values, ends before the round that precedes it, or the packs
-            lie outside its directory.
+        UserError: The schedule holds the round with other values, ends before the round that precedes it, another
+            process is appending to it, or the packs lie outside its directory.
     """
     path = Path(path)
+    # Not the directory's own lock, which the run's controller holds.
+    with hold_lock(path.parent, name=f".{path.name}.lock", believe=False):
+        _append(path, entry)
+
+
+def _append(path: Path, entry: ScheduleEntry) -> None:
     entries = load_schedule(path) if path.exists() else []
     if entry.round < len(entries):
         if entries[entry.round] != entry:

@@ -130,7 +130,8 @@ def _directories(run: Path) -> list[Path]:
     found = []
     for folder, names, files in os.walk(run):
         names[:] = [name for name in names if not name.startswith(".")]
-        if MANIFEST in files or (LOCK in files and Path(folder) != run):
+        parent = any(name.startswith("iter_") for name in names)  # checkpoints; the lock is their trainer's
+        if MANIFEST in files or (LOCK in files and Path(folder) != run and not parent):
             found.append(Path(folder))
     return found
 

@@ -31,6 +31,7 @@ from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 
 KIND = "checkpoint"
 _STATE_FILE = "state.json"
+_STREAM_ERROR = "iostream error"  # all that torch.save says where it opens the file itself and the disk fails
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -63,18 +64,20 @@ def save_checkpoint(
     """
     path = Path(root) / f"iter_{iteration:07d}"
     with ExitStack() as stack:
-        with _together():
+        with together():
             if dist.get_rank() == 0:
                 stack.enter_context(writing(path))
         part = path / PART
         tensors = _sharded_state(model, optimizer, scheduler, is_loading=False)
         try:
             _save(tensors, part)
-        except CheckpointException as error:
+        except (CheckpointException, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and _STREAM_ERROR not in str(error):
+                raise
             raise UserError(
                 f"{path} must be writable, got: {_reason(error)}; mend that and run the same command again"
             ) from error
-        with _together():
+        with together():
             if dist.get_rank() == 0:
                 content = {"state": dict(state), "optimizer": optimizer is not None, "scheduler": scheduler is not None}
                 (part / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
@@ -123,7 +126,7 @@ def load_checkpoint(
         UserError: The directory is not a sealed checkpoint, a file is damaged, or it holds another model.
     """
     path = Path(path)
-    with _together():
+    with together():
         # Nothing may lie there that no hash vouches for: it could be a pickle that megatron-core opens.
         if dist.get_rank() == 0 and (foreign := unlisted(path, read_manifest(path, kind=KIND))):
             raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
@@ -216,11 +219,13 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         failures = list(error.failures.values())
         return str(failures[0][0]) if failures else "a failure that rank 0 reports"
+    if isinstance(error, RuntimeError):
+        return f"'{error}' from torch, as of a full disk"
     return str(error)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Run a block on all ranks; a rank's error in it is raised on every rank, so that none waits for another."""
     failure: Exception | None = None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,12 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def sync(self) -> None:
+        """Flush the lines to the disk: a checkpoint must not outlive those of the steps before it."""
+        if self._jsonl is not None:
+            self._jsonl.flush()
+            os.fsync(self._jsonl.fileno())
 
     def write(self, record: dict[str, Any]) -> None:
         """Take one step's record: keys as ``step.SUMS`` and ``trainer`` name them, None where undefined."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -18,9 +18,16 @@ from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.order import ScheduleEntry, microbatch_positions
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.prefetch import Prefetcher
+from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.build import ModelSpec, build_model, load_spec
-from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, saved_state
+from megatron_npd.models.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    saved_state,
+    together,
+)
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.arguments import check_objective
 from megatron_npd.platform import get_platform
@@ -57,22 +64,28 @@ def train(cfg: TrainConfig) -> TrainResult:
     earlier one reached returns at once.
 
     Raises:
-        UserError: Configuration, model, data or checkpoint do not fit together, or the loss is not finite.
+        UserError: Configuration, model, data or checkpoint do not fit together, the loss is not finite, or another
+            process trains into ``save``.
     """
     platform = get_platform(cfg.platform)
     _check_paths(cfg)
     check_objective(**kd_settings(cfg))
+    initialize_distributed(
+        tensor_model_parallel_size=cfg.tensor_model_parallel_size,
+        pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
+        seed=cfg.seed,
+    )
+    with _only_trainer(cfg):
+        return _train(cfg, platform)
+
+
+def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
     checkpoint = _newest_checkpoint(cfg)
     state = {"iteration": 0, "rows_consumed": 0} if checkpoint is None else saved_state(checkpoint)
     if state["iteration"] >= stop:
         get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
         return _result(cfg, state)
-    initialize_distributed(
-        tensor_model_parallel_size=cfg.tensor_model_parallel_size,
-        pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
-        seed=cfg.seed,
-    )
     spec = load_spec(cfg.hf_model)
     data = _open_data(cfg, spec)
     rows_per_step = _rows_per_step(cfg, data.seq_length)
@@ -133,6 +146,8 @@ def train(cfg: TrainConfig) -> TrainResult:
                     }
                 )
             if cfg.save and (iteration == stop or (cfg.save_interval and iteration % cfg.save_interval == 0)):
+                if writer is not None:
+                    writer.sync()
                 state = {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed}
                 save_checkpoint(
                     cfg.save,
@@ -152,6 +167,18 @@ def _result(cfg: TrainConfig, state: Mapping[str, Any]) -> TrainResult:
         finished=state["iteration"] >= cfg.train_iters,
         metrics_path=metrics_file(cfg),
     )
+
+
+@contextmanager
+def _only_trainer(cfg: TrainConfig) -> Iterator[None]:
+    """Keep a second trainer out of ``save``: the two would append to one metrics file and drop each other's lines."""
+    with ExitStack() as stack:
+        if cfg.save:
+            with together():
+                if dist.get_rank() == 0:
+                    Path(cfg.save).mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(hold_lock(cfg.save, believe=False))
+        yield
 
 
 def _check_paths(cfg: TrainConfig) -> None:

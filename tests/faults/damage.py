@@ -133,7 +133,7 @@ class Readers:
                 verdict = "refused"
             results[kind][verdict] += 1
             if verdict != "refused":
-                wrong.append(f"{how} at byte {place} of {file.relative_to(self.root)}: {verdict}")
+                wrong.append(f"{kind}: {how} at byte {place} of {file.relative_to(self.root)}: {verdict}")
             file.write_bytes(whole)
         return results, wrong
 
@@ -162,7 +162,7 @@ def fuzz(readers: Readers, rng: random.Random, number: int) -> tuple[dict[str, C
             verdict = "refused"
         except Exception as error:
             verdict = f"crashed with {type(error).__name__}"
-            wrong.append(f"fuzz of {name}: {verdict} {str(error)[:200]} for {data[:200]!r}")
+            wrong.append(f"{name}: fuzz, {verdict} {str(error)[:200]} for {data[:200]!r}")
         results[name][verdict] += 1
         file.write_bytes(seeds[0])
     return results, wrong

@@ -1,7 +1,7 @@
 """Makes the process it is installed in die, or its disk fail, at the N-th thing that it does to the file system.
 
-Events are raw writes (of Python's files and of pyarrow's and safetensors', which are led through Python's), fsync,
-rename, replace, mkdir, unlink, rmdir, truncate and pwrite.
+Events are raw writes (of Python's files and of pyarrow's, safetensors' and torch's, which are led through Python's),
+fsync, rename, replace, mkdir, unlink, rmdir, truncate and pwrite.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class Disturbance:
             if buffering == 0:
                 return raw
             buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
-            return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding or "utf-8", *args, **more)
+            if "b" in mode:
+                return buffered
+            return io.TextIOWrapper(buffered, encoding or "utf-8", *args, line_buffering=buffering == 1, **more)
 
         builtins.open = io.open = opened  # type: ignore[assignment]
         for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate", "pwrite"):
@@ -78,9 +80,10 @@ class Disturbance:
 
 
 def _lead_through_python() -> None:
-    """Let pyarrow and safetensors write into Python's files."""
+    """Let pyarrow, safetensors and torch write into Python's files."""
     import pyarrow.parquet as pq
     import safetensors.torch
+    import torch
 
     from megatron_npd.models import hf_checkpoint
 
@@ -98,5 +101,14 @@ def _lead_through_python() -> None:
         with open(file, "wb") as stream:
             stream.write(safetensors.torch.save(tensors, metadata))
 
+    real_save = torch.save
+
+    def save(value: Any, where: Any, *args: Any, **options: Any) -> None:
+        if not isinstance(where, str | Path):
+            return real_save(value, where, *args, **options)
+        with open(where, "wb") as stream:
+            real_save(value, stream, *args, **options)
+
+    torch.save = save
     pq.ParquetWriter = pq.core.ParquetWriter = Writer  # type: ignore[misc]
     hf_checkpoint.save_file = save_file

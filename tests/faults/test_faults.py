@@ -30,9 +30,10 @@ def test_a_disturbed_stage_is_refused_and_mended(bench: Bench, stage: str) -> No
     rng = random.Random(len(stage))
     last = bench.events[stage]
     points = [("kill", at, 0.0) for at in range(max(1, last - 2), last + 1)]
-    points += bench.boundaries(stage, rng, 1) + bench.moments(stage, rng, 1)
+    points += bench.boundaries(stage, rng, 1)
     points += [("full", rng.randint(1, last), 0.0), ("short", 0, 0.0)]
     ends, broken = bench.disturb(stage, points)
+    broken += bench.random_kills(stage, rng, 1)[1]
     assert not broken, "\n".join(broken)
     assert ends["killed"] >= 2
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_npd.config import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig
-from megatron_npd.manifest import is_sealed
+from megatron_npd.config import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig, TrainConfig
+from megatron_npd.manifest import MANIFEST, is_sealed
+from megatron_npd.training.metrics import METRICS_FILE
 from tests.data.make_store import make_records
 from tests.helpers import VOCAB_SIZE, make_tiny_model
 
@@ -23,6 +25,9 @@ ROLLOUT = RolloutConfig(
 )
 SERVER, INPUTS = "NPD_FAULTS_SERVER", "NPD_FAULTS_INPUTS"  # environment of the process that runs a stage
 PROMPTS = 14
+STEPS, SAVE_EVERY = 3, 2  # of the training: checkpoints after steps 2 and 3
+UNSTABLE = (".metadata", "common.pt")  # of a dist checkpoint: pickles, whose bytes hold times and the order of sets
+TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")  # in a line of metrics
 
 
 def make_inputs(root: Path) -> Path:
@@ -108,6 +113,15 @@ def schedule(run: Path) -> None:
     append_entry(run / "schedule.jsonl", entry)
 
 
+def training(run: Path) -> None:
+    from megatron_npd.training.trainer import train
+
+    model, data = Path(os.environ[INPUTS]) / "student", run / "schedule.jsonl"
+    files = {"hf_model": str(model), "data_path": str(data), "save": str(run / "training")}
+    steps = {"train_iters": STEPS, "save_interval": SAVE_EVERY, "global_batch_size": 2, "log_interval": 1}
+    train(TrainConfig(**files, **steps, lr=1e-3, adam_eps=1e-6, platform="cpu"))
+
+
 def checkpoint(run: Path) -> None:
     from megatron_npd.models.convert import hf_to_megatron
 
@@ -131,18 +145,31 @@ OUTPUTS = {
     "selection": "rounds/0000/selection",
     "packs": "rounds/0000/packs",
     "schedule": "schedule.jsonl",
+    "training": "training",
     "checkpoint": "checkpoints/iter_0000000",
     "policy": "policies/v0001",
 }
 STAGES: dict[str, Callable[[Path], None]] = {
-    stage.__name__: stage for stage in (prompts, rollouts, annotations, selection, packs, schedule, checkpoint, policy)
+    stage.__name__: stage
+    for stage in (prompts, rollouts, annotations, selection, packs, schedule, training, checkpoint, policy)
 }
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """Every file that a reader may see, without locks and temporaries."""
+    """Every file that a reader may see, without locks and temporaries; of what holds times, the rest."""
     if path.is_file():
         return {path.name: path.read_bytes()}
     files = (file for file in path.rglob("*") if file.is_file())
     visible = (file for file in files if file.name == ".metadata" or not file.name.startswith("."))
-    return {str(file.relative_to(path)): file.read_bytes() for file in visible}
+    return {str(file.relative_to(path)): _lasting(file) for file in visible}
+
+
+def _lasting(file: Path) -> bytes:
+    data = file.read_bytes()
+    if file.name in UNSTABLE or (file.name == MANIFEST and (file.parent / UNSTABLE[0]).exists()):
+        return b"there" if data else b"empty"
+    if file.name == METRICS_FILE:
+        with suppress(ValueError):  # a torn line differs as it stands
+            lines = [json.loads(line) for line in data.splitlines()]
+            return json.dumps([{name: line[name] for name in line if name not in TIMES} for line in lines]).encode()
+    return data

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a stage's process ended: exit code, or minus the signal; events counted; what it printed."""
+    """How a stage's process ended.
+
+    Attributes:
+        code: Exit code, or minus the signal.
+        events: Events counted, where it was not killed.
+        seconds: From the stage's first line to its last, without the fork before and the exit after.
+        text: What it printed.
+    """
 
     code: int
     events: int
+    seconds: float
     text: str
 
 
@@ -38,7 +48,7 @@ class Zygote:
 
     def __init__(self, inputs: Path, server: str) -> None:
         environment = os.environ | {"NPD_FAULTS_INPUTS": str(inputs), "NPD_FAULTS_SERVER": server}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(inputs)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.zygote"],
             stdin=subprocess.PIPE,
@@ -50,7 +60,7 @@ class Zygote:
         )
 
     def run(self, stage: str, run: Path, mode: str = "none", at: int = 0, kill_after: float = 0.0) -> Outcome:
-        """Run a stage; ``kill_after`` seconds from its start it is killed, where that is not 0."""
+        """Run a stage; kill it ``kill_after`` seconds from its first line, where that is not 0."""
         assert self._process.stdin is not None and self._process.stdout is not None
         request = {"stage": stage, "run": str(run), "mode": mode, "at": at, "kill_after": kill_after}
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -75,28 +85,36 @@ def _serve() -> None:
     import megatron_npd.models.convert
     import megatron_npd.rollout.generate
     import megatron_npd.selection.select
-    import megatron_npd.teacher.annotate  # noqa: F401
+    import megatron_npd.teacher.annotate
+    import megatron_npd.training.trainer  # noqa: F401
     from tests.faults import disturb, world
 
+    gc.freeze()  # megatron-core collects garbage by hand, for a quarter of a second with all that was imported
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as count:
+            news, tell = os.pipe()  # a byte when the stage begins, and one when it ends; a dead child closes it
             pid = os.fork()
             if pid == 0:
-                _child(request, output, count, disturb, world)
-            timer = threading.Timer(request["kill_after"], os.kill, (pid, signal.SIGKILL))
-            if request["kill_after"]:
-                timer.start()
+                _child(request, output, count, tell, disturb, world)
+            os.close(tell)
+            os.read(news, 1)
+            begun = time.monotonic()
+            if request["kill_after"] and not select.select([news], [], [], request["kill_after"])[0]:
+                os.kill(pid, signal.SIGKILL)
+            os.read(news, 1)
+            seconds = time.monotonic() - begun
+            os.close(news)
             _, status = os.waitpid(pid, 0)
-            timer.cancel()
             output.seek(0)
             count.seek(0)
             text, events = output.read(), count.read()
-        answer = {"code": os.waitstatus_to_exitcode(status), "events": int(events or 0), "text": text[-4000:]}
-        print(json.dumps(answer), flush=True)
+        code = os.waitstatus_to_exitcode(status)
+        answer = Outcome(code=code, events=int(events or 0), seconds=seconds, text=text[-4000:])
+        print(json.dumps(vars(answer)), flush=True)
 
 
-def _child(request: dict[str, Any], output: Any, count: Any, disturb: Any, world: Any) -> None:
+def _child(request: dict[str, Any], output: Any, count: Any, tell: int, disturb: Any, world: Any) -> None:
     code = 1
     try:
         os.dup2(output.fileno(), 1)
@@ -106,10 +124,12 @@ def _child(request: dict[str, Any], output: Any, count: Any, disturb: Any, world
 
         disturbance = disturb.Disturbance(request["mode"], request["at"])
         disturbance.install()
+        os.write(tell, b".")
         try:
             run_main(lambda: world.STAGES[request["stage"]](Path(request["run"])))
         except SystemExit as end:
             code = end.code
+        os.write(tell, b".")
         os.write(count.fileno(), str(disturbance.count).encode())
     except BaseException:
         import traceback

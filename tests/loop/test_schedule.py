@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_npd.data.order import ScheduleEntry, load_schedule
+from megatron_npd.lock import LOCK, hold_lock
 from megatron_npd.log import UserError
 from megatron_npd.loop.schedule import append_entry, round_boundaries
 
@@ -43,3 +45,16 @@ def test_a_scheduled_round_cannot_be_changed_or_skipped(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must hold round 1 next, got round 2"):
         append_entry(path, entry(2, 160))
     assert load_schedule(path) == [entry(0, 0)]
+
+
+def test_one_process_appends_at_a_time_beside_the_runs_controller(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.jsonl"
+    append_entry(path, entry(0, 0))
+    with (
+        hold_lock(tmp_path, name=".schedule.jsonl.lock"),
+        pytest.raises(UserError, match=f"one writer, got a second one beside process {os.getpid()}"),
+    ):
+        append_entry(path, entry(1, 80))
+    with hold_lock(tmp_path):
+        append_entry(path, entry(1, 80))
+        assert (tmp_path / LOCK).exists() and len(load_schedule(path)) == 2

@@ -158,14 +158,14 @@ def test_directories(model_dir: Path, tmp_path: Path) -> None:
     assert max(seconds) < 5
 
 
-def _full_disk(rank: int, world: int, model_dir: Path, root: Path) -> str:
+def _full_disk(rank: int, world: int, model_dir: Path, root: Path, limit: int) -> str:
     from megatron_npd.models.checkpoint import latest_checkpoint
 
     trainer = _trainer(model_dir)
     trainer.step(0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # a write beyond it fails as one on a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a write beyond it fails as one on a full disk does
     with pytest.raises(UserError) as caught:
         _save(trainer, root, 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -175,8 +175,10 @@ def _full_disk(rank: int, world: int, model_dir: Path, root: Path) -> str:
 
 
 def test_failed_write_is_a_user_error(model_dir: Path, tmp_path: Path) -> None:
-    messages = run_distributed(_full_disk, 2, model_dir, tmp_path)
+    messages = run_distributed(_full_disk, 2, model_dir, tmp_path / "tensors", 50_000)
     assert "File too large" in messages[0]
+    messages += run_distributed(_full_disk, 1, model_dir, tmp_path / "common", 400)  # torch's own file comes first
+    assert "iostream error" in messages[-1]
     assert all("must be writable" in message and "Traceback" not in message for message in messages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +12,9 @@ import pytest
 import pretrain_npd
 from megatron_npd.config import KDMode, TrainConfig
 from megatron_npd.data.order import ScheduleEntry, schedule_text
+from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError
+from megatron_npd.loop.verify import verify_run
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE, make_tiny_model
 from tests.training.make_run import column, config, make_packs, make_sft_packs, read_metrics
@@ -189,6 +192,21 @@ def test_constant_rate_without_clipping_reports_the_norm(tmp_path: Path, tiny_mo
     fields = {"lr_decay_style": "constant", "lr_warmup_iters": 0, "clip_grad": 0.0, "train_iters": 3}
     lines = read_metrics(train(config(tiny_model_dir, packs, metrics_path=str(tmp_path / "m"), **fields)).metrics_path)
     assert [line["lr"] for line in lines] == [1e-3] * 3 and all(line["grad_norm"] > 0.5 for line in lines)
+
+
+def test_a_second_trainer_is_kept_out_and_touches_no_metrics(tmp_path: Path, tiny_model_dir: Path, packs: Path) -> None:
+    cfg = config(tiny_model_dir, packs, tmp_path / "run", train_iters=2, lr_warmup_iters=0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("of the first\n")
+    with (
+        hold_lock(cfg.save),
+        pytest.raises(UserError, match=f"one writer, got a second one beside process {os.getpid()}"),
+    ):
+        train(cfg)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "of the first\n"
+    assert train(cfg).finished and len(exact(tmp_path / "run/metrics.jsonl")) == 2
+    verified = verify_run(tmp_path)
+    assert [row[0] for row in verified.rows] == ["run/iter_0000002"] and not verified.problems
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(
