@@ -71,6 +71,8 @@ def main() -> int:
             partial(_short_writes, stage=stage),
             partial(_two_writers, stage=stage, number=options.two_writers),
         ]
+    if "annotations" in options.stages:
+        tasks.append(partial(_followed, number=options.kills))
     wrong, shares = 0, range(options.jobs)
     print("| fault | number | how it ended | broken promises | seconds |\n|---|---|---|---|---|", flush=True)
     context = multiprocessing.get_context("spawn")
@@ -157,6 +159,11 @@ def _short_writes(bench: Bench, rng: random.Random, share: int, shares: int, *, 
 def _two_writers(bench: Bench, rng: random.Random, share: int, shares: int, *, stage: str, number: int) -> list[Row]:
     ends, broken = bench.two_writers(stage, _part(number, share, shares))
     return [Row(what=f"{stage}, two writers", ends=ends, broken=broken)]
+
+
+def _followed(bench: Bench, rng: random.Random, share: int, shares: int, *, number: int) -> list[Row]:
+    ends, broken = bench.followed(rng, _part(number, share, shares))
+    return [Row(what="rollouts and annotations side by side, random moments", ends=ends, broken=broken)]
 
 
 if __name__ == "__main__":

@@ -139,6 +139,32 @@ class Bench:
                 broken.append(f"{stage}, two writers: other bytes than one writer's")
         return ends, broken
 
+    def followed(self, rng: random.Random, number: int) -> tuple[Counter[str], list[str]]:
+        """Answers are generated and annotated at the same time; one or both die at random moments and run again."""
+        stages, run = ("rollouts", "following"), self.before("rollouts")
+        outs = [run / OUTPUTS["rollouts"], run / OUTPUTS["annotations"]]
+        longest, ends, broken = self.seconds["rollouts"] + self.seconds["annotations"], Counter[str](), []
+        for _ in range(number):
+            for out in outs:
+                _remove(out)
+            victims = rng.choice(([0], [1], [0, 1]))
+            for attempt in range(2):
+                kills = [rng.uniform(1e-4, longest) if i in victims and not attempt else 0.0 for i in range(2)]
+                with ThreadPoolExecutor(2) as threads:
+                    jobs = zip(self.zygotes, stages, kills, strict=True)
+                    outcomes = list(threads.map(lambda job: job[0].run(job[1], run, kill_after=job[2]), jobs))
+                if not attempt:
+                    ends.update(f"{stage} {_end(outcome)}" for stage, outcome in zip(stages, outcomes, strict=True))
+                for stage, outcome, kill in zip(stages, outcomes, kills, strict=True):
+                    # The follower of a round whose generator died gives up in words.
+                    allowed = (0, -9, 2) if not attempt else (0,)
+                    if outcome.code not in allowed or "Traceback" in outcome.text:
+                        broken.append(f"{stage}, killed at {kill:.3f} s: {outcome.code}: {outcome.text[-800:]}")
+                done = [file.parent for out in outs for file in out.rglob(MANIFEST)]
+                broken += [f"{path}, which looks finished, is another" for path in done if not self._same(path, run)]
+                broken += [f"books of rollouts with their annotations: {problem}" for problem in _problems(run)]
+        return ends, broken
+
 
 def _problems(run: Path) -> list[str]:
     begun = any(run.rglob(".lock")) or any(run.rglob("manifest.json"))  # else it was killed before anything was there

@@ -38,6 +38,12 @@ def test_a_disturbed_stage_is_refused_and_mended(bench: Bench, stage: str) -> No
     assert ends["killed"] >= 2
 
 
+def test_a_round_annotated_while_it_is_generated_survives_both_deaths(bench: Bench) -> None:
+    ends, broken = bench.followed(random.Random(3), 3)
+    assert not broken, "\n".join(broken)
+    assert ends.total() == 6
+
+
 @pytest.mark.parametrize("how", ["flip", "cut"])
 def test_every_damage_is_seen_before_use(readers: Readers, how: str) -> None:
     results, wrong = readers.damage(random.Random(1), 90, how)

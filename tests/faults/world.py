@@ -80,14 +80,22 @@ def rollouts(run: Path) -> None:
     generate_round(run / "prompts", out, pool=pool, cfg=ROLLOUT, round_index=0, policy_version="v0000")
 
 
-def annotations(run: Path) -> None:
+def annotations(run: Path, follow_seconds: float = 0.0) -> None:
     from megatron_npd.teacher import annotate
 
     annotate.Scorer = StandInScorer
     inputs, here = Path(os.environ[INPUTS]), run / "rounds/0000"
-    cfg = AnnotateConfig(top_k=4, seq_length=128)
+    cfg = AnnotateConfig(top_k=4, seq_length=128, follow_seconds=follow_seconds)
     models = {"teacher_dir": inputs / "teacher", "student_dir": inputs / "student"}
     annotate.annotate_round(here / "rollouts", here / "annotations", **models, cfg=cfg)
+
+
+def following(run: Path) -> None:
+    """The annotations of a round that another process generates."""
+    from megatron_npd.teacher import waves
+
+    waves._POLL_SECONDS = 0.02
+    annotations(run, follow_seconds=2.0)
 
 
 def selection(run: Path) -> None:
@@ -153,6 +161,7 @@ STAGES: dict[str, Callable[[Path], None]] = {
     stage.__name__: stage
     for stage in (prompts, rollouts, annotations, selection, packs, schedule, training, checkpoint, policy)
 }
+BESIDE: dict[str, Callable[[Path], None]] = {"following": following}  # runs beside the stage before its own
 
 
 def content(path: Path) -> dict[str, bytes]:

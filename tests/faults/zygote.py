@@ -126,7 +126,7 @@ def _child(request: dict[str, Any], output: Any, count: Any, tell: int, disturb:
         disturbance.install()
         os.write(tell, b".")
         try:
-            run_main(lambda: world.STAGES[request["stage"]](Path(request["run"])))
+            run_main(lambda: (world.STAGES | world.BESIDE)[request["stage"]](Path(request["run"])))
         except SystemExit as end:
             code = end.code
         os.write(tell, b".")
