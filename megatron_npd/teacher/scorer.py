@@ -145,9 +145,20 @@ class Scorer:
         order = np.lexsort((offsets_N, rows_N))
         bounds = np.searchsorted(rows_N[order], np.arange(number + 1) * self.micro_batch_size)
         places_N = (rows_N % self.micro_batch_size) * self.seq_length + offsets_N
-        length = self.seq_length * self.micro_batch_size
+        whole = self.seq_length * self.micro_batch_size  # what pipeline stages expect of one another
+        cut = parallel_state.get_pipeline_model_parallel_world_size() == 1
         parts = (order[first:end] for first, end in pairwise(bounds))
-        return number, (_micro_batch(part, places_N[part], length, prefixes, responses, starts_N) for part in parts)
+        return number, (
+            _micro_batch(
+                part,
+                places_N[part],
+                int((places_N + inputs_N)[part].max()) if cut else whole,
+                prefixes,
+                responses,
+                starts_N,
+            )
+            for part in parts
+        )
 
     def _collect(
         self,
