@@ -130,12 +130,12 @@ def main() -> None:
             micro for prefixes in (prompts, headers) for micro in scorer.micro_batches(prefixes, responses)[1]
         ]
         used = sum(micro.tokens for micro in micro_batches)
-        fill = used / (len(micro_batches) * args.seq_length * args.micro_batch_size)
+        fill = used / sum(micro.batch.position_ids.numel() for micro in micro_batches)
         print(
             f"{hardware(args.device, torch.get_num_threads())}, {dtype}; "
             f"{len(responses)} samples, {n} response tokens; "
-            f"{len(micro_batches)} forwards of {args.micro_batch_size} x {args.seq_length}, {100 * fill:.1f} % filled; "
-            f"{args.layers} layers of 896, vocabulary {VOCAB_SIZE}, k = {TOP_K}"
+            f"{len(micro_batches)} forwards of up to {args.micro_batch_size} x {args.seq_length}, {100 * fill:.1f} % "
+            f"filled; {args.layers} layers of 896, vocabulary {VOCAB_SIZE}, k = {TOP_K}"
         )
 
         def ours() -> None:
