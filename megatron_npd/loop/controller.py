@@ -295,9 +295,11 @@ def timed(run_dir: str | Path, stage: str, round_index: int | None = None) -> It
     finally:
         path = Path(run_dir) / "report" / "seconds.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as stream:
-            record = {"stage": stage, "round": round_index, "seconds": round(time.monotonic() - start, 3)}
-            stream.write(json.dumps(record) + "\n")
+        record = {"stage": stage, "round": round_index, "seconds": round(time.monotonic() - start, 3)}
+        with open(path, "ab+") as stream:
+            stream.seek(0)
+            stream.truncate(stream.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut short
+            stream.write(json.dumps(record).encode() + b"\n")
 
 
 def _version(index: int) -> str:

@@ -59,13 +59,7 @@ class ServerScorer:
         top_k: int = 0,
         on_forward: OnForward | None = None,
     ) -> Scores:
-        """Score each response after its prefix; what a server refuses is NaN, and set aside by the stage.
-
-        Args:
-            prefixes: Token ids [P >= 1] of each sequence.
-            responses: Token ids [n >= 1] of each.
-            top_k: Most likely tokens kept a response token; 0: none.
-            on_forward: Called after each answer.
+        """``data.scores.TokenScorer.score``; what a server refuses is NaN, and set aside by the stage.
 
         Raises:
             UserError: A server died, hangs, or does not give ``top_k`` log-probabilities.

@@ -87,16 +87,9 @@ class Scorer:
         top_k: int = 0,
         on_forward: OnForward | None = None,
     ) -> Scores | None:
-        """Score each response after its prefix.
+        """``data.scores.TokenScorer.score``; None but on ranks of the last pipeline stage.
 
-        Args:
-            prefixes: Token ids [P >= 1] of each sequence.
-            responses: Token ids [n >= 1] of each; P + n - 1 <= ``seq_length`` (the last token is predicted only).
-            top_k: Most likely tokens kept a response token, at most ``columns``; 0: none.
-            on_forward: Called after each forward.
-
-        Returns:
-            The scores on ranks of the last pipeline stage, None on the others.
+        A sequence has P + n - 1 <= ``seq_length`` tokens (its last is predicted only), and ``top_k`` <= ``columns``.
         """
         assert top_k <= self.columns
         starts_N = np.concatenate([[0], np.cumsum([len(response) for response in responses], dtype=np.int64)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -104,7 +105,9 @@ class RolloutWaves:
 
     def _wait(self) -> None:
         """Let a moment pass, while answers arrive: shards are sealed, or the journal of the rollout stage grows."""
-        seen = [sorted(self._shards), sorted((file, file.stat().st_size) for file in self.path.glob("*.journal"))]
+        seen: list[object] = sorted(self._shards)
+        with suppress(FileNotFoundError):  # the journal goes when the round is sealed
+            seen += [file.stat().st_size for file in self.path.glob("*.journal")]
         now = time.monotonic()
         if seen != self._seen:
             self._seen, self._since = seen, now

@@ -156,6 +156,16 @@ def test_another_configuration_is_refused(recipe: NPDConfig) -> None:
         controller.run_npd(changed)
 
 
+def test_seconds_go_on_behind_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "report" / "seconds.jsonl"
+    with controller.timed(tmp_path, "rollout", 0):
+        pass
+    path.write_text(path.read_text() + '{"stage": "tr')
+    with controller.timed(tmp_path, "train", 0):
+        pass
+    assert [json.loads(line)["stage"] for line in path.read_text().splitlines()] == ["rollout", "train"]
+
+
 @pytest.mark.parametrize(("field", "match"), [("teacher", "--teacher must be"), ("prompts", "--prompts must be")])
 def test_missing_inputs_are_named(recipe: NPDConfig, field: str, match: str) -> None:
     with pytest.raises(UserError, match=match):

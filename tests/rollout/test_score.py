@@ -19,7 +19,7 @@ from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
 from tests.rollout.fake import FakeServer
 from tests.teacher.reference import TransformersModel, check_top_k, make_rollouts
-from tests.teacher.test_annotate import LENGTHS, annotate, contents, rollout_rows, samples
+from tests.teacher.test_annotate import LENGTHS, annotate, assert_samples_close, contents, rollout_rows
 from tools.annotate import main as command
 
 TOP_K = 6
@@ -63,12 +63,7 @@ def test_servers_leave_the_records_of_megatron_core(
         np.testing.assert_allclose(theirs["log_tail"], ours["log_tail"], atol=4e-3)
         np.testing.assert_array_equal(theirs["generator_logprob"], ours["generator_logprob"])
         assert served.tokens(index).tolist() == core.tokens(index).tolist()
-    for one, two in zip(samples(tmp_path / "core"), samples(tmp_path / "served"), strict=True):
-        for name, value in one.items():
-            if isinstance(value, float | list):
-                np.testing.assert_allclose(two[name], value, atol=1e-4)
-            else:
-                assert two[name] == value
+    assert_samples_close(tmp_path / "served", tmp_path / "core")
 
 
 def test_a_server_that_gives_too_few_logprobs_is_refused(student_dir: Path, tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def samples(out: Path) -> list[dict[str, Any]]:
     return [row for file in sorted(out.glob("shard-*/samples.parquet")) for row in pq.read_table(file).to_pylist()]
 
 
+def assert_samples_close(out: Path, expected: Path) -> None:
+    for one, two in zip(samples(expected), samples(out), strict=True):
+        for name, value in one.items():
+            if isinstance(value, float | list):
+                np.testing.assert_allclose(two[name], value, atol=1e-4)
+            else:
+                assert two[name] == value
+
+
 def rollout_rows(rollouts: Path) -> list[dict[str, Any]]:
     return [row for file in sorted(rollouts.glob("*/rollouts.parquet")) for row in pq.read_table(file).to_pylist()]
 
@@ -355,9 +364,4 @@ def test_model_parallel_layouts_leave_the_same_store(tmp_path: Path, models: dic
     cfg = AnnotateConfig(top_k=CFG.top_k, seq_length=CFG.seq_length, **{layout: 2})
     run_distributed(_annotate_rank, 2, tmp_path / "rollouts", tmp_path / "two", models, cfg)
     read_manifest(tmp_path / "two", kind="annotations")
-    for one, two in zip(samples(tmp_path / "alone"), samples(tmp_path / "two"), strict=True):
-        for name, value in one.items():
-            if isinstance(value, float | list):
-                np.testing.assert_allclose(two[name], value, atol=1e-4)
-            else:
-                assert two[name] == value
+    assert_samples_close(tmp_path / "two", tmp_path / "alone")
