@@ -105,7 +105,7 @@ class RolloutWaves:
 
     def _wait(self) -> None:
         """Let a moment pass, while answers arrive: shards are sealed, or the journal of the rollout stage grows."""
-        seen: list[object] = sorted(self._shards)
+        seen: list[object] = [*sorted(self._shards)]
         with suppress(FileNotFoundError):  # the journal goes when the round is sealed
             seen += [file.stat().st_size for file in self.path.glob("*.journal")]
         now = time.monotonic()
