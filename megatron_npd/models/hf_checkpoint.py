@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_npd.manifest import is_sealed, read_manifest, write_atomic
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_FINGERPRINT_BYTES = 2**20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -191,3 +193,19 @@ class ShardWriter:
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._file_of}
             write_atomic(self.out_dir / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def model_fingerprint(hf_dir: str | Path) -> str:
+    """16 hex digits that tell one model from another: configuration, sizes, first and last MiB of each weight file.
+
+    A full hash of a 72B teacher takes minutes; a changed model differs in its headers or in these weights.
+    """
+    digest = hashlib.sha256((Path(hf_dir) / "config.json").read_bytes())
+    for file in sorted(Path(hf_dir).glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            size = stream.seek(0, 2)
+            digest.update(f"{file.name} {size}".encode())
+            for start in (0, max(size - _FINGERPRINT_BYTES, 0)):
+                stream.seek(start)
+                digest.update(stream.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]

@@ -19,6 +19,7 @@ from megatron_npd.config import AnnotateConfig, RolloutConfig
 from megatron_npd.data.scores import Ids, OnForward, Scores, empty_scores
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.families.base import load_sizes
+from megatron_npd.models.hf_checkpoint import model_fingerprint
 from megatron_npd.records import LOG_TAIL_FLOOR
 from megatron_npd.rollout.pool import NO_LOGPROB, Failure, ServerPool
 
@@ -89,6 +90,8 @@ class ServerScorer:
         if self.pool is None:
             self.pool = ServerPool.open(self.teacher_dir, self.cfg)
             self.pool.check()
+            for url in self.pool.urls:
+                self._check_model(self.pool, url)
             refused: list[Failure] = []
             probe = [_body([0, 0], self.top_k)] * len(self.pool.urls)
             self.pool.ask(
@@ -103,6 +106,15 @@ class ServerScorer:
                     f"start them with --max-logprobs {self.top_k}, or lower top_k"
                 )
         return self.pool
+
+    def _check_model(self, pool: ServerPool, url: str) -> None:
+        """Refuse a server of another model, where its directory can be seen from here."""
+        served = Path(pool.control(url, "/v1/models", method="GET")["data"][0].get("root") or "")
+        if (served / "config.json").is_file() and model_fingerprint(served) != model_fingerprint(self.teacher_dir):
+            raise UserError(
+                f"the server {url} must serve the teacher {self.teacher_dir}, got {served} with other files; give its "
+                "own directory as the teacher, or another server"
+            )
 
 
 def _body(tokens: list[int], top_k: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ What a shard holds depends on the rollout shard and the models alone, never on t
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import Counter
@@ -32,14 +31,13 @@ from megatron_npd.data.tokenizer import check_vocabularies, document_start, load
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, read_manifest, seal, writing
 from megatron_npd.models.families.base import load_sizes, load_spec
+from megatron_npd.models.hf_checkpoint import model_fingerprint
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.records import QUARANTINE_FILE
 from megatron_npd.teacher.samples import Setting, read_samples
 from megatron_npd.teacher.scorer import Scorer
 from megatron_npd.teacher.shard import write_shard
 from megatron_npd.teacher.waves import RolloutWaves, Wave
-
-_FINGERPRINT_BYTES = 2**20
 
 
 def annotate_round(
@@ -89,22 +87,6 @@ def annotate_round(
             if wave.shards:
                 _annotate_wave(rollouts_dir, out_dir, wave, load_teacher, setting)
         return _seal_round(waves) if rank == 0 else None
-
-
-def model_fingerprint(hf_dir: str | Path) -> str:
-    """16 hex digits that tell one model from another: configuration, sizes, first and last MiB of each weight file.
-
-    A full hash of a 72B teacher takes minutes; a changed model differs in its headers or in these weights.
-    """
-    digest = hashlib.sha256((Path(hf_dir) / "config.json").read_bytes())
-    for file in sorted(Path(hf_dir).glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(f"{file.name} {size}".encode())
-            for start in (0, max(size - _FINGERPRINT_BYTES, 0)):
-                stream.seek(start)
-                digest.update(stream.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _rank0(question: Callable[[], Any]) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 from megatron_npd.config import AnnotateConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
+from megatron_npd.models.families import FAMILIES
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.score import ServerScorer
 from tests.dist import run_distributed
@@ -27,7 +26,7 @@ TOP_K = 6
 
 @pytest.fixture(scope="module")
 def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("score") / "student", seed=2)
+    return make_tiny_model(tmp_path_factory.mktemp("score") / "student", family="llama", seed=2)
 
 
 def settings(*urls: str, **fields: Any) -> AnnotateConfig:
@@ -36,20 +35,30 @@ def settings(*urls: str, **fields: Any) -> AnnotateConfig:
 
 @pytest.mark.server
 def test_servers_leave_the_records_of_megatron_core(
-    served_pool: ServerPool, tiny_model_dir: Path, student_dir: Path, tmp_path: Path
+    served_pool: ServerPool,
+    tiny_model_dir: Path,
+    student_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a teacher that no family covers: its directory is read for its sizes and tokenizer alone."""
     from megatron_npd.data.store import AnnotationStore
 
-    unknown = Path(shutil.copytree(tiny_model_dir, tmp_path / "unknown"))
-    config = json.loads((unknown / "config.json").read_text())
-    (unknown / "config.json").write_text(json.dumps(config | {"architectures": ["NobodysModel"], "model_type": "new"}))
     make_rollouts(tmp_path / "rollouts", LENGTHS)
     models = {"teacher_dir": tiny_model_dir, "student_dir": student_dir}
     annotate(tmp_path / "rollouts", tmp_path / "core", models, AnnotateConfig(top_k=TOP_K, seq_length=128))
-    flags = {"rollouts": tmp_path / "rollouts", "out": tmp_path / "served", "teacher": unknown, "student": student_dir}
+    flags = {
+        "rollouts": tmp_path / "rollouts",
+        "out": tmp_path / "served",
+        "teacher": tiny_model_dir,
+        "student": student_dir,
+    }
     flags |= {"top-k": TOP_K, "seq-length": 128, "backend": "vllm", "urls": served_pool.urls[0], "platform": "cpu"}
-    command([f"--{name}={value}" for name, value in flags.items()])
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    monkeypatch.delitem(FAMILIES, "Qwen2ForCausalLM")
+    with pytest.raises(UserError, match="must be one of LlamaForCausalLM"):
+        command([*arguments, "--backend=megatron", "--urls=[]"])
+    command(arguments)
 
     core, served = AnnotationStore(tmp_path / "core"), AnnotationStore(tmp_path / "served")
     assert read_manifest(tmp_path / "served").counts == read_manifest(tmp_path / "core").counts
@@ -64,6 +73,15 @@ def test_servers_leave_the_records_of_megatron_core(
         np.testing.assert_array_equal(theirs["generator_logprob"], ours["generator_logprob"])
         assert served.tokens(index).tolist() == core.tokens(index).tolist()
     assert_samples_close(tmp_path / "served", tmp_path / "core")
+
+
+@pytest.mark.server
+def test_a_server_of_another_model_is_refused(served_pool: ServerPool, student_dir: Path) -> None:
+    with (
+        ServerScorer(student_dir, settings(served_pool.urls[0])) as scorer,
+        pytest.raises(UserError, match=r"must serve the teacher .*student, got .*model with other files"),
+    ):
+        scorer.score([np.array([5])], [np.array([6, 7])], top_k=TOP_K)
 
 
 def test_a_server_that_gives_too_few_logprobs_is_refused(student_dir: Path, tmp_path: Path) -> None:
