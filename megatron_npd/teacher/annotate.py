@@ -168,30 +168,33 @@ def _annotate_wave(
     teacher = load_teacher()
     own, reasons = _own(wave), Counter[str]()
     meter = _Meter("teacher", 2 * _response_tokens(rollouts_dir, own))
-    for name in own:
-        started = time.monotonic()
-        samples = read_samples(rollouts_dir / name, setting)
-        prompted = teacher.score(samples.teacher_prompts, samples.responses, top_k=setting.cfg.top_k, on_forward=meter)
-        alone = teacher.score(samples.teacher_headers, samples.responses, on_forward=meter)
-        if not _writes():
-            continue
-        assert prompted is not None and alone is not None
-        counts = write_shard(
-            out_dir / name,
-            samples,
-            teacher=prompted,
-            teacher_alone=alone,
-            student_loss_alone=student_losses[name],
-            vocab_size=setting.student.vocab_size,
-            provenance=wave.shards[name],
-        ).counts
-        rate = counts["response_tokens"] / max(time.monotonic() - started, 1e-9)
-        message = "%s: %d samples, %.0f response tokens/s, rows %s, shard %d of %d in this wave"
-        place = own.index(name) + 1
-        get_logger().info(message, out_dir / name, counts["kept"], rate, meter.fill, place, len(own))
-        if wave.round_size is not None:
-            reasons.update(counts["quarantined"])
-            check_quarantined(reasons, wave.round_size, setting.cfg.max_quarantined, rollouts_dir)
+    with meter.bar:
+        for name in own:
+            started = time.monotonic()
+            samples = read_samples(rollouts_dir / name, setting)
+            prompted = teacher.score(
+                samples.teacher_prompts, samples.responses, top_k=setting.cfg.top_k, on_forward=meter
+            )
+            alone = teacher.score(samples.teacher_headers, samples.responses, on_forward=meter)
+            if not _writes():
+                continue
+            assert prompted is not None and alone is not None
+            counts = write_shard(
+                out_dir / name,
+                samples,
+                teacher=prompted,
+                teacher_alone=alone,
+                student_loss_alone=student_losses[name],
+                vocab_size=setting.student.vocab_size,
+                provenance=wave.shards[name],
+            ).counts
+            rate = counts["response_tokens"] / max(time.monotonic() - started, 1e-9)
+            message = "%s: %d samples, %.0f response tokens/s, rows %s, shard %d of %d in this wave"
+            place = own.index(name) + 1
+            get_logger().info(message, out_dir / name, counts["kept"], rate, meter.fill, place, len(own))
+            if wave.round_size is not None:
+                reasons.update(counts["quarantined"])
+                check_quarantined(reasons, wave.round_size, setting.cfg.max_quarantined, rollouts_dir)
     dist.barrier()
 
 
@@ -204,11 +207,12 @@ def _student_losses(rollouts_dir: Path, wave: Wave, setting: Setting) -> dict[st
     own = _own(wave)
     meter = _Meter("student", _response_tokens(rollouts_dir, own))
     losses = {}
-    for name in own:
-        samples = read_samples(rollouts_dir / name, setting)
-        scores = student.score(samples.student_headers, samples.responses, on_forward=meter)
-        if scores is not None and _writes():
-            losses[name] = scores.losses()
+    with meter.bar:
+        for name in own:
+            samples = read_samples(rollouts_dir / name, setting)
+            scores = student.score(samples.student_headers, samples.responses, on_forward=meter)
+            if scores is not None and _writes():
+                losses[name] = scores.losses()
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, losses)
     return {name: values for part in gathered for name, values in part.items()}
