@@ -99,7 +99,12 @@ def export_hf(
     """
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
-    out = _new_directory(out_dir)
+    out = Path(out_dir)
+    group: Any = parallel_state.get_model_parallel_group()
+    refusal = [_refusal(out) if dist.get_rank() == 0 else None]  # another rank would look while rank 0 makes it
+    dist.broadcast_object_list(refusal, src=0, group=group)
+    if refusal[0] is not None:
+        raise UserError(refusal[0])
     dtypes = _export_dtypes(spec)
     if dist.get_rank() != 0:
         for _ in _gather(model, spec, dtypes):
@@ -152,7 +157,8 @@ def megatron_to_hf(checkpoint_dir: str | Path, hf_dir: str | Path, out_dir: str 
         out_dir: Directory to make.
     """
     _single_process()
-    _new_directory(out_dir)  # before the work rather than after it
+    if (refusal := _refusal(Path(out_dir))) is not None:  # before the work rather than after it
+        raise UserError(refusal)
     spec = load_spec(hf_dir)
     path = latest_checkpoint(checkpoint_dir) or Path(checkpoint_dir)
     model = build_model(spec, bf16=set(_export_dtypes(spec).values()) == {torch.bfloat16})
@@ -167,12 +173,12 @@ def _single_process() -> None:
         raise UserError(f"conversion must run in one process, got {dist.get_world_size()}; start it without torchrun")
 
 
-def _new_directory(path: str | Path) -> Path:
-    path = Path(path)
+def _refusal(path: Path) -> str | None:
+    """Why a directory cannot be made there."""
     begun = (path / LOCK).is_file() and not is_sealed(path)  # by an attempt that was killed
     if path.exists() and not begun and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} must not exist yet, got a full directory or a file; choose another or remove it")
-    return path
+        return f"{path} must not exist yet, got a full directory or a file; choose another or remove it"
+    return None
 
 
 def _open_checkpoint(spec: ModelSpec) -> HFCheckpoint:

@@ -66,6 +66,7 @@ def packed_row(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_layouts(rank: int, world_size: int, layouts: tuple[tuple[int, int], ...], work: Path) -> dict[str, float]:
     """In each layout and for each model: compare logits, then export weights and gradients, then save a checkpoint."""
+    from megatron_npd.log import UserError
     from megatron_npd.models.build import build_model
     from megatron_npd.models.checkpoint import load_checkpoint, save_checkpoint
     from megatron_npd.models.convert import export_hf, load_hf_weights
@@ -95,6 +96,8 @@ def run_layouts(rank: int, world_size: int, layouts: tuple[tuple[int, int], ...]
             foreign = work / f"{case}-tp1-pp1" / "checkpoint" / "iter_0000003"
             load_checkpoint(foreign, model=model)
             export_hf(model, spec, out / "from-foreign")
+            with pytest.raises(UserError, match="must not exist yet"):  # on every rank
+                export_hf(model, spec, out / "from-foreign")
     return differences
 
 
