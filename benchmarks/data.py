@@ -30,6 +30,7 @@ import torch
 from measure import best_seconds
 
 from megatron_npd.config import PackConfig, SelectConfig
+from megatron_npd.data.decode import taken_apart
 from megatron_npd.data.order import microbatch_positions
 from megatron_npd.data.packed_dataset import PackedRows, Streams, make_batch
 from megatron_npd.data.packing import pack_lengths, pack_selection
@@ -251,10 +252,17 @@ def bench_reading(root: Path, samples: int, repeat: int) -> None:
         rows.checked[index] = False
         make_batch([(rows, index)])
 
+    def decode_row(index: int) -> None:
+        records_TW = make_batch([(rows, index)]).teacher_TW
+        assert records_TW is not None
+        ids_TK, *_ = taken_apart(records_TW, TOP_K)
+        ids_TK.contiguous()
+
     for what, action in (
         ("gathering the records alone", gather),
         ("gathered, with tokens and mask (the host's part)", lambda index: make_batch([(rows, index)])),
         ("the same and its records checked, as at its first reading", first_reading),
+        ("gathered and decoded: ids, fp32 log-probs, tails", decode_row),
         ("taken apart, rescaled, shifted (the device's part, on the CPU)", lambda index: batches[index].to("cpu")),
         ("both parts, no check", lambda index: make_batch([(rows, index)]).to("cpu")),
         ("asking the kernel for a row ahead", lambda index: rows.will_need(index)),

@@ -80,14 +80,19 @@ def decoded(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
         (METHOD section 2: fp16 rounding never gives a mass above 1); log t_p float32 [T]; generator's log-probs
         float32 [T].
     """
-    halves_TH = records_TW.view(torch.float16)
-    # Contiguous before anything is computed: torch is slow on rows of K numbers that are apart in memory.
-    logprobs_TK = torch.narrow_copy(halves_TH, 1, 2 * K, K).float()
-    log_tail_T, generator_T = halves_TH[:, 3 * K].float(), halves_TH[:, 3 * K + 1].float()
+    ids_TK, logprobs_TK, log_tail_T, generator_T = taken_apart(records_TW, K)
     # exp2: torch's exp, which is MKL's, takes more than twice as long on an AMD processor.
     mass_T = (logprobs_TK * math.log2(math.e)).exp2_() @ logprobs_TK.new_ones(K)
     log_scale_T = torch.log(-torch.expm1(log_tail_T) / mass_T)
-    return records_TW[:, :K], logprobs_TK.add_(log_scale_T[:, None]), log_tail_T, generator_T
+    return ids_TK, logprobs_TK.add_(log_scale_T[:, None]), log_tail_T, generator_T
+
+
+def taken_apart(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of records as ``decoded`` gives them, log-probs as they were stored."""
+    halves_TH = records_TW.view(torch.float16)
+    # Contiguous before anything is computed: torch is slow on rows of K numbers that are apart in memory.
+    logprobs_TK = torch.narrow_copy(halves_TH, 1, 2 * K, K).float()
+    return records_TW[:, :K], logprobs_TK, halves_TH[:, 3 * K].float(), halves_TH[:, 3 * K + 1].float()
 
 
 def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
