@@ -268,17 +268,18 @@ def test_a_killed_stage_goes_on_and_leaves_the_same_bytes(tmp_path: Path, models
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def unseal_and_give_back(rollouts: Path, pause: float) -> threading.Thread:
-    """Hide a round, and seal shard after shard of it again, the last first, then the round."""
+def unseal_and_give_back(rollouts: Path, out: Path) -> threading.Thread:
+    """Hide a round, and seal it again shard by shard, the last first, each once the one before is annotated."""
     hidden = rollouts.with_name("hidden")
     rollouts.rename(hidden)
     rollouts.mkdir()
 
     def give_back() -> None:
+        deadline = time.monotonic() + 300
         for shard in sorted(hidden.glob("shard-*"), reverse=True):
-            time.sleep(pause)
             shard.rename(rollouts / shard.name)
-        time.sleep(pause)
+            while not is_sealed(out / shard.name) and time.monotonic() < deadline:
+                time.sleep(0.05)
         (hidden / MANIFEST).rename(rollouts / MANIFEST)
 
     thread = threading.Thread(target=give_back)
@@ -287,7 +288,7 @@ def unseal_and_give_back(rollouts: Path, pause: float) -> threading.Thread:
 
 
 def test_a_round_is_annotated_while_it_is_generated(tmp_path: Path, models: dict[str, Path]) -> None:
-    """In waves of one shard or more; the bytes are those of a round annotated afterwards."""
+    """In a wave for each shard; the bytes are those of a round annotated afterwards."""
     from megatron_npd.teacher import annotate as stage
 
     make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
@@ -296,10 +297,10 @@ def test_a_round_is_annotated_while_it_is_generated(tmp_path: Path, models: dict
     real = stage._annotate_wave
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "_annotate_wave", lambda *args: (waves.append(list(args[2].shards)), real(*args)))
-        thread = unseal_and_give_back(tmp_path / "rollouts", 1.5)
+        thread = unseal_and_give_back(tmp_path / "rollouts", tmp_path / "out")
         annotate(tmp_path / "rollouts", tmp_path / "out", models, FOLLOWING)
     thread.join()
-    assert waves[0] == ["shard-00002"] and len(waves) > 1, waves
+    assert waves == [["shard-00002"], ["shard-00001"], ["shard-00000"]]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -336,7 +337,7 @@ def test_a_round_in_the_making_is_refused_but_for_followers(tmp_path: Path, mode
 def test_data_parallel_ranks_follow_a_round_together(tmp_path: Path, models: dict[str, Path]) -> None:
     make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
     alone = annotate(tmp_path / "rollouts", tmp_path / "alone", models)
-    thread = unseal_and_give_back(tmp_path / "rollouts", 1.0)
+    thread = unseal_and_give_back(tmp_path / "rollouts", tmp_path / "two")
     results = run_distributed(_annotate_rank, 2, tmp_path / "rollouts", tmp_path / "two", models, FOLLOWING)
     thread.join()
     assert results == [dict(alone.counts), None]
