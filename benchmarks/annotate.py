@@ -27,7 +27,7 @@ from megatron_npd.config import AnnotateConfig
 from megatron_npd.log import run_main
 from megatron_npd.platform import get_platform
 
-VOCAB_SIZE, TOP_K, HEAD_ROWS = 151936, 10, 1024
+VOCAB_SIZE, TOP_K = 151936, 10
 
 
 def make_model(path: Path, layers: int, dtype: str) -> Path:
@@ -63,6 +63,7 @@ def make_samples(tokens: int, seq_length: int) -> tuple[list[np.ndarray], list[n
 def bare_forward(scorer: Any, micro_batches: list[Any], all_logits: bool) -> Callable[[], None]:
     """The model over the rows, and the output layer at response positions or at all of them."""
     from megatron_npd.models.build import head_weight, packed_params, without_output_layer
+    from megatron_npd.teacher.scorer import HEAD_ROWS
 
     def forward() -> None:
         for micro in micro_batches:
@@ -139,8 +140,10 @@ def main() -> None:
         )
 
         def ours() -> None:
-            scorer.score(prompts, responses, top_k=TOP_K)
-            scorer.score(headers, responses)
+            for prefixes, top_k in ((prompts, TOP_K), (headers, 0)):
+                scores = scorer.score(prefixes, responses, top_k=top_k)
+                assert scores is not None
+                scores.losses()
 
         actions: dict[str, Callable[[], object]] = {
             "the two bare forwards": bare_forward(scorer, micro_batches, all_logits=False),

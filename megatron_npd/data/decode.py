@@ -81,7 +81,7 @@ def decoded(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
         float32 [T].
     """
     ids_TK, logprobs_TK, log_tail_T, generator_T = taken_apart(records_TW, K)
-    # exp2: torch's exp, which is MKL's, takes more than twice as long on an AMD processor.
+    # exp2: torch's exp is MKL's, which is slow on AMD processors.
     mass_T = (logprobs_TK * math.log2(math.e)).exp2_() @ logprobs_TK.new_ones(K)
     log_scale_T = torch.log(-torch.expm1(log_tail_T) / mass_T)
     return ids_TK, logprobs_TK.add_(log_scale_T[:, None]), log_tail_T, generator_T

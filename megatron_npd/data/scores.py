@@ -48,6 +48,11 @@ def mean_loss(logprobs_R: npt.NDArray[np.float32], starts_N: npt.NDArray[np.int6
     return (-sums_N / np.diff(starts_N)).astype(np.float32)
 
 
+def response_starts(responses: Sequence[Ids]) -> npt.NDArray[np.int64]:
+    """First token of each response where all stand one after another, and the end of the last; int64 [N + 1]."""
+    return np.concatenate([[0], np.cumsum([len(response) for response in responses], dtype=np.int64)])
+
+
 def empty_scores(starts_N: npt.NDArray[np.int64], top_k: int) -> Scores:
     """Scores to write into, of sequences that start at ``starts_N``."""
     size = int(starts_N[-1])

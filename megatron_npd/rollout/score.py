@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_npd.config import AnnotateConfig, RolloutConfig
-from megatron_npd.data.scores import Ids, OnForward, Scores, empty_scores
+from megatron_npd.data.scores import Ids, OnForward, Scores, empty_scores, response_starts
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.families.base import load_sizes
 from megatron_npd.models.hf_checkpoint import model_fingerprint
@@ -60,13 +60,16 @@ class ServerScorer:
         top_k: int = 0,
         on_forward: OnForward | None = None,
     ) -> Scores:
-        """``data.scores.TokenScorer.score``; what a server refuses is NaN, and set aside by the stage.
+        """``data.scores.TokenScorer.score``; what a server refuses is NaN.
+
+        The stage sets such a sample aside, or, where only the response alone was refused, the selection does as
+        ``ifd_undefined``.
 
         Raises:
             UserError: A server died, hangs, or does not give ``top_k`` log-probabilities.
         """
         pool = self._open()
-        scores = empty_scores(np.cumsum([0, *map(len, responses)]), top_k)
+        scores = empty_scores(response_starts(responses), top_k)
 
         def body(index: int) -> dict[str, Any]:
             return _body([*prefixes[index].tolist(), *responses[index].tolist()], top_k)
@@ -108,9 +111,14 @@ class ServerScorer:
         return self.pool
 
     def _check_model(self, pool: ServerPool, url: str) -> None:
-        """Refuse a server of another model, where its directory can be seen from here."""
-        served = Path(pool.control(url, "/v1/models", method="GET")["data"][0].get("root") or "")
-        if (served / "config.json").is_file() and model_fingerprint(served) != model_fingerprint(self.teacher_dir):
+        """Refuse a server of another model; where its directory cannot be seen from here, say so."""
+        root = pool.control(url, "/v1/models", method="GET")["data"][0].get("root")
+        served = Path(root or "/nowhere")
+        if not (served / "config.json").is_file():
+            get_logger().warning(
+                "%s serves %s, which cannot be compared with %s from here", url, root, self.teacher_dir
+            )
+        elif model_fingerprint(served) != model_fingerprint(self.teacher_dir):
             raise UserError(
                 f"the server {url} must serve the teacher {self.teacher_dir}, got {served} with other files; give its "
                 "own directory as the teacher, or another server"

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.packing import pack_lengths
-from megatron_npd.data.scores import Ids, OnForward, Scores, empty_scores
+from megatron_npd.data.scores import Ids, OnForward, Scores, empty_scores, response_starts
 from megatron_npd.models.build import build_model, head_weight, load_spec, packed_params, without_output_layer
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.topk import topk_logprobs
 from megatron_npd.records import LOG_TAIL_FLOOR
 
-_HEAD_ROWS = 1024  # rows of logits that exist at a time: 0.6 GB of fp32 at a vocabulary of 152k
+HEAD_ROWS = 1024  # rows of logits that exist at a time: 0.6 GB of fp32 at a vocabulary of 152k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ class Scorer:
         A sequence has P + n - 1 <= ``seq_length`` tokens (its last is predicted only), and ``top_k`` <= ``columns``.
         """
         assert top_k <= self.columns
-        starts_N = np.concatenate([[0], np.cumsum([len(response) for response in responses], dtype=np.int64)])
-        scores = empty_scores(starts_N, top_k) if parallel_state.is_pipeline_last_stage() else None
+        last = parallel_state.is_pipeline_last_stage()
+        scores = empty_scores(response_starts(responses), top_k) if last else None
         num_micro_batches, micro_batches = self.micro_batches(prefixes, responses)
         if not num_micro_batches:
             return scores
@@ -130,9 +130,8 @@ class Scorer:
 
         Longest first: rows of one micro-batch, and those that follow one another through a pipeline, are alike.
         """
-        lens_N = np.array([len(response) for response in responses], np.int64)
-        inputs_N = np.array([len(prefix) for prefix in prefixes], np.int64) + lens_N - 1
-        starts_N = np.concatenate([[0], np.cumsum(lens_N)])
+        starts_N = response_starts(responses)
+        inputs_N = np.array([len(prefix) for prefix in prefixes], np.int64) + np.diff(starts_N) - 1
         rows_N, offsets_N = pack_lengths(inputs_N, self.seq_length, 1)
         number = -(-(int(rows_N.max(initial=-1)) + 1) // self.micro_batch_size)
         order = np.lexsort((offsets_N, rows_N))
@@ -165,9 +164,9 @@ class Scorer:
         """Output layer and top-k of one micro-batch, into ``scores``; runs on the last pipeline stage."""
         assert scores is not None and batch.loss_mask is not None and batch.labels is not None
         positions_R, weight_VH = batch.loss_mask[0].nonzero()[:, 0], head_weight(self.model)
-        for first in range(0, len(positions_R), _HEAD_ROWS):
-            rows = positions_R[first : first + _HEAD_ROWS]
-            places = places_R[first : first + _HEAD_ROWS]
+        for first in range(0, len(positions_R), HEAD_ROWS):
+            rows = positions_R[first : first + HEAD_ROWS]
+            places = places_R[first : first + HEAD_ROWS]
             logits_R1V, _ = self.model.output_layer(hidden_T1H[rows], weight=weight_VH)
             top = topk_logprobs(
                 logits_R1V[:, 0],

@@ -31,6 +31,7 @@ def test_dry_run_prints_every_stage_with_its_sizes(tmp_path: Path) -> None:
         "tools/rollout.py",
         "tools/annotate.py",
         "--tensor-model-parallel-size 8",
+        "--follow-seconds 600",
         "tools/select.py",
         "tools/pack.py",
         "pretrain_npd.py",
