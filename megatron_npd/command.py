@@ -6,14 +6,20 @@ underscores (``--tensor-model-parallel-size 2``).
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
 import json
+import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+
+from megatron_npd.log import UserError
+from megatron_npd.recipe import did_you_mean, recipe_lines
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -29,15 +35,45 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, descri
         description: First lines of ``--help``.
 
     Raises:
-        UserError: A field breaks its rule.
+        UserError: A flag or field is unknown or of another type, a recipe is no YAML, or a field breaks its rule; one
+            line, with the recipe's line where the recipe is the cause.
     """
-    parser = ArgumentParser(description=description or cls.__doc__, exit_on_error=True)
+    parser = ArgumentParser(description=description or cls.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML recipe of the fields below; flags override it")
     parser.add_class_arguments(cls)
     arguments = _normalise(cls, list(sys.argv[1:] if argv is None else argv))
-    namespace = parser.instantiate(parser.parse_args(arguments))
+    flags, rules = _checked_flags(arguments, parser), _rules(cls)
+    groups = {name.rpartition(".")[0] for name in rules} - {""}
+    places: dict[str, str] = {}
+    for path in _values(arguments, "config"):
+        places |= recipe_lines(path, rules, groups)
+    places = {name: place for name, place in places.items() if name not in flags}
+    try:
+        namespace = parser.instantiate(parser.parse_args(arguments))
+    except argparse.ArgumentError as error:
+        raise UserError(_in_words(str(error), rules, places)) from error
+    except UserError as error:  # a rule of config.py, which names the field alone
+        field = str(error).partition(" ")[0]
+        found = [place for name, place in places.items() if name.rpartition(".")[2] == field]
+        if len(found) != 1:
+            raise
+        raise UserError(f"{found[0]}: {error}") from error
     fields = {name: value for name, value in vars(namespace).items() if name != "config"}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, for commands with arguments that are no fields, whose errors are one line like all others."""
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        """As argparse's, but options are not abbreviated."""
+        given = list(sys.argv[1:] if args is None else args)
+        _checked_flags(given, self)
+        return super().parse_args(given)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError in place of printing the usage."""
+        raise UserError(_in_words(message, {}, {}))
 
 
 def command_flags(fields: Mapping[str, object]) -> list[str]:
@@ -53,8 +89,9 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
     Dashes in names become underscores, bare boolean flags (``--bf16``) get their value, and lists need no brackets
     (``--urls http://a,http://b``).
     """
-    flags = set(_fields_of(cls, bool))
-    lists = {*_fields_of(cls, tuple[str, ...]), *_fields_of(cls, tuple[float, ...])}
+    hints = dict(_hints(cls))
+    flags = {name for name, hint in hints.items() if hint is bool}
+    lists = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
     result: list[str] = []
     in_list = False
     for position, argument in enumerate(argv):
@@ -74,11 +111,58 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
     return result
 
 
-def _fields_of(cls: type, wanted: object, prefix: str = "") -> typing.Iterator[str]:
-    """Dotted names of the fields of one type, nested configurations included."""
+def _checked_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Names of the flags that are given, without their dashes; the parser must know all of them by their full names."""
+    known = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+    given = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
+    for name in given:
+        if name.removesuffix("+") not in known:  # jsonargparse appends to a list by --urls+
+            guess = did_you_mean(name, set(known) - {"help"}, "--")
+            raise UserError(f"unknown option --{name}{guess} ({sys.argv[0]} --help lists all)")
+    return given
+
+
+def _values(argv: Sequence[str], name: str) -> list[str]:
+    """What a flag is given, each time it is."""
+    values = [argument.partition("=")[2] for argument in argv if argument.startswith(f"--{name}=")]
+    return values + [value for flag, value in itertools.pairwise(argv) if flag == f"--{name}"]
+
+
+def _rules(cls: type) -> dict[str, str]:
+    """Dotted name of each field and what it must be."""
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
+    rules = {}
+    for name, hint in _hints(cls):
+        origin, choices = typing.get_origin(hint), typing.get_args(hint)
+        if origin is typing.Literal:
+            rules[name] = f"one of {', '.join(choices)}"
+        else:
+            rules[name] = words[tuple if origin is tuple else choices[0] if choices else hint]  # of "float | None"
+    return rules
+
+
+def _in_words(message: str, rules: Mapping[str, str], places: Mapping[str, str]) -> str:
+    """What a parser says, as one line of ours."""
+    remedy = f"{sys.argv[0]} --help explains it"
+    if match := re.match(r'Parser key "([\w.]+)":\s+Expected a .*Got value: (.*)', message, re.DOTALL):
+        name, value = match.groups()
+        name_in_place = f"{places[name]}: {name}" if name in places else f"--{name}"
+        return f"{name_in_place} must be {rules[name]}, got {' '.join(value.split())}; {remedy}"
+    if match := re.match(r"argument (--[\w.-]+)[^:]*: expected one argument", message):
+        return f"{match[1]} must have a value, got none; {remedy}"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        names = ", ".join(f"--{name}" if name in rules else name for name in match[1].split(", "))
+        return f"{names} must be given, got no value; {remedy}"
+    if match := re.match(r"unrecognized arguments: (.*)", message):
+        return f"arguments must be flags with their values, got {match[1]}; {sys.argv[0]} --help lists all"
+    return f"{' '.join(message.split())}; {remedy}"
+
+
+def _hints(cls: type, prefix: str = "") -> typing.Iterator[tuple[str, typing.Any]]:
+    """Dotted name and type of each field, those of nested configurations included."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
-        if hints[item.name] == wanted:
-            yield prefix + item.name
-        elif dataclasses.is_dataclass(hints[item.name]):
-            yield from _fields_of(typing.cast(type, hints[item.name]), wanted, f"{prefix}{item.name}.")
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _hints(typing.cast(type, hints[item.name]), f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name, hints[item.name]

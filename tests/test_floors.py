@@ -14,6 +14,7 @@ FLOORS = {
     "platform": 0,
     "config": 0,
     "command": 0,
+    "recipe": 0,
     "records": 0,
     "manifest": 0,
     "lock": 0,

@@ -14,7 +14,6 @@ from megatron_npd.command import parse_config
 from megatron_npd.config import AnnotateConfig, PlatformName
 from megatron_npd.log import UserError, run_main
 from megatron_npd.platform import get_platform
-from megatron_npd.rollout.score import ServerScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not cfg.urls and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("urls must name the teacher's servers under torchrun, got none; start them with tools/serve.py")
+    from megatron_npd.rollout.score import ServerScorer
+
     with ServerScorer(command.teacher, cfg) as servers:
         annotate(servers=servers)
 

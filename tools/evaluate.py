@@ -15,7 +15,6 @@ from megatron_npd.command import parse_config
 from megatron_npd.config import EvalConfig, RolloutConfig
 from megatron_npd.log import UserError, run_main
 from megatron_npd.manifest import is_sealed
-from megatron_npd.rollout.evaluate import exact_match
 from megatron_npd.rollout.pool import ServerPool
 
 
@@ -45,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(EvaluateCommand, argv)
     from megatron_npd.data.prompts import prepare_prompts
     from megatron_npd.data.tokenizer import load_tokenizer
+    from megatron_npd.rollout.evaluate import exact_match
 
     tokenizer = load_tokenizer(cfg.model)
     with TemporaryDirectory() as scratch:

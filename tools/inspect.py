@@ -11,16 +11,16 @@ if __name__ == "inspect":
 
     stand_back(__name__)
 else:
-    import argparse
     import json
     from collections.abc import Sequence
     from pathlib import Path
 
+    from megatron_npd.command import CommandParser
     from megatron_npd.log import run_main
     from megatron_npd.platform import get_platform
 
     def main(argv: Sequence[str] | None = None) -> None:
-        parser = argparse.ArgumentParser(description=__doc__)
+        parser = CommandParser(description=__doc__)
         parser.add_argument("run", help="directory of a run; to export, an annotations directory will do")
         parser.add_argument("--sample", help="id of a sample, as in rollouts.parquet")
         parser.add_argument("--export", metavar="FILE", help="Parquet file to write a round's annotations to")

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
+from megatron_npd.command import CommandParser
 from megatron_npd.log import run_main
 from megatron_npd.platform import get_platform
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("run", help="directory of a run, or of a part of it")
     parser.add_argument(
         "--full", action="store_true", help="hash again what is known, and check every number of answers and records"

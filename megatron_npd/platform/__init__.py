@@ -6,11 +6,14 @@ A new platform is one file beside ``cpu.py`` and one line in ``PLATFORMS``.
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from megatron_npd.log import UserError, get_logger
-from megatron_npd.platform.base import Platform, PlatformUnavailable
 
-__all__ = ["PLATFORMS", "Platform", "get_platform"]
+if TYPE_CHECKING:  # torch is imported with the platform, after a command has checked its flags
+    from megatron_npd.platform.base import Platform
+
+__all__ = ["PLATFORMS", "get_platform"]
 
 # Name -> module with a class ``Device``; "auto" takes the first that is there.
 PLATFORMS = {
@@ -31,6 +34,8 @@ def get_platform(name: str | None = None) -> Platform:
     Raises:
         UserError: The named platform is unknown or cannot be had, or the process runs on another one already.
     """
+    from megatron_npd.platform.base import PlatformUnavailable
+
     global _prepared
     if _prepared is not None:
         if name not in (None, "auto", _prepared.name):
@@ -63,6 +68,8 @@ def _load(name: str) -> Platform:
 
 
 def _first_available() -> Platform:
+    from megatron_npd.platform.base import PlatformUnavailable
+
     for name in PLATFORMS:
         try:
             return _load(name)

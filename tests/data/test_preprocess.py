@@ -89,7 +89,7 @@ def test_the_tool_exports_a_round_of_a_run_or_a_store(tmp_path: Path, capsys: py
     assert "3 samples in" in capsys.readouterr().out
     with pytest.raises(UserError, match="annotations of round 2"):
         inspect_tool.main([str(tmp_path / "run"), "--export", str(tmp_path / "out.parquet"), "--round", "2"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="one of --sample and --export"):
         inspect_tool.main([str(tmp_path / "run")])
 
 
