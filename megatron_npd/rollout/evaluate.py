@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import read_manifest
-from megatron_npd.records import PROMPTS_FILE
 from megatron_npd.rollout.pool import Answer, Failure, Request, ServerPool
 
 _WRONG_KEPT = 5
@@ -66,7 +65,8 @@ def exact_match(
     """
     pattern = _compile(answer_regex)
     read_manifest(prompts_dir, kind="prompts")
-    problems = pq.read_table(Path(prompts_dir) / PROMPTS_FILE).to_pylist()
+    batches = PromptRows(prompts_dir).batches("prompt_id", "prompt_ids", "response")
+    problems = [problem for batch in batches for problem in batch.to_pylist()]
     if not problems:
         raise UserError(f"{prompts_dir} must hold at least one problem, got none; prepare it from another file")
     expected = [_reference(problem, pattern, prompts_dir) for problem in problems]

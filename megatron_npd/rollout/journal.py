@@ -1,8 +1,10 @@
-"""The journal of a round: finished answers on disk as they arrive, so that a killed round asks only for the rest.
+"""The journals of a round: finished answers on disk as they arrive, so that a killed round asks only for the rest.
 
-A line is ``crc32 of the rest, a space, a JSON array``. The first holds the settings that the answers depend on, each
-other one an answer: sample index, finish reason, base64 of int32 token ids, base64 of float32 log-probabilities. A
-line that a kill has cut, or that was damaged, is dropped alone; without the first one nothing is trusted.
+A shard has a journal of its own, which goes when the shard is sealed: the disk, and the memory of a restart, hold the
+answers of unsealed shards alone. A line is ``crc32 of the rest, a space, a JSON array``. The first holds the settings
+that the answers depend on, each other one an answer: sample index, finish reason, base64 of int32 token ids, base64 of
+float32 log-probabilities. A line that a kill has cut, or that was damaged, is dropped alone; without the first one
+nothing is trusted.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import base64
 import binascii
 import json
 import os
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,6 @@ from typing import Any
 import numpy as np
 
 from megatron_npd.log import UserError, get_logger
-
-_SYNC_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Recorded:
 
 
 class Journal:
-    """The journal of one round, open for appending.
+    """The journal of one shard, open for appending.
 
     Args:
         path: The file; created where it is missing.
@@ -52,22 +52,26 @@ class Journal:
         good_bytes = self._read(path, settings) if path.exists() else 0
         self._stream = open(path, "ab")  # noqa: SIM115
         self._stream.truncate(good_bytes)
-        self._synced = time.monotonic()
+        self._synced = True
         if not good_bytes:
             self._write(settings)
             os.fsync(self._stream.fileno())
 
     def append(self, index: int, answer: Recorded) -> None:
-        """Write one answer; it survives a kill of this process at once, of the machine about a second later."""
+        """Write one answer; it survives a kill of this process at once, of the machine after ``sync``."""
         ids, logprobs = (base64.b64encode(x).decode() for x in (answer.token_ids.data, answer.logprobs.data))
         self._write([index, answer.finish_reason, ids, logprobs])
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
+        self._synced = False
+
+    def sync(self) -> None:
+        """Flush to the disk what was appended."""
+        if not self._synced:
             os.fsync(self._stream.fileno())
-            self._synced = time.monotonic()
+            self._synced = True
 
     def close(self) -> None:
         """Flush to the disk and close."""
-        os.fsync(self._stream.fileno())
+        self.sync()
         self._stream.close()
 
     def __enter__(self) -> Journal:
@@ -92,7 +96,7 @@ class Journal:
                     if number == 0:
                         break
                 elif number == 0:
-                    _check_settings(path, json.loads(line[9:]), settings)
+                    check_settings(path, json.loads(line[9:]), settings)
                 else:
                     index, finish_reason, ids, logprobs = json.loads(line[9:])
                     self.answers[index] = Recorded(
@@ -107,7 +111,12 @@ class Journal:
         return whole_bytes
 
 
-def _check_settings(path: Path, written: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_settings(path: Path, written: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Insist that a shard or its journal, ``path``, was written with the round's settings.
+
+    Raises:
+        UserError: It was not.
+    """
     for name in settings.keys() | written.keys():
         if written.get(name) != settings.get(name):
             raise UserError(

@@ -104,10 +104,11 @@ class RolloutWaves:
         return sorted(names - self._done)
 
     def _wait(self) -> None:
-        """Let a moment pass, while answers arrive: shards are sealed, or the journal of the rollout stage grows."""
+        """Let a moment pass, while answers arrive: shards are sealed, or a journal of the rollout stage grows."""
         seen: list[object] = [*sorted(self._shards)]
-        with suppress(FileNotFoundError):  # the journal goes when the round is sealed
-            seen += [file.stat().st_size for file in self.path.glob("*.journal")]
+        for file in sorted(self.path.glob("*.journal")):
+            with suppress(FileNotFoundError):  # it goes when its shard is sealed
+                seen.append((file.name, file.stat().st_size))
         now = time.monotonic()
         if seen != self._seen:
             self._seen, self._since = seen, now

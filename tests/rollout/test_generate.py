@@ -19,14 +19,16 @@ import pytest
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError
-from megatron_npd.manifest import Manifest, is_sealed, read_manifest
+from megatron_npd.manifest import MANIFEST, Manifest, is_sealed, read_manifest, seal, writing
 from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
-from megatron_npd.rollout.generate import JOURNAL_FILE, generate_round
+from megatron_npd.rollout import shard as shard_module
+from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.rollout.pool import ServerPool
 from tests.rollout.fake import FakeServer, die_after, fake_answer, write_prompts
 
 CFG = RolloutConfig(max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=5.0)
+FIRST_JOURNAL = "answers-00000.journal"
 PROMPTS = 12  # with three paths: 36 samples, in shards of 15, 15 and 6
 
 
@@ -61,7 +63,7 @@ def test_samples_order_seeds_and_books(prompts: Path, tmp_path: Path) -> None:
     shards = sorted((tmp_path / "out").glob("shard-*"))
     assert [read_manifest(shard, kind="rollouts-shard").counts["kept"] for shard in shards] == [15, 15, 6]
     assert read_manifest(tmp_path / "out", kind="rollouts") == manifest
-    assert not (tmp_path / "out" / JOURNAL_FILE).exists()
+    assert not list((tmp_path / "out").glob("*.journal"))
     table = pa.concat_tables([pq.read_table(shard / ROLLOUTS_FILE) for shard in shards])
     assert table.schema.names == ROLLOUT_SCHEMA.names
     asked = pq.read_table(prompts / PROMPTS_FILE).to_pylist()
@@ -155,14 +157,14 @@ def test_torn_and_damaged_journal_lines_are_asked_for_again(
         with pytest.raises(UserError):
             generate(prompts, tmp_path / "out", server)
         answered = server.answered
-    whole = (tmp_path / "out" / JOURNAL_FILE).read_bytes()
+    whole = (tmp_path / "out" / FIRST_JOURNAL).read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     assert len(ends) == 1 + answered  # the settings come first
     cuts = {len(whole) - 1: answered - 1, ends[5] + 1: 5, ends[5]: 5, ends[0] - 3: 0, 0: 0}
     for i, (cut, answers) in enumerate(cuts.items()):
         out = tmp_path / f"cut{i}"
         out.mkdir()
-        (out / JOURNAL_FILE).write_bytes(whole[:cut])
+        (out / FIRST_JOURNAL).write_bytes(whole[:cut])
         with FakeServer() as server:
             generate(prompts, out, server)
             assert len(server.asked) == 36 - answers
@@ -170,11 +172,72 @@ def test_torn_and_damaged_journal_lines_are_asked_for_again(
     flipped = bytearray(whole)
     flipped[ends[3] + 40] ^= 4
     (tmp_path / "flip").mkdir()
-    (tmp_path / "flip" / JOURNAL_FILE).write_bytes(flipped)
+    (tmp_path / "flip" / FIRST_JOURNAL).write_bytes(flipped)
     with FakeServer() as server:
         generate(prompts, tmp_path / "flip", server)
         assert len(server.asked) == 36 - (answered - 1)
     assert content(tmp_path / "flip") == reference
+
+
+def test_journals_go_with_the_seal_of_their_shard(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a call was killed between the two; what a restart reads is what is not sealed."""
+    out = tmp_path / "out"
+    with FakeServer() as server, monkeypatch.context() as patch:
+        patch.setattr(shard_module, "forget_journal", lambda path: None)
+        server.trouble = die_after(server, 25)
+        with pytest.raises(UserError, match="must generate"):
+            generate(prompts, out, server)
+    assert is_sealed(out / "shard-00000") and (out / FIRST_JOURNAL).is_file()
+    assert sorted(file.name for file in out.glob("*.journal")) == [FIRST_JOURNAL, "answers-00001.journal"]
+    read: list[str] = []
+    real = Journal._read
+    with FakeServer() as server, monkeypatch.context() as patch:
+        patch.setattr(Journal, "_read", lambda *args: (read.append(args[1].name), real(*args))[1])
+        server.trouble = die_after(server, 0)
+        with pytest.raises(UserError, match="must generate"):
+            generate(prompts, out, server)
+    assert [file.name for file in out.glob("*.journal")] == read == ["answers-00001.journal"]
+    with FakeServer() as server:
+        generate(prompts, out, server)
+    assert content(out) == reference
+
+
+def test_columns_of_prompts_may_pass_two_gib(tmp_path: Path) -> None:
+    """24 texts of 100 MB beside prompts of a few tokens, which no column of a table could hold: they are not read."""
+    source = write_prompts(tmp_path / "prompts", [5 + i for i in range(24)])
+    table, file = pq.read_table(source / PROMPTS_FILE), source / PROMPTS_FILE
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 24, pa.int32()), pa.array(["x" * 10**8]))
+    table = table.set_column(table.schema.get_field_index("extras"), "extras", texts)
+    (source / MANIFEST).unlink()
+    with writing(source) as directory:  # one dictionary entry in the file, 2.4 GB once it is decoded
+        whole = {"store_schema": False, "dictionary_pagesize_limit": 2**30, "compression": "zstd"}
+        pq.write_table(table, directory / PROMPTS_FILE, row_group_size=10, **whole)
+        seal(directory, kind="prompts")
+    assert file.stat().st_size < 10**6
+    memory, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(memory)
+    try:
+        with FakeServer() as server:
+            assert generate(source, tmp_path / "out", server).counts["kept"] == 72
+    finally:
+        pa.set_memory_pool(before)
+    assert memory.max_memory() < 10**7
+    rows = [row for shard in sorted((tmp_path / "out").glob("shard-*")) for row in rollout_rows(shard)]
+    assert [row["prompt_ids"] for row in rows[::3]] == table["prompt_ids"].to_pylist()
+
+
+def rollout_rows(shard: Path) -> list[dict[str, Any]]:
+    return pq.read_table(shard / ROLLOUTS_FILE).to_pylist()
+
+
+def test_a_shard_that_no_column_can_hold_is_refused_before_it_is_generated(prompts: Path, tmp_path: Path) -> None:
+    cfg = dataclasses.replace(CFG, shard_size=2**17, max_model_len=2**15)
+    with FakeServer() as server:
+        with pytest.raises(UserError, match=r"shard_size x max_model_len must be below 2\*\*31 tokens, got 131070 x"):
+            generate(prompts, tmp_path / "out", server, cfg=cfg)
+        assert not server.asked
 
 
 def test_what_is_appended_after_a_torn_line_is_kept(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""The rows of a sealed prompts directory, read in parts: columns may hold more than memory, or Arrow's 2 GiB, can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.records import PROMPTS_FILE
+
+_BATCH = 1024  # rows read at a time: those of a row group as prompts are written
+
+
+class PromptRows:
+    """Rows of ``records.PROMPT_SCHEMA``; the caller has read the directory's manifest.
+
+    Args:
+        prompts_dir: Sealed directory of kind ``prompts``.
+    """
+
+    def __init__(self, prompts_dir: str | Path) -> None:
+        self._file = pq.ParquetFile(Path(prompts_dir) / PROMPTS_FILE)
+        groups = range(self._file.num_row_groups)
+        self._starts = [0, *accumulate(self._file.metadata.row_group(group).num_rows for group in groups)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """These columns of all rows, in order."""
+        return self._file.iter_batches(_BATCH, columns=list(columns))
+
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each prompt, int32 [rows]."""
+        lengths = [batch.column(0).value_lengths().to_numpy() for batch in self.batches("prompt_ids")]
+        return np.concatenate([np.zeros(0, np.int32), *lengths])
+
+    def read(self, first: int, after: int, *columns: str) -> pa.Table:
+        """These columns of the rows ``first`` .. ``after - 1``; row groups apart from them are not read."""
+        groups = [g for g, (start, end) in enumerate(pairwise(self._starts)) if start < after and end > first]
+        at, parts = self._starts[groups[0]] if groups else 0, []
+        for batch in self._file.iter_batches(_BATCH, row_groups=groups, columns=list(columns)):
+            start = max(first - at, 0)
+            parts.append(batch.slice(start, max(after - at - start, 0)))
+            at += batch.num_rows
+        return pa.Table.from_batches(parts).combine_chunks()

@@ -1,0 +1,234 @@
+"""One shard of a round in the making: what is asked for, the answers and their journal, until it is sealed.
+
+Samples are numbered ``prompt * paths + path`` over the whole round; a shard holds those of consecutive prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.config import RolloutConfig
+from megatron_npd.data.prompt_rows import PromptRows
+from megatron_npd.manifest import Manifest, is_sealed, seal, writing
+from megatron_npd.records import QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
+from megatron_npd.rollout.journal import Journal, Recorded
+from megatron_npd.rollout.pool import Failure, Request
+
+_PROMPT_COLUMNS = ("prompt_id", "prompt_ids", "header_len", "teacher_prompt_ids")  # the others may be of any size
+
+
+class Shard:
+    """A shard that is not sealed yet; what its journal holds of an earlier call is taken.
+
+    Args:
+        path: Directory to seal.
+        samples: Numbers of its samples.
+        prompts: The round's prompts, of which this shard's are read when one is needed.
+        lengths: Tokens of each of its prompts.
+        cfg: Paths, sampling and lengths.
+        settings: What the files depend on.
+
+    Attributes:
+        answers: Sample number -> answer, of those that are finished.
+
+    Raises:
+        UserError: Its journal was written with other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        samples: range,
+        prompts: PromptRows,
+        lengths: npt.NDArray[np.int32],
+        cfg: RolloutConfig,
+        settings: dict[str, Any],
+    ) -> None:
+        self.path, self.samples, self.cfg, self.settings = path, samples, cfg, settings
+        self.paths = cfg.greedy_paths + cfg.sampled_paths
+        self.answers: dict[int, Recorded | Failure] = {}
+        self._prompts, self._lengths = prompts, lengths
+        self._journal: Journal | None = None
+        known = self._open_journal().answers if self._journal_file.exists() else {}
+        for index in samples:
+            answer = self._unanswerable(index) or known.pop(index, None)
+            if answer is not None:
+                self.take(index, answer)
+
+    @property
+    def missing(self) -> int:
+        """Samples without an answer."""
+        return len(self.samples) - len(self.answers)
+
+    def requests(self) -> Iterator[Request]:
+        """What to ask for."""
+        for index in [index for index in self.samples if index not in self.answers]:
+            seed, temperature, top_p = self._sampling(index)
+            yield Request(
+                key=index,
+                token_ids=self._prompt(index, "prompt_ids"),
+                max_tokens=min(self.cfg.max_tokens, self.cfg.max_model_len - self._length(index)),
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
+
+    def record(self, index: int, answer: Recorded | Failure) -> None:
+        """Keep an answer that arrived, on disk too; a failure is asked for again by a later call."""
+        if isinstance(answer, Recorded):
+            self._open_journal().append(index, answer)
+        self.take(index, answer)
+
+    def take(self, index: int, answer: Recorded | Failure) -> None:
+        """Keep an answer until the shard is whole; one that says nothing has failed."""
+        if isinstance(answer, Recorded) and len(answer.token_ids) <= (answer.finish_reason == "stop"):
+            answer = Failure(reason="empty_response", detail=f"finish reason {answer.finish_reason}")
+        self.answers[index] = answer
+
+    def reasons(self) -> Counter[str]:
+        """How many answers are set aside so far, by reason."""
+        return Counter(answer.reason for answer in self.answers.values() if isinstance(answer, Failure))
+
+    def sync(self) -> None:
+        """Flush the journal to the disk."""
+        if self._journal is not None:
+            self._journal.sync()
+
+    def close(self) -> None:
+        """Flush and close the journal."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+    def seal(self) -> Manifest:
+        """Write and seal the shard, which must miss nothing; then its journal has done its work."""
+        assert not self.missing
+        kept = {i: answer for i in self.samples if isinstance(answer := self.answers[i], Recorded)}
+        quarantine = [
+            self._identity(i) | {"reason": answer.reason, "detail": answer.detail}
+            for i in self.samples
+            if isinstance(answer := self.answers[i], Failure)
+        ]
+        copies = self._merge(kept, quarantine) if self.cfg.merge_identical else {}
+        with writing(self.path) as directory:
+            pq.write_table(self._table(kept, copies), directory / ROLLOUTS_FILE, compression="zstd")
+            if quarantine:
+                lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in quarantine)
+                (directory / QUARANTINE_FILE).write_text(lines)
+            counts = {
+                "in": len(kept) + len(quarantine),
+                "kept": len(kept),
+                "quarantined": dict(Counter(line["reason"] for line in quarantine)),
+                "pending": 0,
+                "tokens": sum(len(answer.token_ids) for answer in kept.values()),
+                "stopped": sum(answer.finish_reason == "stop" for answer in kept.values()),
+            }
+            manifest = seal(directory, kind="rollouts-shard", provenance=self.settings, counts=counts)
+        self.close()
+        forget_journal(self.path)
+        return manifest
+
+    @property
+    def _journal_file(self) -> Path:
+        return _journal_file(self.path)
+
+    def _open_journal(self) -> Journal:
+        if self._journal is None:
+            self._journal = Journal(self._journal_file, self.settings)
+        return self._journal
+
+    @cached_property
+    def _table_of_prompts(self) -> pa.Table:
+        first, after = self.samples.start // self.paths, self.samples.stop // self.paths
+        return self._prompts.read(first, after, *_PROMPT_COLUMNS)
+
+    def _place(self, index: int) -> int:
+        """The row of a sample's prompt among the shard's."""
+        return (index - self.samples.start) // self.paths
+
+    def _prompt(self, index: int, column: str) -> Any:
+        return self._table_of_prompts[column][self._place(index)].as_py()
+
+    def _length(self, index: int) -> int:
+        return int(self._lengths[self._place(index)])
+
+    def _unanswerable(self, index: int) -> Failure | None:
+        length = self._length(index)
+        if length == 0:
+            return Failure(reason="empty_prompt", detail="a prompt must have at least one token")
+        if length > self.cfg.max_model_len - 1:
+            return Failure(reason="prompt_too_long", detail=f"{length} tokens, max_model_len {self.cfg.max_model_len}")
+        return None
+
+    def _sampling(self, index: int) -> tuple[int, float, float]:
+        """Seed, temperature and top_p of a sample; the first ``greedy_paths`` paths of a prompt are greedy."""
+        path = index % self.paths
+        seed = sample_seed(self.cfg.seed, self.settings["round"], self._prompt(index, "prompt_id"), path)
+        if path < self.cfg.greedy_paths:
+            return seed, 0.0, 1.0
+        return seed, self.cfg.temperature, self.cfg.top_p
+
+    def _identity(self, index: int) -> dict[str, Any]:
+        prompt_id, path = self._prompt(index, "prompt_id"), index % self.paths
+        return {
+            "sample_id": sample_id(prompt_id, self.settings["round"], path),
+            "prompt_id": prompt_id,
+            "path": path,
+        }
+
+    def _merge(self, kept: dict[int, Recorded], quarantine: list[dict[str, Any]]) -> dict[int, int]:
+        """Leave one of the identical answers to a prompt in ``kept``; how many each then stands for.
+
+        A sampled one stands for the greedy one: the policy lag is defined for it.
+        """
+        alike: dict[tuple[int, str, bytes], list[int]] = {}
+        for index, answer in kept.items():
+            alike.setdefault((index // self.paths, answer.finish_reason, answer.token_ids.tobytes()), []).append(index)
+        copies = {}
+        for indices in alike.values():
+            stays = next((index for index in indices if index % self.paths >= self.cfg.greedy_paths), indices[0])
+            copies[stays] = len(indices)
+            for index in indices:
+                if index != stays:
+                    del kept[index]
+                    detail = f"the same answer as {self._identity(stays)['sample_id']}"
+                    quarantine.append(self._identity(index) | {"reason": "duplicate", "detail": detail})
+        return copies
+
+    def _table(self, kept: dict[int, Recorded], copies: dict[int, int]) -> pa.Table:
+        identities = [self._identity(index) for index in kept]
+        sampling = [self._sampling(index) for index in kept]
+        prompts = self._table_of_prompts.take(pa.array(map(self._place, kept), pa.int64()))
+        columns = {name: [identity[name] for identity in identities] for name in ("sample_id", "prompt_id", "path")}
+        columns |= {name: prompts[name] for name in ("prompt_ids", "header_len", "teacher_prompt_ids")}
+        columns |= {
+            "response_ids": [answer.token_ids for answer in kept.values()],
+            "logprobs": [answer.logprobs for answer in kept.values()],
+            "finish_reason": [answer.finish_reason for answer in kept.values()],
+            "copies": [copies.get(index, 1) for index in kept],
+            "seed": [seed for seed, _, _ in sampling],
+            "temperature": [temperature for _, temperature, _ in sampling],
+            "top_p": [top_p for _, _, top_p in sampling],
+            "policy_version": [self.settings["policy_version"]] * len(kept),
+        }
+        return pa.table({field.name: columns[field.name] for field in ROLLOUT_SCHEMA}, schema=ROLLOUT_SCHEMA)
+
+
+def forget_journal(shard: Path) -> None:
+    """Remove the journal of a sealed shard, where a call that was killed between the two has left it."""
+    assert is_sealed(shard)
+    _journal_file(shard).unlink(missing_ok=True)
+
+
+def _journal_file(shard: Path) -> Path:
+    return shard.with_name(shard.name.replace("shard-", "answers-") + ".journal")
