@@ -15,12 +15,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,6 +34,7 @@ from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 KIND = "checkpoint"
 _STATE_FILE = "state.json"
 _STREAM_ERROR = "iostream error"  # all that torch.save says where it opens the file itself and the disk fails
+_WEIGHTS_ALONE = "hf_model made by tools/convert_checkpoint.py --direction megatron-to-hf"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -69,6 +72,9 @@ def save_checkpoint(
                 stack.enter_context(writing(path))
         part = path / PART
         tensors = _sharded_state(model, optimizer, scheduler, is_loading=False)
+        if optimizer is not None:
+            wrong = _parameters_of_another_state(optimizer, tensors["optimizer"])
+            assert not wrong, f"the optimizer's copy of {wrong} is not the model's"
         try:
             _save(tensors, part)
         except (CheckpointException, RuntimeError) as error:
@@ -79,7 +85,11 @@ def save_checkpoint(
             ) from error
         with together():
             if dist.get_rank() == 0:
-                content = {"state": dict(state), "optimizer": optimizer is not None, "scheduler": scheduler is not None}
+                content = {
+                    "state": dict(state),
+                    "optimizer": optimizer and _kind(optimizer),
+                    "scheduler": scheduler is not None,
+                }
                 (part / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
                 seal(part, kind=KIND, counts={"iteration": iteration})
     return path
@@ -123,7 +133,8 @@ def load_checkpoint(
         The ``state`` that was saved.
 
     Raises:
-        UserError: The directory is not a sealed checkpoint, a file is damaged, or it holds another model.
+        UserError: The directory is not a sealed checkpoint, a file is damaged, or it holds another model, another kind
+            of optimizer, or optimizer state that is not of its weights.
     """
     path = Path(path)
     with together():
@@ -132,6 +143,11 @@ def load_checkpoint(
             raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
     content = json.loads((path / _STATE_FILE).read_text())
     with_optimizer = optimizer is not None and content["optimizer"]
+    if with_optimizer and content["optimizer"] not in (True, kind := _kind(optimizer)):  # True: of an older version
+        raise UserError(
+            f"use_distributed_optimizer and bf16 must be as in the run that wrote {path} ({content['optimizer']}), got "
+            f"{kind}; give the old settings, or start from its weights alone ({_WEIGHTS_ALONE})"
+        )
     with_scheduler = scheduler is not None and content["scheduler"]
     wanted = _sharded_state(
         model, optimizer if with_optimizer else None, scheduler if with_scheduler else None, is_loading=True
@@ -144,6 +160,8 @@ def load_checkpoint(
         ) from error
     _module(model).load_state_dict(loaded["model"])
     if optimizer is not None and with_optimizer:
+        _refuse_another_state(path, optimizer, loaded["optimizer"])
+        _keep_rates(optimizer, loaded["optimizer"])
         optimizer.load_state_dict(loaded["optimizer"])
     elif optimizer is not None:
         get_logger().info("%s holds weights alone: the optimizer starts anew", path)
@@ -168,10 +186,78 @@ def _sharded_state(
     weights = _module(model).sharded_state_dict(metadata=metadata)
     result = {"model": weights}
     if optimizer is not None:
-        result["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+        with _padding_kept(optimizer):
+            result["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     if scheduler is not None:
         result["scheduler"] = scheduler.state_dict()
     return result
+
+
+def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
+    """The one that megatron-core chains: a model without experts has one."""
+    (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return inner
+
+
+def _kind(optimizer: MegatronOptimizer) -> str:
+    """What must be the same where a state is loaded: each class and precision has a layout of its own."""
+    inner = _inner(optimizer)
+    return f"{type(inner).__name__} in {'bf16' if inner.config.bf16 else 'fp32'}"
+
+
+@contextmanager
+def _padding_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Within it megatron-core gathers optimizer state with the padding at the end of each bucket.
+
+    It would leave that out, and then slice what it gathered by offsets that count it: all that follows a padded bucket
+    would be shifted. A pipeline stage with the tied embedding has several buckets.
+    """
+    buffers = getattr(_inner(optimizer), "buffers", [])  # the distributed optimizer's
+    parts = [part for buffer in buffers for part in (buffer, *buffer.buckets)]
+    unpadded = [part.numel_unpadded for part in parts]
+    for part in parts:
+        part.numel_unpadded = part.grad_data.numel()
+    # Where this did not hold, megatron-core would log a line and save zeros.
+    assert all(end <= buffer.numel for buffer in buffers for _, end, _ in buffer.param_index_map.values())
+    try:
+        yield
+    finally:
+        for part, numel in zip(parts, unpadded, strict=True):
+            part.numel_unpadded = numel
+
+
+def _parameters_of_another_state(optimizer: MegatronOptimizer, state: Any) -> list[str]:
+    """Parameters that a gathered or loaded optimizer state holds otherwise than the model does, by their names.
+
+    megatron-core's distributed optimizer lays its copy of the parameters out as it does the moments: where one is
+    right, all are.
+    """
+    inner = _inner(optimizer)
+    if not isinstance(inner, DistributedOptimizer):
+        return []
+    wrong = []
+    for index, parameter in enumerate(parameter for buffer in inner.buffers for parameter in buffer.param_index_map):
+        copy = state["param_state"][index]["param"].data  # a tensor's, or that of one with its place in the whole
+        if not torch.equal(copy.to(parameter), parameter):
+            wrong.append(inner._param_name(parameter))
+    return wrong
+
+
+def _refuse_another_state(path: Path, optimizer: MegatronOptimizer, state: Any) -> None:
+    with together():
+        if wrong := _parameters_of_another_state(optimizer, state):
+            raise UserError(
+                f"{path} must hold the optimizer's state of its own weights, got another one for {wrong[0]} and "
+                f"{len(wrong) - 1} more: older versions shifted it where pipeline stages share tied embeddings; move "
+                f"it away to go on from an earlier one, or start from its weights alone ({_WEIGHTS_ALONE})"
+            )
+
+
+def _keep_rates(optimizer: MegatronOptimizer, state: Any) -> None:
+    """Put the configuration's learning rates into a loaded state: newer megatron-core finds its groups by them."""
+    rates = {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr")}
+    for group in state.get("optimizer", state)["param_groups"]:
+        group.update(rates)
 
 
 def _save(tensors: dict[str, Any], path: Path) -> None:

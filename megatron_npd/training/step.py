@@ -123,10 +123,10 @@ class TrainStep:
         )
 
     def use_settings(self) -> None:
-        """Put the configuration's optimizer settings in force again after a checkpoint was loaded over them."""
+        """Put the configuration's Adam settings and rates in force again after a checkpoint was loaded over them."""
         cfg = self._cfg
         for group in self.optimizer.param_groups:
-            group.update(max_lr=cfg.lr, min_lr=cfg.min_lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
+            group.update(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
         self.scheduler.step(0)
 
     def run(self, batches: Iterator[PackedBatch], iteration: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,3 +121,40 @@ def full_state(trainer: TinyTrainer) -> dict[str, Tensor]:
                 for key, value in inner.state[p].items():
                     state[f"{key}.{index}.{len(state)}"] = value.clone()
     return state
+
+
+def make_trainer(
+    model_dir: Path, tensor: int = 1, pipeline: int = 1, *, load: bool = True, **options: Any
+) -> TinyTrainer:
+    """A trainer of the model in this layout, with its weights or (before a checkpoint is loaded) with zeros."""
+    from megatron_npd.models.build import build_model, load_spec
+    from megatron_npd.models.convert import load_hf_weights
+    from megatron_npd.platform.initialize import initialize_distributed
+
+    initialize_distributed(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    spec = load_spec(model_dir)
+    model = build_model(spec, bf16=options.pop("bf16", False), sequence_parallel=options.pop("sp", False))
+    if load:
+        load_hf_weights(model, spec)
+    return TinyTrainer(model, spec.vocab_size, **options)
+
+
+def save(trainer: TinyTrainer, root: Path, iteration: int) -> Path:
+    """Write a checkpoint of it."""
+    from megatron_npd.models.checkpoint import save_checkpoint
+
+    return save_checkpoint(
+        root,
+        iteration,
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        scheduler=trainer.scheduler,
+        state={"iteration": iteration, "rows": iteration * 2},
+    )
+
+
+def restore(trainer: TinyTrainer, path: Path) -> dict[str, Any]:
+    """Load one into it."""
+    from megatron_npd.models.checkpoint import load_checkpoint
+
+    return load_checkpoint(path, model=trainer.model, optimizer=trainer.optimizer, scheduler=trainer.scheduler)

@@ -15,10 +15,9 @@ import torch
 
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
-from megatron_npd.platform.initialize import initialize_distributed
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
-from tests.models.common import TinyTrainer, full_state
+from tests.models.common import full_state, make_trainer, restore, save
 
 LAYOUTS = {"dp2": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}  # of two processes: (tensor, pipeline)
 
@@ -29,47 +28,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("hf") / "model", vocab_size=305, tie_word_embeddings=False)
 
 
-def _trainer(model_dir: Path, tensor: int = 1, pipeline: int = 1, *, load: bool = True, **options: Any) -> TinyTrainer:
-    from megatron_npd.models.build import build_model, load_spec
-    from megatron_npd.models.convert import load_hf_weights
-
-    initialize_distributed(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    spec = load_spec(model_dir)
-    model = build_model(spec, bf16=options.pop("bf16", False), sequence_parallel=options.pop("sp", False))
-    if load:
-        load_hf_weights(model, spec)
-    return TinyTrainer(model, spec.vocab_size, **options)
-
-
-def _save(trainer: TinyTrainer, root: Path, iteration: int) -> Path:
-    from megatron_npd.models.checkpoint import save_checkpoint
-
-    return save_checkpoint(
-        root,
-        iteration,
-        model=trainer.model,
-        optimizer=trainer.optimizer,
-        scheduler=trainer.scheduler,
-        state={"iteration": iteration, "rows": iteration * 2},
-    )
-
-
-def _restore(trainer: TinyTrainer, path: Path) -> dict[str, Any]:
-    from megatron_npd.models.checkpoint import load_checkpoint
-
-    return load_checkpoint(path, model=trainer.model, optimizer=trainer.optimizer, scheduler=trainer.scheduler)
-
-
 def _resume_bitwise(rank: int, world: int, model_dir: Path, root: Path, layout: tuple[int, int], options: dict) -> None:
-    trainer = _trainer(model_dir, *layout, **options)
+    trainer = make_trainer(model_dir, *layout, **options)
     for iteration in range(3):
         trainer.step(iteration)
-    path = _save(trainer, root, 3)
+    path = save(trainer, root, 3)
     at_save = full_state(trainer)
     losses = [trainer.step(iteration) for iteration in range(3, 6)]
 
-    again = _trainer(model_dir, *layout, load=False, **options)
-    assert _restore(again, path) == {"iteration": 3, "rows": 6}
+    again = make_trainer(model_dir, *layout, load=False, **options)
+    assert restore(again, path) == {"iteration": 3, "rows": 6}
     restored = full_state(again)
     assert restored.keys() == at_save.keys()
     for name, tensor in at_save.items():
@@ -88,15 +56,15 @@ def test_resume_is_bitwise(model_dir: Path, tmp_path: Path, layout: str, options
 
 
 def _train_and_save(rank: int, world: int, model_dir: Path, root: Path, layout: tuple[int, int]) -> list[float]:
-    trainer = _trainer(model_dir, *layout)
+    trainer = make_trainer(model_dir, *layout)
     losses = [trainer.step(iteration) for iteration in range(3)]
-    _save(trainer, root, 3)
+    save(trainer, root, 3)
     return losses + [trainer.step(iteration) for iteration in range(3, 6)]
 
 
 def _load_and_train(rank: int, world: int, model_dir: Path, path: Path, layout: tuple[int, int]) -> list[float]:
-    trainer = _trainer(model_dir, *layout, load=False)
-    _restore(trainer, path)
+    trainer = make_trainer(model_dir, *layout, load=False)
+    restore(trainer, path)
     return [trainer.step(iteration) for iteration in range(3, 6)]
 
 
@@ -115,8 +83,8 @@ def test_other_layouts_load_it(model_dir: Path, tmp_path: Path, written: str) ->
 
 def _dp_resharding(rank: int, world: int, model_dir: Path, path: Path) -> dict[str, Any]:
     """The optimizer state that one process sees is what two data-parallel ranks wrote between them."""
-    trainer = _trainer(model_dir, load=False)
-    _restore(trainer, path)
+    trainer = make_trainer(model_dir, load=False)
+    restore(trainer, path)
     return full_state(trainer)
 
 
@@ -133,20 +101,20 @@ def test_data_parallel_size_may_change(model_dir: Path, tmp_path: Path) -> None:
 def _rewrite(rank: int, world: int, model_dir: Path, root: Path) -> float:
     from megatron_npd.models.checkpoint import latest_checkpoint
 
-    trainer = _trainer(model_dir)
+    trainer = make_trainer(model_dir)
     assert latest_checkpoint(root) is None
     trainer.step(0)
     begin = time.monotonic()
-    path = _save(trainer, root, 1)
+    path = save(trainer, root, 1)
     seconds = time.monotonic() - begin
     (root / "iter_0000002").mkdir(exist_ok=True)  # a killed attempt
     (root / "iter_0000002" / "__0_0.distcp").write_bytes(b"half")
     (root / "iter_0000010.tmp").mkdir(exist_ok=True)
     assert latest_checkpoint(root) == path
-    assert _save(trainer, root, 2) == latest_checkpoint(root)
+    assert save(trainer, root, 2) == latest_checkpoint(root)
     assert (root / "iter_0000002" / "__0_0.distcp").stat().st_size > 4
     with pytest.raises(UserError, match="must not be sealed yet"):
-        _save(trainer, root, 2)
+        save(trainer, root, 2)
     return seconds
 
 
@@ -161,16 +129,16 @@ def test_directories(model_dir: Path, tmp_path: Path) -> None:
 def _full_disk(rank: int, world: int, model_dir: Path, root: Path, limit: int) -> str:
     from megatron_npd.models.checkpoint import latest_checkpoint
 
-    trainer = _trainer(model_dir)
+    trainer = make_trainer(model_dir)
     trainer.step(0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a write beyond it fails as one on a full disk does
     with pytest.raises(UserError) as caught:
-        _save(trainer, root, 1)
+        save(trainer, root, 1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert latest_checkpoint(root) is None
-    assert _save(trainer, root, 1) == latest_checkpoint(root)
+    assert save(trainer, root, 1) == latest_checkpoint(root)
     return str(caught.value)
 
 
@@ -183,9 +151,9 @@ def test_failed_write_is_a_user_error(model_dir: Path, tmp_path: Path) -> None:
 
 
 def _load_fails(rank: int, world: int, model_dir: Path, path: Path) -> str:
-    trainer = _trainer(model_dir, load=False)
+    trainer = make_trainer(model_dir, load=False)
     with pytest.raises(UserError) as caught:
-        _restore(trainer, path)
+        restore(trainer, path)
     return str(caught.value)
 
 
@@ -226,13 +194,13 @@ def test_damaged_or_foreign_checkpoints_are_refused(model_dir: Path, tmp_path: P
 def _weights_alone(rank: int, world: int, model_dir: Path, root: Path) -> None:
     from megatron_npd.models.checkpoint import load_checkpoint, save_checkpoint
 
-    trainer = _trainer(model_dir, bf16=True)
+    trainer = make_trainer(model_dir, bf16=True)
     path = save_checkpoint(root, 0, model=trainer.model, state={})
-    again = _trainer(model_dir, load=False, bf16=True)
+    again = make_trainer(model_dir, load=False, bf16=True)
     assert load_checkpoint(path, model=again.model, optimizer=again.optimizer, scheduler=again.scheduler) == {}
     assert [again.step(i) for i in range(3)] == [trainer.step(i) for i in range(3)]
 
 
 def test_optimizer_starts_anew_from_weights_alone(model_dir: Path, tmp_path: Path) -> None:
     run_distributed(_weights_alone, 2, model_dir, tmp_path)
-    assert json.loads((tmp_path / "iter_0000000" / "state.json").read_text())["optimizer"] is False
+    assert json.loads((tmp_path / "iter_0000000" / "state.json").read_text())["optimizer"] is None

@@ -17,6 +17,7 @@ from megatron_npd.models.checkpoint import load_checkpoint
 from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
+from tests.helpers import make_tiny_model
 from tests.training.make_run import SEQ_LENGTH, column, config, make_packs
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2-fused": {"fused_linear_loss": True},
 }
 TOLERANCE = 1e-4
+VOCAB_SIZE = 305
 
 
 def _train_all(rank: int, world_size: int, configs: list[TrainConfig]) -> None:
@@ -40,20 +42,25 @@ def _train_all(rank: int, world_size: int, configs: list[TrainConfig]) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """The root of the runs ``tp1`` (this process), one a layout (two processes), and two that changed the layout."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of the runs ``tp1`` (this process), one a layout (two processes), and three that changed the layout.
+
+    The model's embedding is tied and has a number of rows that no parallel size, and not 128, divides.
+    """
     root = tmp_path_factory.mktemp("layouts")
-    packs = make_packs(root)
+    packs = make_packs(root, vocab_size=VOCAB_SIZE)
+    model = make_tiny_model(root / "model", vocab_size=VOCAB_SIZE)
 
     def layout(name: str, **fields: Any) -> TrainConfig:
-        return config(tiny_model_dir, packs, root / name, save_interval=10, **fields)
+        return config(model, packs, root / name, save_interval=10, **fields)
 
     train(layout("tp1"))
     shutil.copytree(root / "tp1/iter_0000010", root / "tp1-to-tp2/iter_0000010")
     moved = layout("tp1-to-tp2", **LAYOUTS["tp2-sp"])
     run_distributed(_train_all, 2, [*(layout(name, **fields) for name, fields in LAYOUTS.items()), moved])
-    shutil.copytree(root / "dp2/iter_0000010", root / "dp2-to-tp1/iter_0000010")
-    train(layout("dp2-to-tp1"))
+    for name in ("dp2", "pp2"):
+        shutil.copytree(root / name / "iter_0000010", root / f"{name}-to-tp1/iter_0000010")
+        train(layout(f"{name}-to-tp1"))
     return root
 
 
@@ -89,9 +96,9 @@ def _final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2", "tp2-sp-fused", "pp2-fused", "dp2-fused"])
-def test_weights_and_gradient_moments_are_those_of_one_process(runs: Path, tiny_model_dir: Path, name: str) -> None:
-    expected, got = (_final_state(runs / run / "iter_0000020", tiny_model_dir, runs / "packs") for run in ("tp1", name))
-    start = _final_state(runs / "tp1/iter_0000010", tiny_model_dir, runs / "packs")
+def test_weights_and_gradient_moments_are_those_of_one_process(runs: Path, name: str) -> None:
+    expected, got = (_final_state(runs / run / "iter_0000020", runs / "model", runs / "packs") for run in ("tp1", name))
+    start = _final_state(runs / "tp1/iter_0000010", runs / "model", runs / "packs")
     assert got.keys() == expected.keys() and len(got) > 30
     for key, value in expected.items():
         scale = float(value.abs().max())
@@ -101,5 +108,5 @@ def test_weights_and_gradient_moments_are_those_of_one_process(runs: Path, tiny_
 
 def test_a_checkpoint_goes_on_in_another_layout(runs: Path) -> None:
     expected = column(runs / "tp1/metrics.jsonl", "loss")[10:]
-    for name in ("tp1-to-tp2", "dp2-to-tp1"):
+    for name in ("tp1-to-tp2", "dp2-to-tp1", "pp2-to-tp1"):
         assert column(runs / name / "metrics.jsonl", "loss") == pytest.approx(expected, abs=TOLERANCE), name
