@@ -317,6 +317,9 @@ class NPDConfig:
     """JSONL or Parquet of prompts (messages or prompt, optional response)."""
     updates: int = 1
     """Refreshes of the rollout servers, spread evenly over the run; there are updates + 1 rounds."""
+    redo: bool = False
+    """Where settings were changed: remove the results that depend on them, and make these anew; else they are named,
+    and the run is refused."""
     nproc_per_node: int = 1
     """Processes of the teacher's and trainer's stages on this machine; 1 runs them inside this process."""
     platform: PlatformName = "auto"

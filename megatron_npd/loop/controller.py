@@ -26,6 +26,7 @@ from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_tokenizer
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.report import write_report
+from megatron_npd.loop.resume import keep_config
 from megatron_npd.loop.schedule import append_entry, round_boundaries
 from megatron_npd.manifest import is_sealed, write_atomic
 from megatron_npd.rollout.evaluate import exact_match
@@ -47,7 +48,7 @@ def run_npd(cfg: NPDConfig) -> str:
         The text table of the report.
 
     Raises:
-        UserError: The configuration, the models or the prompts cannot be used, or differ from what began the run.
+        UserError: The configuration, the models or the prompts cannot be used, or results depend on what was changed.
     """
     for name in ("teacher", "student"):
         if not (Path(getattr(cfg, name)) / "config.json").is_file():
@@ -60,7 +61,7 @@ def run_npd(cfg: NPDConfig) -> str:
     run = Path(cfg.run_dir)
     run.mkdir(parents=True, exist_ok=True)
     with _run_lock(run):
-        _keep_config(run, cfg)
+        keep_config(run, cfg)
         return _Loop(run, cfg).run()
 
 
@@ -314,37 +315,3 @@ def _run_lock(run: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"{run} must have one controller, got a second; wait for the first or stop it") from None
         yield
-
-
-def _keep_config(run: Path, cfg: NPDConfig) -> None:
-    """Write the run's configuration, or insist that a resumed run has the same (servers and processes may differ)."""
-    path = run / "config.json"
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    if not path.exists():
-        write_atomic(path, json.dumps(now, indent=1, sort_keys=True) + "\n")
-        return
-    free = {"run_dir", "nproc_per_node", "platform", "rollout.urls", "rollout.num_servers", "rollout.server_args"}
-    free |= {"rollout.concurrency", "rollout.request_timeout", "rollout.start_timeout", "train.log_interval"}
-    free |= {"rollout.max_quarantined", "annotate.max_quarantined", "annotate.follow_seconds", "annotate.urls"}
-    free |= {"annotate.concurrency"}
-    then = _flat(json.loads(path.read_text()))
-    changed = [
-        f"{name}: {then.get(name)!r} -> {value!r}"
-        for name, value in _flat(now).items()
-        if name not in free and then.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{run} must go on with the configuration that began it, got {'; '.join(changed)}; "
-            "take the change back or give another --run-dir"
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

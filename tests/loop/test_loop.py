@@ -156,6 +156,36 @@ def test_another_configuration_is_refused(recipe: NPDConfig) -> None:
         controller.run_npd(changed)
 
 
+def test_a_lower_learning_rate_after_the_teacher_s_work(recipe: NPDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before its first step, a run takes another rate; once steps were made with it, only when asked to."""
+    run = Path(recipe.run_dir).with_name("lower")
+    cfg = dataclasses.replace(recipe, run_dir=str(run), updates=0, eval=dataclasses.replace(recipe.eval, prompts=""))
+
+    def lower(lr: float, **fields: Any) -> NPDConfig:
+        return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, lr=lr), **fields)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def rates() -> list[float]:
+        return [json.loads(line)["lr"] for line in (run / "report" / "metrics.jsonl").read_text().splitlines()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(controller._Loop, "_train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            controller.run_npd(cfg)
+    controller.run_npd(lower(5e-4))
+    assert len(rates()) == 4 and max(rates()) == 5e-4
+    first = weights(run, "v0001")
+    with pytest.raises(UserError, match="checkpoints/iter_0000004, policies/v0001; .*--redo"):
+        controller.run_npd(lower(2e-4))
+    made = (run / "rounds/0000/packs/manifest.json").stat().st_mtime_ns
+    controller.run_npd(lower(2e-4, redo=True))
+    assert len(rates()) == 4 and max(rates()) == 2e-4
+    assert (run / "rounds/0000/packs/manifest.json").stat().st_mtime_ns == made, "what does not depend on it stays"
+    assert not torch.equal(weights(run, "v0001")["model.norm.weight"], first["model.norm.weight"])
+
+
 def test_seconds_go_on_behind_a_line_that_was_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "report" / "seconds.jsonl"
     with controller.timed(tmp_path, "rollout", 0):
