@@ -177,7 +177,7 @@ def test_a_lower_learning_rate_after_the_teacher_s_work(recipe: NPDConfig, monke
     controller.run_npd(lower(5e-4))
     assert len(rates()) == 4 and max(rates()) == 5e-4
     first = weights(run, "v0001")
-    with pytest.raises(UserError, match="checkpoints/iter_0000004, policies/v0001; .*--redo"):
+    with pytest.raises(UserError, match=r"checkpoints/iter_0000004, policies/v0001; .*--redo"):
         controller.run_npd(lower(2e-4))
     made = (run / "rounds/0000/packs/manifest.json").stat().st_mtime_ns
     controller.run_npd(lower(2e-4, redo=True))
