@@ -293,14 +293,25 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Exact-match accuracy on held-out problems, before the run and after each round."""
+    """What is measured on held-out prompts, before the run and after each round: the distance from the teacher, and
+    the accuracy where there are reference responses."""
 
     prompts: str = ""
-    """JSONL or Parquet of problems with reference responses; empty: no evaluation."""
+    """JSONL or Parquet of problems with reference responses; empty: no accuracy."""
     answer_regex: str = r"####\s*(-?[0-9.,]+)"
-    """Its first group, at its last match, is the answer, in reference and response alike (GSM8K's form by default)."""
+    """Its first group, at its last match, is the answer, in reference and response alike (GSM8K's form by default);
+    empty: no accuracy, and the prompts need no reference responses."""
     max_tokens: int = 256
     """Longest answer, in tokens."""
+    held_out: int = 64
+    """Prompts on which the KL to the teacher, the agreement of the most likely tokens and the response length are
+    measured, and of which the report shows some: of eval.prompts, or else kept from training (at most a tenth); 0:
+    none."""
+    teacher: bool = False
+    """Measure the teacher's accuracy too, once, on a server of its own that is started before the student's."""
+
+    def __post_init__(self) -> None:
+        _require(self.held_out >= 0, "held_out", "at least 0", self.held_out, "0 measures nothing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from megatron_npd.data.held_out import REASON, hold_out
 from megatron_npd.data.tokenizer import (
     check_vocabularies,
     encode,
@@ -77,6 +78,7 @@ def prepare_prompts(
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     max_prompt_len: int,
     max_quarantined: float = 0.1,
+    held_out: int = 0,
 ) -> Manifest:
     """Read prompts, apply the chat template once and seal ``out_dir`` with the token ids (``records.PROMPT_SCHEMA``).
 
@@ -95,9 +97,11 @@ def prepare_prompts(
             chat template gives other ids. A teacher without a chat template sees the student's ids.
         max_prompt_len: Longest prompt, in tokens.
         max_quarantined: Share of the records that may be set aside; repeated ones do not count.
+        held_out: Prompts to keep from training, to measure on (``data/held_out.py``).
 
     Returns:
-        The manifest; counts: ``in`` = ``kept`` + sum of ``quarantined`` (repeated records under ``duplicate``).
+        The manifest; counts: ``in`` = ``kept`` + sum of ``quarantined`` (repeated records under ``duplicate``, those
+        kept from training under ``held_out``).
 
     Raises:
         UserError: No such file, unknown extension, one id for two contents, too few usable prompts, or ``out_dir`` is
@@ -118,6 +122,7 @@ def prepare_prompts(
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "teacher_tokenizer_hash": tokenizer_hash(teacher_tokenizer) if teacher_tokenizer else None,
         "max_prompt_len": max_prompt_len,
+        "held_out": held_out,
     }
     if manifest := sealed_from(out_dir, kind="prompts", provenance=provenance):
         return manifest
@@ -130,6 +135,9 @@ def prepare_prompts(
                 f"see {directory / QUARANTINE_FILE}"
             )
         check_quarantined(counts["quarantined"], counts["in"], max_quarantined, source)
+        if held_out and (number := hold_out(directory, held_out)):
+            counts["kept"] -= number
+            counts["quarantined"][REASON] = number
         manifest = seal(directory, kind="prompts", provenance=provenance, counts=counts)
     note = f"; quarantined: {dropped} (see {out_dir / QUARANTINE_FILE})" if dropped else ""
     get_logger().info("%d of %d prompts of %s kept%s", counts["kept"], counts["in"], source, note)

@@ -25,11 +25,11 @@ from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_tokenizer
 from megatron_npd.log import UserError, get_logger
+from megatron_npd.loop.evaluation import HELD_OUT, Accuracies, measure_settings, prepare_measure
 from megatron_npd.loop.report import write_report
 from megatron_npd.loop.resume import keep_config
 from megatron_npd.loop.schedule import append_entry, round_boundaries
 from megatron_npd.manifest import is_sealed, write_atomic
-from megatron_npd.rollout.evaluate import exact_match
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.refresh import refresh
@@ -78,6 +78,10 @@ class _Loop:
     def run(self) -> str:
         try:
             self._prepare()
+            accuracies = Accuracies(self.run_dir, self.cfg)
+            if accuracies.lack(None):  # before the student's servers take the devices
+                with timed(self.run_dir, "evaluate teacher"):
+                    accuracies.add_teacher()
             self._evaluate(0)
             for index in range(self.cfg.updates + 1):
                 self._round(index)
@@ -142,7 +146,9 @@ class _Loop:
                     teacher_tokenizer=teacher,
                     max_prompt_len=self.cfg.rollout.max_model_len - 1,
                     max_quarantined=self.cfg.rollout.max_quarantined,
+                    held_out=0 if self.cfg.eval.prompts else self.cfg.eval.held_out,
                 )
+        prepare_measure(self.run_dir, self.cfg)
 
     def _rollout(self, index: int, out: Path) -> None:
         generate_round(
@@ -211,30 +217,27 @@ class _Loop:
         megatron_to_hf(checkpoint, self.cfg.student, policy)
 
     def _evaluate(self, index: int) -> None:
-        """Accuracy of policy ``index`` (0: before the run), kept in report/accuracy.json."""
-        if not self.cfg.eval.prompts:
-            return
-        path = self.run_dir / "report" / "accuracy.json"
-        known = json.loads(path.read_text()) if path.exists() else {"start": None, "rounds": []}
-        done = known["start"] is not None if index == 0 else len(known["rounds"]) >= index
-        if done:
-            return
-        pool = self._serve(index)
-        with timed(self.run_dir, "evaluate", index):
-            result = exact_match(
-                pool,
-                self.run_dir / "eval_prompts",
-                answer_regex=self.cfg.eval.answer_regex,
-                tokenizer=load_tokenizer(self.cfg.student),
-                max_tokens=self.cfg.eval.max_tokens,
-            )
-        if index == 0:
-            known["start"] = result.accuracy
-        else:
-            known["rounds"].append(result.accuracy)
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps(known, indent=1) + "\n")
-        get_logger().info(f"accuracy of {_version(index)}: {result.accuracy:.1f} % ({result.correct}/{result.total})")
+        """What is measured of policy ``index`` (0: before the run) on held-out prompts."""
+        accuracies = Accuracies(self.run_dir, self.cfg)
+        if accuracies.lack(index):
+            pool = self._serve(index)
+            with timed(self.run_dir, "evaluate", index):
+                accuracies.add(index, pool)
+        if is_sealed(self.run_dir / HELD_OUT / "prompts"):
+            annotations = self.run_dir / HELD_OUT / "rounds" / f"{index:04d}" / "annotations"
+            self._stage("measure", index, annotations, lambda: self._measure(index, annotations))
+
+    def _measure(self, index: int, annotations: Path) -> None:
+        rollouts = annotations.with_name("rollouts")
+        generate_round(
+            self.run_dir / HELD_OUT / "prompts",
+            rollouts,
+            pool=self._serve(index),
+            cfg=measure_settings(self.cfg.rollout),
+            round_index=index,
+            policy_version=_version(index),
+        )
+        self._annotate(index, rollouts, annotations)
 
     # -- helpers -----------------------------------------------------------------------------------------------
 

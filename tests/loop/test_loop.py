@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from megatron_npd.command import parse_config
-from megatron_npd.config import NPDConfig
+from megatron_npd.config import EvalConfig, NPDConfig
 from megatron_npd.data.order import load_schedule
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.platform import get_platform
+from megatron_npd.records import ROLLOUTS_FILE
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.refresh import refresh
 from tests.helpers import make_tiny_model
@@ -26,8 +29,10 @@ get_platform("cpu")
 
 pytestmark = pytest.mark.server
 
-from megatron_npd.loop import controller  # noqa: E402
+from megatron_npd.loop import controller, evaluation  # noqa: E402
+from megatron_npd.loop.verify import verify_run  # noqa: E402
 
+NOT_MEASURED = EvalConfig(held_out=0)
 STAGES = ("generate_round", "select_round", "pack_selection")
 
 
@@ -90,6 +95,8 @@ def test_two_rounds_and_a_report(recipe: NPDConfig) -> None:
     assert summary["accuracy"]["start"] is not None and len(summary["accuracy"]["rounds"]) == 2
     assert (run / "report" / "report.html").stat().st_size > 10_000
     assert table.strip()
+    checked = verify_run(run)
+    assert checked.problems == [] and "held_out/rounds/0002/annotations" in {row[0] for row in checked.rows}
     assert not torch.equal(
         weights(run, "v0001")["model.norm.weight"],
         load_file(Path(recipe.student) / "model.safetensors")["model.norm.weight"],
@@ -100,9 +107,47 @@ def test_a_finished_run_repeats_nothing(recipe: NPDConfig, monkeypatch: pytest.M
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished stage was repeated")
 
-    for name in (*STAGES, "exact_match"):
+    for name in STAGES:
         monkeypatch.setattr(controller, name, forbidden)
+    monkeypatch.setattr(evaluation, "exact_match", forbidden)
     controller.run_npd(recipe)
+
+
+def test_the_distance_from_the_teacher_is_that_of_transformers(recipe: NPDConfig) -> None:
+    """Before the run and after each round: KL(student || teacher) and agreement, from the two models' own logits."""
+    run = Path(recipe.run_dir)
+    measures = evaluation.read_measures(run)
+    assert [entry["policy"] for entry in measures] == [0, 1, 2]
+    policies = [Path(recipe.student), *(run / "policies" / f"v000{index}" for index in (1, 2))]
+    for entry, policy in zip(measures, policies, strict=True):
+        models = [AutoModelForCausalLM.from_pretrained(path) for path in (policy, recipe.teacher)]
+        (shard,) = (run / "held_out" / "rounds" / f"{entry['policy']:04d}" / "rollouts").glob("shard-*")
+        rows = pq.read_table(shard / ROLLOUTS_FILE).to_pylist()
+        assert len(rows) == 8 and entry["prompts"] == 4
+        kl: list[float] = []
+        agreed: list[bool] = []
+        for row in rows:
+            ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+            first, response = len(row["prompt_ids"]), ids[0, len(row["prompt_ids"]) :]
+            with torch.no_grad():
+                own, teachers = (model(ids).logits[0, first - 1 : -1].log_softmax(-1) for model in models)
+            if row["path"]:
+                kl += (own - teachers).gather(1, response[:, None]).flatten().tolist()
+            else:
+                agreed += (own.argmax(-1) == teachers.argmax(-1)).tolist()
+        assert entry["kl"] == pytest.approx(sum(kl) / len(kl), abs=1e-4)
+        assert entry["top1_agreement"] == pytest.approx(sum(agreed) / len(agreed))
+        assert entry["response_tokens"] == pytest.approx(sum(len(row["response_ids"]) for row in rows) / 8)
+        assert entry["cut"] == sum(row["finish_reason"] == "length" for row in rows) / 8
+        assert 0 < entry["kl_error"] < entry["kl"]
+
+
+def test_samples_are_the_greedy_responses_of_each_policy(recipe: NPDConfig) -> None:
+    samples = evaluation.read_samples(Path(recipe.run_dir), recipe.student, number=2)
+    assert len(samples) == 2 and "buys 7 more" in samples[0]["prompt"]
+    for sample in samples:
+        assert [response["policy"] for response in sample["responses"]] == [0, 1, 2]
+        assert all(response["tokens"] <= 12 for response in sample["responses"])
 
 
 def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
@@ -112,6 +157,7 @@ def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
         recipe,
         run_dir=str(undisturbed.with_name("followed")),
         updates=0,
+        eval=NOT_MEASURED,
         annotate=dataclasses.replace(recipe.annotate, follow_seconds=120.0),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -124,12 +170,14 @@ def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
     assert stages.index("rollout") < stages.index("annotate") < stages.index("select")
 
 
-@pytest.mark.parametrize("stage", ["_annotate", "_train", "_export"])
+@pytest.mark.parametrize("stage", ["_annotate", "_train", "_export", "_measure"])
 def test_a_run_stopped_in_its_second_round_ends_the_same(
     recipe: NPDConfig, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = Path(recipe.run_dir)
     cfg = dataclasses.replace(recipe, run_dir=str(undisturbed.with_name(f"stopped{stage}")))
+    if stage != "_measure":
+        cfg = dataclasses.replace(cfg, eval=NOT_MEASURED)
     original = getattr(controller._Loop, stage)
     calls = []
 
@@ -148,6 +196,9 @@ def test_a_run_stopped_in_its_second_round_ends_the_same(
     expected, got = weights(undisturbed, "v0002"), weights(Path(cfg.run_dir), "v0002")
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+    if stage == "_measure":
+        for entry, other in zip(*map(evaluation.read_measures, (undisturbed, Path(cfg.run_dir))), strict=True):
+            assert other == pytest.approx(entry, abs=1e-4)
 
 
 def test_another_configuration_is_refused(recipe: NPDConfig) -> None:
