@@ -29,7 +29,7 @@ from megatron_npd.loop.evaluation import HELD_OUT, Accuracies, measure_settings,
 from megatron_npd.loop.report import write_report
 from megatron_npd.loop.resume import keep_config
 from megatron_npd.loop.schedule import append_entry, round_boundaries
-from megatron_npd.manifest import is_sealed, write_atomic
+from megatron_npd.manifest import is_sealed
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.refresh import refresh
