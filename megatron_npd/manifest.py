@@ -24,7 +24,7 @@ from typing import Any
 from megatron_npd.lock import LOCK, check_lock, hold_lock
 from megatron_npd.log import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 PART = ".part"  # where the files of a directory are written before it is sealed
 _KNOWN_FILE = "MEGATRON_NPD_VERIFIED"  # environment: the process tree's file of hashes

@@ -43,18 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the configuration, evaluate, and print the accuracy."""
     cfg = parse_config(EvaluateCommand, argv)
     from megatron_npd.data.prompts import prepare_prompts
-    from megatron_npd.data.tokenizer import load_tokenizer
+    from megatron_npd.data.tokenizer import load_model_tokens
     from megatron_npd.rollout.evaluate import exact_match
 
-    tokenizer = load_tokenizer(cfg.model)
+    model = load_model_tokens(cfg.model)
     with TemporaryDirectory() as scratch:
         prompts = Path(cfg.prompts)
         if not is_sealed(prompts):
             prompts = Path(scratch) / "prompts"
-            prepare_prompts(cfg.prompts, prompts, tokenizer=tokenizer, max_prompt_len=cfg.max_model_len - 1)
+            prepare_prompts(cfg.prompts, prompts, model=model, max_prompt_len=cfg.max_model_len - 1)
         with ServerPool.open(cfg.model, cfg, log_dir=cfg.log_dir or None) as pool:
             result = exact_match(
-                pool, prompts, answer_regex=cfg.answer_regex, tokenizer=tokenizer, max_tokens=cfg.max_tokens
+                pool, prompts, answer_regex=cfg.answer_regex, tokenizer=model.tokenizer, max_tokens=cfg.max_tokens
             )
     if cfg.out:
         Path(cfg.out).write_text(json.dumps(asdict(result) | {"accuracy": result.accuracy}, indent=1) + "\n")

@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         pack_selection(config.annotations, config.selection or None, config.out, config)
         return
     from megatron_npd.data.prompts import prepare_prompts
-    from megatron_npd.data.tokenizer import load_tokenizer
+    from megatron_npd.data.tokenizer import load_model_tokens
     from megatron_npd.models.families import load_spec
 
     prompts = Path(config.prompts)
     if not is_sealed(prompts):
         prompts = Path(config.out) / "prompts"
-        tokenizer = load_tokenizer(config.hf_model)
-        prepare_prompts(config.prompts, prompts, tokenizer=tokenizer, max_prompt_len=config.seq_length - 1)
+        model = load_model_tokens(config.hf_model)
+        prepare_prompts(config.prompts, prompts, model=model, max_prompt_len=config.seq_length - 1)
     pack_prompts(prompts, config.out, config, vocab_size=load_spec(config.hf_model).vocab_size)
 
 

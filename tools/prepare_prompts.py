@@ -35,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the configuration and prepare the prompts."""
     config = parse_config(PreparePromptsConfig, argv)
     from megatron_npd.data.prompts import prepare_prompts
-    from megatron_npd.data.tokenizer import load_tokenizer
+    from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer
 
     prepare_prompts(
         config.prompts,
         config.out,
-        tokenizer=load_tokenizer(config.student),
+        model=load_model_tokens(config.student),
         teacher_tokenizer=load_tokenizer(config.teacher) if config.teacher else None,
         max_prompt_len=config.max_prompt_len,
         max_quarantined=config.max_quarantined,

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     get_platform(config.platform)
     vocab_size = config.vocab_size
     if config.hf_model:
-        from megatron_npd.data.tokenizer import check_vocabularies, load_tokenizer
+        from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
         from megatron_npd.models.families import load_spec
 
         vocab_size = load_spec(config.hf_model).vocab_size
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_prompts(
             config.input[0],
             prompts,
-            tokenizer=load_tokenizer(config.hf_model),
+            model=load_model_tokens(config.hf_model),
             max_prompt_len=config.max_prompt_len,
             max_quarantined=config.max_quarantined,
         )

@@ -36,7 +36,7 @@ get_platform("cpu")  # before anything imports megatron.core
 
 from megatron_npd.data.packing import pack_prompts  # noqa: E402
 from megatron_npd.data.prompts import prepare_prompts  # noqa: E402
-from megatron_npd.data.tokenizer import load_tokenizer  # noqa: E402
+from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer  # noqa: E402
 from megatron_npd.loop.controller import run_npd, timed  # noqa: E402
 from megatron_npd.loop.report import write_report  # noqa: E402
 from megatron_npd.models.convert import megatron_to_hf  # noqa: E402
@@ -187,7 +187,7 @@ class Quickstart:
     def _prepare(self, source: Path, out: Path, model: Path) -> Path:
         if not is_sealed(out):
             longest = self.npd.rollout.max_model_len - 1
-            prepare_prompts(source, out, tokenizer=load_tokenizer(model), max_prompt_len=longest)
+            prepare_prompts(source, out, model=load_model_tokens(model), max_prompt_len=longest)
         return out
 
 

@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_npd.data.held_out import REASON, hold_out
 from megatron_npd.data.tokenizer import (
+    ModelTokens,
     check_vocabularies,
     encode,
     render,
     suffix_after,
     tokenizer_hash,
-    turn_end,
     turn_header,
 )
 from megatron_npd.log import UserError, get_logger, progress
@@ -74,7 +74,7 @@ def prepare_prompts(
     source: str | Path,
     out_dir: str | Path,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    model: ModelTokens,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     max_prompt_len: int,
     max_quarantined: float = 0.1,
@@ -84,15 +84,15 @@ def prepare_prompts(
 
     A record holds ``messages`` (a chat; a last assistant message is its response) or ``prompt`` (a string; one user
     message where the tokenizer has a chat template), optionally ``response`` and ``id``; other columns go to
-    ``extras`` as JSON. Without ``id`` it is a hash of conversation and response. ``response_ids`` ends in the stop
-    token that the chat template writes after an answer. Bad records are set aside in ``quarantine.jsonl`` with line
-    number, byte offset and reason; the rest goes on in the file's order. A sealed ``out_dir`` made from the same
-    input is left as it is.
+    ``extras`` as JSON. Without ``id`` it is a hash of conversation and response. ``response_ids`` ends in the first
+    of the model's stop ids, which are in the manifest for all who generate from these prompts. Bad records are set
+    aside in ``quarantine.jsonl`` with line number, byte offset and reason; the rest goes on in the file's order. A
+    sealed ``out_dir`` made from the same input is left as it is.
 
     Args:
         source: ``.jsonl`` or ``.parquet`` file.
         out_dir: Directory to seal.
-        tokenizer: The student's.
+        model: Of the student, or of whatever model is to be trained or asked.
         teacher_tokenizer: The teacher's; vocabularies are compared, and ``teacher_prompt_ids`` is filled where its
             chat template gives other ids. A teacher without a chat template sees the student's ids.
         max_prompt_len: Longest prompt, in tokens.
@@ -112,6 +112,7 @@ def prepare_prompts(
         raise UserError(f"prompts must be a JSONL or Parquet file, got no file at {source}; check the path")
     if source.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"prompts must end in .jsonl or .parquet, got {source}; convert or rename it")
+    tokenizer = model.tokenizer
     turn_header(tokenizer)  # refuses a tokenizer that leaves L(y) undefined before anything is read
     if teacher_tokenizer is not None:
         check_vocabularies(tokenizer, teacher_tokenizer)
@@ -120,6 +121,7 @@ def prepare_prompts(
     provenance = {
         "source_sha256": file_sha256(source),
         "tokenizer_hash": tokenizer_hash(tokenizer),
+        "stop_ids": list(model.stop_ids),
         "teacher_tokenizer_hash": tokenizer_hash(teacher_tokenizer) if teacher_tokenizer else None,
         "max_prompt_len": max_prompt_len,
         "held_out": held_out,
@@ -127,7 +129,7 @@ def prepare_prompts(
     if manifest := sealed_from(out_dir, kind="prompts", provenance=provenance):
         return manifest
     with writing(out_dir) as directory:
-        counts = _write(source, directory, tokenizer, teacher_tokenizer, max_prompt_len)
+        counts = _write(source, directory, model, teacher_tokenizer, max_prompt_len)
         dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["quarantined"].items()))
         if not counts["kept"]:
             raise UserError(
@@ -151,7 +153,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
 def _write(
     source: Path,
     out_dir: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    model: ModelTokens,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     max_prompt_len: int,
 ) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _write(
                 except _BadRecord as problem:
                     bad.append((item, problem))
             rows = []
-            for prompt, row in _tokenise(prompts, tokenizer, teacher_tokenizer, max_prompt_len):
+            for prompt, row in _tokenise(prompts, model, teacher_tokenizer, max_prompt_len):
                 if isinstance(row, _BadRecord):
                     bad.append((prompt.source, row))
                 else:
@@ -300,19 +302,18 @@ def _messages(value: Any) -> list[dict[str, str]]:
 
 def _tokenise(
     prompts: list[_Prompt],
-    tokenizer: PreTrainedTokenizerBase,
+    model: ModelTokens,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
     max_prompt_len: int,
 ) -> Iterator[tuple[_Prompt, dict[str, Any] | _BadRecord]]:
     """Each prompt with its row of ``PROMPT_SCHEMA`` or with why it has none."""
-    rendered = [_prompt_ids(prompts, tokenizer)]
+    rendered = [_prompt_ids(prompts, model.tokenizer)]
     if teacher_tokenizer is not None:
         rendered.append(_prompt_ids(prompts, teacher_tokenizer))
     answers = [prompt.response for prompt in prompts if prompt.response is not None]
-    answer_ids = iter(encode(tokenizer, answers, special=False))
-    stop = turn_end(tokenizer) if answers else -1
+    answer_ids = iter(encode(model.tokenizer, answers, special=False))
     for prompt, *sides in zip(prompts, *rendered, strict=True):
-        response_ids = None if prompt.response is None else [*next(answer_ids), stop]
+        response_ids = None if prompt.response is None else [*next(answer_ids), model.stop_ids[0]]
         bad = next((side for side in sides if isinstance(side, _BadRecord)), None)
         if bad is None and max(len(ids) for ids, _ in sides) > max_prompt_len:
             longest = max(len(ids) for ids, _ in sides)

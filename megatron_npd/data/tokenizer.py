@@ -1,9 +1,13 @@
-"""What the stages need of a tokenizer: the ids that open and end an answer, its hash, whether two agree."""
+"""What the stages need of a model's tokens: the ids that open and end a response, its hash, whether two agree."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -13,8 +17,67 @@ from megatron_npd.manifest import config_hash
 _PROBE = "q7probe"  # a word that no chat template holds by itself
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelTokens:
+    """What a model's prompts and responses are made of.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        stop_ids: The ids that end its responses; training ends them with the first.
+        vocab_size: V*, the rows of its embedding: ids below are known to it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+
+
+def load_model_tokens(hf_dir: str | Path) -> ModelTokens:
+    """The tokens of the model in a local Hugging Face directory.
+
+    Raises:
+        UserError: A file is missing or cannot be read, or nothing says what ends a response.
+    """
+    tokenizer = load_tokenizer(hf_dir)
+    path = Path(hf_dir) / "config.json"
+    vocab_size = _read_json(path).get("vocab_size")
+    if type(vocab_size) is not int:
+        raise UserError(f"vocab_size in {path} must be an integer, got {vocab_size!r}; mend it")
+    return ModelTokens(tokenizer=tokenizer, stop_ids=stop_ids(tokenizer, hf_dir), vocab_size=vocab_size)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, hf_dir: str | Path) -> tuple[int, ...]:
+    """The ids that end a response of the model in ``hf_dir``, without repetitions.
+
+    First the turn end of the chat template, with which training ends a response; then the tokenizer's EOS and the
+    model's own (``generation_config.json``, or ``config.json`` where there is none), at which servers stop unasked.
+
+    Raises:
+        UserError: There is none, or ``eos_token_id`` is neither an integer nor a list of them.
+    """
+    path = Path(hf_dir) / "generation_config.json"
+    if not path.exists():
+        path = Path(hf_dir) / "config.json"
+    own = _read_json(path).get("eos_token_id")
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    if not all(type(token_id) is int for token_id in own):
+        raise UserError(f"eos_token_id in {path} must be an integer or a list of integers, got {own}; mend it")
+    ids = [turn_end(tokenizer), tokenizer.eos_token_id, *own]
+    return tuple(dict.fromkeys(token_id for token_id in ids if isinstance(token_id, int)))
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} must be a readable JSON file, got: {error}; restore it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}; restore it")
+    return value
+
+
 def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local Hugging Face directory.
+    """The tokenizer of a local Hugging Face directory; code that it may bring along is never run.
 
     Raises:
         UserError: The directory or its tokenizer files are missing or cannot be read.
@@ -22,7 +85,7 @@ def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerBase:
     if not Path(hf_dir).is_dir():
         raise UserError(f"{hf_dir} must be a Hugging Face directory, got nothing there; check the path")
     try:
-        return AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises it bare where tokenizer.json is malformed
         raise UserError(
             f"{hf_dir} must hold a tokenizer that transformers loads, got: {error}; copy the tokenizer files there"
@@ -48,18 +111,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: boo
 def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id on which a response alone is conditioned where no turn header opens it (METHOD section 3).
 
-    The BOS token, or the end-of-document token of a tokenizer without BOS.
+    The BOS token, or what ends a document or a turn where there is none.
 
     Raises:
-        UserError: The tokenizer has neither.
+        UserError: The tokenizer has none of them.
     """
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if isinstance(token_id, int):
-            return token_id
-    raise UserError(
-        "the tokenizer must have a chat template, a BOS or an end-of-document token, got none of them; "
-        "set bos_token or eos_token in tokenizer_config.json"
-    )
+    return tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else _end(tokenizer, eos_first=True)
 
 
 def turn_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -82,22 +139,30 @@ def suffix_after(longer: list[int], shorter: list[int]) -> list[int]:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The stop token: the first special token that the chat template writes after an answer, else EOS.
+    """The stop token: the first special token that the chat template writes after a response, else EOS.
 
     Raises:
         UserError: There is neither.
     """
+    return _end(tokenizer, eos_first=False)
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, *, eos_first: bool) -> int:
+    """EOS, or the first special token that the chat template writes after a response, in either order."""
+    eos = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else None
+    if eos_first and eos is not None:
+        return eos
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}]
         after = render(tokenizer, turns, add_generation_prompt=False).rpartition(_PROBE)[2]
         for token_id in encode(tokenizer, [after], special=False)[0] if after else []:
             if token_id in tokenizer.all_special_ids or token_id in tokenizer.added_tokens_decoder:
                 return token_id
-    if isinstance(tokenizer.eos_token_id, int):
-        return tokenizer.eos_token_id
+    if eos is not None:
+        return eos
     raise UserError(
-        "the tokenizer must have a stop token, got none in its chat template and no eos_token; "
-        "set eos_token in tokenizer_config.json"
+        f"the tokenizer {tokenizer.name_or_path} must say what ends a response, got no special token after a response "
+        "in its chat template and no eos_token; set eos_token in tokenizer_config.json"
     )
 
 

@@ -23,7 +23,7 @@ from megatron_npd.config import NPDConfig
 from megatron_npd.data.order import ScheduleEntry
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts
-from megatron_npd.data.tokenizer import check_vocabularies, load_tokenizer
+from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.evaluation import HELD_OUT, Accuracies, measure_settings, prepare_measure
 from megatron_npd.loop.report import write_report
@@ -134,15 +134,15 @@ class _Loop:
     # -- stages ------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        student, teacher = load_tokenizer(self.cfg.student), load_tokenizer(self.cfg.teacher)
-        check_vocabularies(student, teacher)
+        student, teacher = load_model_tokens(self.cfg.student), load_tokenizer(self.cfg.teacher)
+        check_vocabularies(student.tokenizer, teacher)
         for source, name in ((self.cfg.prompts, "prompts"), (self.cfg.eval.prompts, "eval_prompts")):
             out = self.run_dir / name
             if source and not is_sealed(out):
                 prepare_prompts(
                     source,
                     out,
-                    tokenizer=student,
+                    model=student,
                     teacher_tokenizer=teacher,
                     max_prompt_len=self.cfg.rollout.max_model_len - 1,
                     max_quarantined=self.cfg.rollout.max_quarantined,

@@ -64,7 +64,7 @@ def exact_match(
         UserError: A reference without an answer, a regex without a group, or a server that died.
     """
     pattern = _compile(answer_regex)
-    read_manifest(prompts_dir, kind="prompts")
+    stop_ids = read_manifest(prompts_dir, kind="prompts").provenance["stop_ids"]
     batches = PromptRows(prompts_dir).batches("prompt_id", "prompt_ids", "response")
     problems = [problem for batch in batches for problem in batch.to_pylist()]
     if not problems:
@@ -81,7 +81,8 @@ def exact_match(
                 f"every problem must be answered, got {result.reason} for {prompt_id} ({result.detail}); rerun"
             )
         tokens += len(result.token_ids)
-        responses[request.key] = str(tokenizer.decode(result.token_ids, skip_special_tokens=True))
+        text_ids = result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids
+        responses[request.key] = str(tokenizer.decode(text_ids, skip_special_tokens=True))
         bar.update()
 
     context = pool.cfg.max_model_len
@@ -89,7 +90,7 @@ def exact_match(
     with progress(len(problems), "evaluate", "problem") as bar:
         pool.run(
             (
-                Request(key=i, token_ids=ids, max_tokens=min(max_tokens, context - len(ids)))
+                Request(key=i, token_ids=ids, max_tokens=min(max_tokens, context - len(ids)), stop_ids=stop_ids)
                 for i, problem in enumerate(problems)
                 if 0 < len(ids := problem["prompt_ids"]) < context
             ),

@@ -211,8 +211,9 @@ class _Round:
 
 def _settings(prompts_dir: Path, cfg: RolloutConfig, round_index: int, policy_version: str) -> dict[str, Any]:
     """Everything that the round's files depend on."""
-    read_manifest(prompts_dir, kind="prompts")
+    prompts = read_manifest(prompts_dir, kind="prompts")
     return {name: getattr(cfg, name) for name in _SETTINGS} | {
+        "stop_ids": prompts.provenance["stop_ids"],
         "round": round_index,
         "policy_version": policy_version,
         "prompts": file_sha256(prompts_dir / MANIFEST),

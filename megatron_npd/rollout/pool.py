@@ -34,6 +34,7 @@ class Request:
         key: The caller's own mark; it is not sent.
         token_ids: The prompt.
         max_tokens: Longest answer, in tokens.
+        stop_ids: Ids that end it, beside the server's own.
         temperature: 0 is greedy.
         top_p: Nucleus probability.
         seed: Seed of the sampling.
@@ -42,6 +43,7 @@ class Request:
     key: int
     token_ids: Sequence[int]
     max_tokens: int
+    stop_ids: Sequence[int]
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -291,6 +293,7 @@ class ServerPool:
 def _generate_body(logprobs: bool, request: Request) -> dict[str, Any]:
     sampling: dict[str, Any] = {
         "max_tokens": request.max_tokens,
+        "stop_token_ids": list(request.stop_ids),
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed,

@@ -221,6 +221,7 @@ class VLLMServer:
             *("--seed", str(cfg.seed % 2**31)),
             *("--logprobs-mode", "raw_logprobs"),
             *("--worker-extension-cls", EXTENSION),
+            "--no-trust-remote-code",
             "--enable-scale-out",  # the endpoint that takes and gives token ids
             "--disable-uvicorn-access-log",
             *("--uvicorn-log-level", "warning"),

@@ -78,6 +78,7 @@ class Shard:
                 key=index,
                 token_ids=self._prompt(index, "prompt_ids"),
                 max_tokens=min(self.cfg.max_tokens, self.cfg.max_model_len - self._length(index)),
+                stop_ids=self.settings["stop_ids"],
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,

@@ -13,7 +13,15 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_npd.data import prompts
 from megatron_npd.data.prompts import check_vocabularies, prepare_prompts
-from megatron_npd.data.tokenizer import document_start, load_tokenizer, turn_end, turn_header
+from megatron_npd.data.tokenizer import (
+    ModelTokens,
+    document_start,
+    load_model_tokens,
+    load_tokenizer,
+    stop_ids,
+    turn_end,
+    turn_header,
+)
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.records import PROMPT_SCHEMA
@@ -41,9 +49,9 @@ def write_lines(path: Path, *records: Any) -> Path:
 def prepare(source: Path, tokenizer: Any, **options: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Any]:
     """Rows, quarantine and manifest of a prepared file."""
     out = source.parent / "prompts"
-    manifest = prepare_prompts(
-        source, out, tokenizer=tokenizer, **({"max_prompt_len": 200, "max_quarantined": 1.0} | options)
-    )
+    stop = tokenizer.eos_token_id if tokenizer.chat_template is None else turn_end(tokenizer)
+    model = ModelTokens(tokenizer=tokenizer, stop_ids=(stop,), vocab_size=300)
+    manifest = prepare_prompts(source, out, model=model, **({"max_prompt_len": 200, "max_quarantined": 1.0} | options))
     assert read_manifest(out, kind="prompts") == manifest
     counts = manifest.counts
     assert counts["in"] == counts["kept"] + sum(counts["quarantined"].values())
@@ -91,8 +99,35 @@ def test_without_chat_template_the_text_is_the_prompt(tmp_path: Path, tokenizer)
     tokenizer.bos_token = "<|endoftext|>"
     assert turn_header(tokenizer) == [0]
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(UserError, match="BOS or an end-of-document token"):
+    with pytest.raises(UserError, match="must say what ends a response"):
         turn_header(tokenizer)
+
+
+def test_stop_ids_are_the_turn_end_then_the_tokenizers_and_the_models(tmp_path: Path) -> None:
+    """A published base model: its EOS ends documents, the ChatML template ends turns with another token."""
+    tokenizer = make_tiny_tokenizer(tmp_path)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 304, "eos_token_id": 5}))
+    model = load_model_tokens(tmp_path)
+    assert (model.stop_ids, model.vocab_size) == ((2, 0, 5), 304)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}))
+    assert load_model_tokens(tmp_path).stop_ids == (2, 0, 7)
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "2 + 3?", "response": "5"})
+    manifest = prepare_prompts(source, tmp_path / "prompts", model=load_model_tokens(tmp_path), max_prompt_len=200)
+    assert manifest.provenance["stop_ids"] == [2, 0, 7]
+    (row,) = pq.read_table(tmp_path / "prompts" / "prompts.parquet").to_pylist()
+    assert row["response_ids"] == [*tokenizer("5")["input_ids"], 2]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(UserError, match=r"eos_token_id in .*generation_config.json must be an integer or a list"):
+        load_model_tokens(tmp_path)
+
+
+def test_a_template_alone_says_what_opens_and_ends_a_response(tmp_path: Path, tokenizer) -> None:
+    tokenizer.bos_token = tokenizer.eos_token = None
+    (tmp_path / "config.json").write_text("{}")
+    assert stop_ids(tokenizer, tmp_path) == (2,) and document_start(tokenizer) == 2
+    assert tokenizer.decode(turn_header(tokenizer)) == HEADER
 
 
 def test_messages_need_a_chat_template(tmp_path: Path, tokenizer) -> None:

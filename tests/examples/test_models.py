@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_npd.data.prompts import prepare_prompts
-from megatron_npd.data.tokenizer import check_vocabularies
+from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens
 from megatron_npd.models.families import load_spec
 from megatron_npd.records import PROMPTS_FILE
 from models import HEAD_DIM, build_tokenizer, write_models
@@ -51,7 +51,7 @@ def test_prompts_of_the_problems(paths: dict[str, Path], tmp_path: Path) -> None
 
     tokenizer = AutoTokenizer.from_pretrained(paths["student"])
     source = write_splits(tmp_path / "data", 3, SIZES)["test"]
-    prepare_prompts(source, tmp_path / "prompts", tokenizer=tokenizer, max_prompt_len=60)
+    prepare_prompts(source, tmp_path / "prompts", model=load_model_tokens(paths["student"]), max_prompt_len=60)
     rows = pq.read_table(tmp_path / "prompts" / PROMPTS_FILE).to_pylist()
     assert len(rows) == SIZES["test"]
     header = tokenizer.convert_tokens_to_ids("<|assistant|>")

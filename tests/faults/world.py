@@ -64,11 +64,11 @@ class StandInScorer:
 
 def prompts(run: Path) -> None:
     from megatron_npd.data.prompts import prepare_prompts
-    from megatron_npd.data.tokenizer import load_tokenizer
+    from megatron_npd.data.tokenizer import load_model_tokens
 
     inputs = Path(os.environ[INPUTS])
-    tokenizer = load_tokenizer(inputs / "student")
-    prepare_prompts(inputs / "prompts.jsonl", run / "prompts", tokenizer=tokenizer, max_prompt_len=60)
+    model = load_model_tokens(inputs / "student")
+    prepare_prompts(inputs / "prompts.jsonl", run / "prompts", model=model, max_prompt_len=60)
 
 
 def rollouts(run: Path) -> None:

@@ -176,5 +176,10 @@ def write_prompts(path: Path, lengths: list[int], seed: int = 0) -> Path:
     ]
     with writing(path) as directory:
         pq.write_table(pa.Table.from_pylist(rows, schema=PROMPT_SCHEMA), directory / PROMPTS_FILE)
-        seal(directory, kind="prompts", counts={"in": len(rows), "kept": len(rows), "quarantined": {}, "pending": 0})
+        seal(
+            directory,
+            kind="prompts",
+            provenance={"stop_ids": [EOS]},
+            counts={"in": len(rows), "kept": len(rows), "quarantined": {}, "pending": 0},
+        )
     return path

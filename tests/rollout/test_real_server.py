@@ -15,14 +15,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_npd.config import RolloutConfig
+from megatron_npd.data.prompts import prepare_prompts
+from megatron_npd.data.tokenizer import load_model_tokens
 from megatron_npd.log import UserError
-from megatron_npd.manifest import seal
+from megatron_npd.manifest import read_manifest, seal
 from megatron_npd.records import ROLLOUTS_FILE
 from megatron_npd.rollout.evaluate import exact_match
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.pool import Answer, Failure, Request, ServerPool
 from megatron_npd.rollout.refresh import refresh
-from tests.helpers import make_tiny_model
+from tests.helpers import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer
 from tests.rollout.fake import write_prompts
 
 pytestmark = pytest.mark.server
@@ -52,7 +54,12 @@ def ask(pool: ServerPool, count: int = 12, temperature: float = 0.0) -> list[tup
     lengths = np.linspace(3, 100, count).astype(int)
     requests = [
         Request(
-            key=i, token_ids=rng.integers(3, 300, n).tolist(), max_tokens=16, temperature=temperature, seed=i, top_p=1.0
+            key=i,
+            token_ids=rng.integers(3, 300, n).tolist(),
+            max_tokens=16,
+            stop_ids=[2],
+            temperature=temperature,
+            seed=i,
         )
         for i, n in enumerate(lengths)
     ]
@@ -77,6 +84,28 @@ def test_answers_equal_transformers(served_pool: ServerPool, tiny_model_dir: Pat
     answers = ask(served_pool, temperature=temperature)
     assert_equal_to_transformers(tiny_model_dir, answers, greedy=temperature == 0.0)
     assert {answer.versions for _, answer in answers} == {("v0000",)}
+
+
+def test_responses_end_at_the_turn_end_of_the_template(
+    served_pool: ServerPool, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The server stops at the model's EOS (2) by itself, the template ends turns with another token."""
+    tokenizer = make_tiny_tokenizer(tmp_path)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "<|endoftext|>")
+    tokenizer.save_pretrained(tmp_path)
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": f"{i} + 1?"}) + "\n" for i in range(60)))
+    prompts = tmp_path / "prompts"
+    prepare_prompts(tmp_path / "in.jsonl", prompts, model=load_model_tokens(tmp_path), max_prompt_len=100)
+    cfg = RolloutConfig(max_model_len=256, max_tokens=24, greedy_paths=0, sampled_paths=2, merge_identical=False)
+    generate_round(prompts, tmp_path / "out", pool=served_pool, cfg=cfg, round_index=0, policy_version="v0000")
+    assert read_manifest(tmp_path / "out").provenance["stop_ids"] == [0, 2]
+    rows = pq.read_table(tmp_path / "out" / "shard-00000" / ROLLOUTS_FILE).to_pylist()
+    ends = {row["response_ids"][-1] for row in rows if row["finish_reason"] == "stop"}
+    assert ends == {0, 2}
+    for row in rows:
+        inside = row["response_ids"][:-1] if row["finish_reason"] == "stop" else row["response_ids"]
+        assert not {0, 2} & set(inside), row
 
 
 def test_round_is_the_same_whatever_the_concurrency(served_pool: ServerPool, tmp_path: Path) -> None:
