@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from megatron_npd.lifeline import end_with_starter
+
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -59,8 +61,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit: 0 when it finished, 2 after a user error, 130 after Ctrl-C.
 
     A disk that is full, read-only, broken or closed to us is a user error too; other exceptions keep their traceback
-    (exit code 1).
+    (exit code 1). A command that another of our processes started ends with it.
     """
+    end_with_starter()
     try:
         code = main() or 0
     except UserError as error:

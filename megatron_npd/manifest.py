@@ -8,18 +8,16 @@ the directory's lock; readers check the manifest and every file before they use 
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_npd.lock import LOCK, check_lock, hold_lock
 from megatron_npd.log import UserError
@@ -28,6 +26,7 @@ SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 PART = ".part"  # where the files of a directory are written before it is sealed
 _KNOWN_FILE = "MEGATRON_NPD_VERIFIED"  # environment: the process tree's file of hashes
+_MEMFD = "megatron-npd-hashes"
 _RACY_SECONDS = 0.1  # a file changed this shortly before it was hashed may change again within its mtime's tick
 _FILE_TYPES = {"sha256": str, "bytes": int}
 _known: dict[str, list[Any]] = {}  # file -> size, mtime_ns, ctime_ns, inode, sha256 at its last full hash
@@ -258,8 +257,8 @@ def _known_sha256(file: Path) -> str | None:
     """The hash of a file that a process of this tree has read since it last changed."""
     global _known_read
     key, state = str(file.resolve()), _state(file)
-    if _known.get(key, [])[:4] != state and (shared := os.environ.get(_KNOWN_FILE)):
-        with suppress(OSError), open(shared, "rb") as stream:
+    if _known.get(key, [])[:4] != state and _KNOWN_FILE in os.environ:
+        with suppress(OSError), _shared("rb") as stream:
             stream.seek(_known_read)
             for line in stream:
                 if not line.endswith(b"\n"):
@@ -273,24 +272,27 @@ def _known_sha256(file: Path) -> str | None:
 
 
 def _remember(file: Path, state: list[int], digest: str) -> None:
-    """Keep a hash for this process and those that it starts, in a private file that the environment names."""
+    """Keep a hash for this process and those that it starts, in a file in memory that the environment names.
+
+    It ends with the process that made it: nothing is left on disk, and a hash is not trusted by a later tree.
+    """
     if time.time_ns() - state[1] < _RACY_SECONDS * 1e9:
         return
     key = str(file.resolve())
     _known[key] = [*state, digest]
-    with suppress(OSError):
-        if _KNOWN_FILE not in os.environ:
-            fd, os.environ[_KNOWN_FILE] = tempfile.mkstemp(prefix="megatron_npd-")
-            os.close(fd)
-            atexit.register(_forget, os.getpid(), os.environ[_KNOWN_FILE])
-        with open(os.environ[_KNOWN_FILE], "ab", buffering=0) as stream:
-            stream.write(json.dumps([key, *state, digest]).encode() + b"\n")
+    if _KNOWN_FILE not in os.environ:
+        os.environ[_KNOWN_FILE] = f"/proc/{os.getpid()}/fd/{os.memfd_create(_MEMFD)}"
+    with suppress(OSError), _shared("ab") as stream:
+        stream.write(json.dumps([key, *state, digest]).encode() + b"\n")
 
 
-def _forget(owner: int, shared: str) -> None:
-    if os.getpid() == owner:
-        with suppress(OSError):
-            os.unlink(shared)
+@contextmanager
+def _shared(mode: str) -> Iterator[IO[bytes]]:
+    """The process tree's file; FileNotFoundError once its maker has ended, even if its number is another's by now."""
+    with open(os.environ[_KNOWN_FILE], mode) as stream:
+        if _MEMFD not in os.readlink(f"/proc/self/fd/{stream.fileno()}"):
+            raise FileNotFoundError(os.environ[_KNOWN_FILE])
+        yield stream
 
 
 def seal(

@@ -17,6 +17,7 @@ FLOORS = {
     "recipe": 0,
     "records": 0,
     "manifest": 0,
+    "lifeline": 0,
     "lock": 0,
     "log": 0,
     "data": 1,

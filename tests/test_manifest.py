@@ -199,6 +199,18 @@ def test_a_started_process_trusts_its_parents_hash(tmp_path: Path, monkeypatch: 
     process.start()
     assert mine.recv() == "read"
     process.join()
+    assert os.environ["MEGATRON_NPD_VERIFIED"].startswith("/proc/")  # nothing that a kill would leave on disk
+
+
+def test_a_hash_is_never_written_into_a_file_that_took_the_place_of_the_shared_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = make(tmp_path / "out")
+    age(out)
+    with open(tmp_path / "other", "w") as other:  # of a process that has the number of the one that ended
+        monkeypatch.setenv("MEGATRON_NPD_VERIFIED", f"/proc/{os.getpid()}/fd/{other.fileno()}")
+        read_manifest(out)
+    assert not (tmp_path / "other").read_bytes()
 
 
 def _hold(out: Path, pipe: Any) -> None:

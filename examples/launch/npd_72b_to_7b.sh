@@ -110,7 +110,7 @@ everywhere() {  # OUTPUT SCRIPT ARGUMENTS...: torchrun over the training nodes
   local out=$1; shift
   if ! sealed "$out" && [ "$NODE_RANK" -lt "$TRAIN_NODES" ]; then
     run "$PYTHON" -m torch.distributed.run --nnodes "$TRAIN_NODES" --node-rank "$NODE_RANK" \
-      --nproc-per-node "$DEVICES_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"
+      --nproc-per-node "$DEVICES_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --log-dir /dev/null "$@"
   fi
   wait_for "$out/manifest.json"
 }

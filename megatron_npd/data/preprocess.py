@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 from collections import Counter
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 
 from megatron_npd.data.foreign import BadRecord, parse_sample
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, StoreShardWriter
+from megatron_npd.lifeline import end_with
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import (
     Manifest,
@@ -182,7 +184,7 @@ def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quaran
     convert = partial(_convert, setting=setting)
     pool = nullcontext()
     if workers > 1:
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupts)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),))
     with pool as executor, progress(total, "preprocess", "record") as bar:
         try:
             for number, keys in enumerate(executor.map(convert, parts) if executor else map(convert, parts)):
@@ -204,9 +206,9 @@ def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quaran
     return {**books, "quarantined": dict(sorted(reasons.items())), "pending": 0}
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C reaches the whole process group: the parent alone answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin_worker(parent: int) -> None:
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent alone answers it
 
 
 def _repeated(

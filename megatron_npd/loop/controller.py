@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from megatron_npd.data.order import ScheduleEntry
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
+from megatron_npd.lifeline import child_environment
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.evaluation import HELD_OUT, Accuracies, measure_settings, prepare_measure
 from megatron_npd.loop.report import write_report
@@ -163,8 +165,7 @@ class _Loop:
     def _annotate(self, index: int, rollouts: Path, out: Path) -> None:
         teacher, student = self.cfg.teacher, str(self._policy(index))
         if self.cfg.nproc_per_node > 1 or self.cfg.annotate.backend == "vllm":
-            code = subprocess.run(self._annotate_command(index, rollouts, out), check=False).returncode
-            _check_exit("tools/annotate.py", code)
+            _run("tools/annotate.py", self._annotate_command(index, rollouts, out))
             return
         from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
 
@@ -182,7 +183,7 @@ class _Loop:
             yield
             return
         out.parent.mkdir(parents=True, exist_ok=True)
-        process = subprocess.Popen(self._annotate_command(index, rollouts, out))
+        process = subprocess.Popen(self._annotate_command(index, rollouts, out), env=child_environment())
         try:
             yield
             with timed(self.run_dir, "annotate", index):  # what is left once the last answer is there
@@ -205,7 +206,7 @@ class _Loop:
         )
         if self.cfg.nproc_per_node > 1:
             command = self._command("pretrain_npd.py", dataclasses.asdict(cfg))
-            _check_exit("pretrain_npd.py", subprocess.run(command, check=False).returncode)
+            _run("pretrain_npd.py", command)
             return
         from megatron_npd.training.trainer import train  # after the platform is chosen
 
@@ -282,7 +283,12 @@ class _Loop:
         if self.cfg.nproc_per_node > 1:
             command += ["-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(self.cfg.nproc_per_node)]
+            command += ["--log-dir", os.devnull]  # else torchrun leaves a directory in /tmp at each start
         return [*command, str(REPOSITORY / script), *command_flags(fields)]
+
+
+def _run(script: str, command: list[str]) -> None:
+    _check_exit(script, subprocess.run(command, env=child_environment(), check=False).returncode)
 
 
 def _check_exit(script: str, code: int) -> None:

@@ -34,7 +34,7 @@ def get_platform(name: str | None = None) -> Platform:
     Raises:
         UserError: The named platform is unknown or cannot be had, or the process runs on another one already.
     """
-    from megatron_npd.platform.base import PlatformUnavailable
+    from megatron_npd.platform.base import PlatformUnavailable, without_wandb
 
     global _prepared
     if _prepared is not None:
@@ -56,7 +56,8 @@ def get_platform(name: str | None = None) -> Platform:
             ) from error
     else:
         raise UserError(f"platform must be one of {', '.join(PLATFORMS)} or auto, got {name}; correct it")
-    platform.prepare()
+    with without_wandb():
+        platform.prepare()
     _prepared = platform
     return platform
 

@@ -7,9 +7,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from megatron_npd.lifeline import end_with_starter
 from megatron_npd.log import UserError
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
+
+_STORE_PATIENCE = timedelta(minutes=10)
 
 
 def initialize_distributed(
@@ -64,7 +67,17 @@ def _join(backend: str) -> None:
     # Ten minutes, the default with NCCL, are too few; groups that compute together keep megatron-core's own patience.
     patience = timedelta(hours=2)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=patience)
+        end_with_starter()
+        try:  # torchrun's agent holds the store before it starts a rank: who waits longer waits for the dead
+            store, rank, world = next(dist.rendezvous("env://", timeout=_STORE_PATIENCE))
+        except dist.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"torchrun's store at {where} must answer within {_STORE_PATIENCE}, got {str(error).splitlines()[0]}; "
+                "see whether torchrun still runs on that node, and start it again on all"
+            ) from error
+        store.set_timeout(patience)
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     else:
         dist.init_process_group(backend, timeout=patience, store=dist.HashStore(), rank=0, world_size=1)
 

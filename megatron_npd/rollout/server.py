@@ -129,9 +129,12 @@ class VLLMServer:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        # A killed parent cannot stop its server: this shell sees its pipe close, and ends the whole process group.
+        # A killed parent cannot stop its server: this shell sees its pipe close, and ends the whole process group. As
+        # in `stop`, SIGTERM comes first: killed at once, vLLM leaves its sockets in /tmp and its buffers in /dev/shm.
+        group = f"-- -{self.process.pid}"
+        waits = f"for _ in $(seq {_STOP_SECONDS:.0f}); do kill -s 0 {group} || exit; sleep 1; done"
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", f"read _; kill -s KILL -- -{self.process.pid}"],
+            ["/bin/sh", "-c", f"read _; kill -s TERM {group}; {waits}; kill -s KILL {group}"],
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

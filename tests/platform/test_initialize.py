@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_npd.log import UserError
-from megatron_npd.platform import get_platform
+from megatron_npd.platform import get_platform, initialize
 from megatron_npd.platform.initialize import initialize_distributed, shutdown
 from tests.dist import run_distributed
 
@@ -72,6 +75,20 @@ def test_single_process_without_torchrun() -> None:
         initialize_distributed(seed=3)
         assert dist.get_world_size() == 1
         shutdown()
+    assert not dist.is_initialized()
+
+
+def test_a_store_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent died while its ranks started: they must not wait for it as long as they may wait for one another."""
+    monkeypatch.setattr(initialize, "_STORE_PATIENCE", timedelta(seconds=1))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"store at 127.0.0.1:{port} must answer within 0:00:01"):
+            initialize._join("gloo")
     assert not dist.is_initialized()
 
 
