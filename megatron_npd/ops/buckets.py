@@ -2,7 +2,7 @@
 
 Every divergence here sees the student through these numbers alone, so its value and gradient are a few operations on
 ``[N, B]`` tensors, and its tail comes from a log-sum-exp, never from 1 - sum. To add one, write its terms and its
-slope and name it in ``DIVERGENCES``.
+pull and name it in ``DIVERGENCES``.
 
 Legend: N tokens that count, K teacher ids, B = K + 1 buckets, the last of them the tail.
 """
@@ -36,13 +36,14 @@ def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     return beta * _times(log_p, log_p - log_m) + (1 - beta) * _times(log_q, log_q - log_m)
 
 
-def _skew_kl_slope(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
-    return (skew - 1) * (log_p - _mixture(log_p, log_q, skew)).exp()
+def _skew_kl_pull(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
+    return (skew - 1) * (log_p + (log_q - _mixture(log_p, log_q, skew))).exp()
 
 
-def _skew_reverse_kl_slope(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
+def _skew_reverse_kl_pull(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
     log_ratio = log_q - _mixture(log_q, log_p, skew)
-    return log_ratio - skew * log_ratio.exp()
+    pull = log_q.exp() * log_ratio
+    return pull - (math.log(skew) + log_ratio + log_q).exp() if skew else pull
 
 
 class Divergence(NamedTuple):
@@ -50,11 +51,12 @@ class Divergence(NamedTuple):
 
     Attributes:
         terms: Its terms, to be summed over the buckets.
-        slope: Its derivative by each q with q taken as free, up to a number common to all buckets.
+        pull: Each q times the derivative by it, with q taken as free, up to a number common to all derivatives. A
+            product of its own because a tiny q may stand beside a derivative that no float holds.
     """
 
     terms: Callable[[Tensor, Tensor, float], Tensor]
-    slope: Callable[[Tensor, Tensor, float], Tensor]
+    pull: Callable[[Tensor, Tensor, float], Tensor]
 
 
 # jsd: generalised Jensen-Shannon of GKD, beta KL(p | m) + (1 - beta) KL(q | m) with m = beta p + (1 - beta) q.
@@ -62,23 +64,23 @@ class Divergence(NamedTuple):
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(
         terms=lambda log_p, log_q, _: _times(log_p, log_p - log_q),
-        slope=lambda log_p, log_q, _: -(log_p - log_q).exp(),
+        pull=lambda log_p, log_q, _: -log_p.exp(),
     ),
     "reverse_kl": Divergence(
         terms=lambda log_p, log_q, _: _times(log_q, log_q - log_p),
-        slope=lambda log_p, log_q, _: log_q - log_p,
+        pull=lambda log_p, log_q, _: log_q.exp() * (log_q - log_p),
     ),
     "jsd": Divergence(
         terms=_jsd,
-        slope=lambda log_p, log_q, beta: (1 - beta) * (log_q - _mixture(log_p, log_q, beta)),
+        pull=lambda log_p, log_q, beta: (1 - beta) * log_q.exp() * (log_q - _mixture(log_p, log_q, beta)),
     ),
     "skew_kl": Divergence(
         terms=lambda log_p, log_q, skew: _times(log_p, log_p - _mixture(log_p, log_q, skew)),
-        slope=_skew_kl_slope,
+        pull=_skew_kl_pull,
     ),
     "skew_reverse_kl": Divergence(
         terms=lambda log_p, log_q, skew: _times(log_q, log_q - _mixture(log_q, log_p, skew)),
-        slope=_skew_reverse_kl_slope,
+        pull=_skew_reverse_kl_pull,
     ),
 }
 
@@ -240,9 +242,9 @@ class GradientRule(NamedTuple):
         grad_NB = torch.addcmul(self.constant_NB, log_q_NB.exp(), self.q_N1)
         s_NB = log_s_NB.exp()
         if self.log_target_NB is not None:
-            slope_NB = DIVERGENCES[objective.divergence].slope(self.log_target_NB, log_s_NB, objective.coefficient)
-            moved_NB = torch.where(s_NB > 0, s_NB * slope_NB, 0.0)
-            s_NB = moved_NB - s_NB * moved_NB.sum(1, keepdim=True)
+            pull_NB = DIVERGENCES[objective.divergence].pull(self.log_target_NB, log_s_NB, objective.coefficient)
+            pull_NB = torch.where(log_s_NB > -torch.inf, pull_NB, 0.0)
+            s_NB = pull_NB - s_NB * pull_NB.sum(1, keepdim=True)
         s_NB.mul_(self.s_N1)
         if not objective.second_lse:
             return grad_NB.add_(s_NB), None

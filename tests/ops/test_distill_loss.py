@@ -128,6 +128,39 @@ def test_small_tails_are_exact(exponent: int, impl: str) -> None:
         assert (off_N - expected_off_N).abs().max() <= 1e-5 * expected_off_N.abs().max()
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        {"divergence": "forward_kl"},
+        {"divergence": "reverse_kl"},
+        {"divergence": "jsd", "beta": 0.1},
+        *({"divergence": name, "skew": skew} for name in ("skew_kl", "skew_reverse_kl") for skew in (0.0, 1e-6, 0.1)),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_gaps_between_teacher_and_student(divergence: dict[str, Any], mode: str, dtype: torch.dtype, impl: str) -> None:
+    """Ids that one is sure of and the other is not: exp of the gaps, 50 to 200, and its inverse leave fp32."""
+    if divergence["divergence"] != "forward_kl" and mode in ("truncated", "renorm_teacher"):
+        return  # refused together
+    case = make_case(T, 203, 10)
+    for gap in some(impl, (50.0, 87.0, 90.0, 104.0, 130.0, 200.0), 1, divergence, mode, dtype):
+        logits_TV = case.logits_TV.clone()
+        ids_TK = case.teacher["teacher_ids_TK"]
+        logits_TV[torch.arange(6), ids_TK[:6, 0]] -= gap  # the teacher's first choice
+        logits_TV[torch.arange(6, T), ids_TK[6:, -1]] += gap  # one that the teacher all but rules out
+        teacher = {name: tensor.clone() for name, tensor in case.teacher.items()}
+        teacher["teacher_logprobs_TK"][6:, -1] = -gap
+        logits_TV = logits_TV.to(dtype)
+        for alpha in (1.0, 0.5):
+            options = {"mode": mode, "alpha": alpha, **divergence}
+            expected = reference(logits_TV, case.labels_T, teacher, **options)
+            result, grad_TV = run(Case(logits_TV, case.labels_T, teacher), logits_TV, impl=impl, **options)
+            assert grad_TV.isfinite().all() and expected["grad_TV"].isfinite().all()
+            compare(result, grad_TV, expected)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_extreme_logits(mode: str, impl: str) -> None:
     """Logits of +-1e4, columns of -inf outside S, a teacher id of probability 0, a teacher mass of 1 - 1e-7."""
