@@ -112,6 +112,15 @@ def test_the_spelling_of_transformers_5_gives_the_same_spec(tmp_path: Path, old:
         assert getattr(before, name) == getattr(after, name), name
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_rope_types_the_newer_spelling_holds(tmp_path: Path, order: int) -> None:
+    """As transformers has it, in either order of the keys."""
+    scaling = dict(list({**LLAMA3_SCALING, "type": "linear"}.items())[::order])
+    spec = load_spec(write(tmp_path, LLAMA32_1B | {"rope_scaling": scaling, "unk_token_id": 0}))
+    assert spec.rope_scaling == LLAMA3_SCALING
+    assert LlamaConfig.from_pretrained(tmp_path).rope_parameters["rope_type"] == "llama3"
+
+
 def test_padding_is_to_a_multiple_of_tp_only(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, QWEN25_7B | {"vocab_size": 301}))
     assert [spec.padded_vocab_size(size) for size in (1, 2, 4, 7)] == [301, 302, 304, 301]

@@ -161,6 +161,7 @@ _HARMLESS = frozenset(
         "eos_token_id",
         "pad_token_id",
         "sep_token_id",
+        "unk_token_id",
         "decoder_start_token_id",
         "tokenizer_class",
         "output_attentions",
@@ -316,7 +317,9 @@ def _parse_rope(config: Mapping[str, Any], file: Path, family: Family) -> tuple[
         if given is None:
             continue
         _expect(isinstance(given, dict), file, key, "an object or null", config)
-        given = {"rope_type" if name == "type" else name: value for name, value in given.items()}
+        given = dict(given)
+        if (older_name := given.pop("type", None)) is not None:
+            given.setdefault("rope_type", older_name)  # transformers takes the newer one where both are there
         if any(found.get(name, value) != value for name, value in given.items()):
             raise UserError(
                 f"rope_scaling and rope_parameters in {file} must agree, got {found} and {given}; keep one of them"
