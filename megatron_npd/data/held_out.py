@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, seal, sealed_from, writing
+from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE
 
 HELD_OUT_FILE = "held_out.parquet"
@@ -68,7 +68,9 @@ def prepare_held_out(source: Path, out_dir: Path, count: int) -> Manifest:
         out_dir: Directory to seal.
         count: Prompts at most.
     """
+    stop_ids = read_manifest(source.parent, kind="prompts", verify=False).provenance["stop_ids"]
     provenance = {"prompts_sha256": file_sha256(source.parent / MANIFEST), "file": source.name, "held_out": count}
+    provenance["stop_ids"] = stop_ids
     if manifest := sealed_from(out_dir, kind="prompts", provenance=provenance):
         return manifest
     places = _choose(_digests(source), count)

@@ -25,7 +25,7 @@ from megatron_npd.config import NPDConfig, RolloutConfig
 from megatron_npd.data.held_out import HELD_OUT_FILE, prepare_held_out
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.store import AnnotationStore
-from megatron_npd.data.tokenizer import load_tokenizer
+from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, verified_file, write_atomic
 from megatron_npd.records import PROMPTS_FILE, ROLLOUTS_FILE
@@ -76,7 +76,7 @@ class Accuracies:
             prepare_prompts(
                 self.cfg.eval.prompts,
                 prompts,
-                tokenizer=load_tokenizer(self.cfg.teacher),
+                model=load_model_tokens(self.cfg.teacher),
                 max_prompt_len=self.cfg.rollout.max_model_len - 1,
                 max_quarantined=self.cfg.rollout.max_quarantined,
             )

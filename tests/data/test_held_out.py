@@ -10,6 +10,7 @@ import pytest
 
 from megatron_npd.data.held_out import HELD_OUT_FILE, prepare_held_out
 from megatron_npd.data.prompts import prepare_prompts
+from megatron_npd.data.tokenizer import ModelTokens
 from megatron_npd.loop.verify import verify_run
 from megatron_npd.manifest import read_manifest
 from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE
@@ -26,7 +27,8 @@ def prepare(root: Path, tokenizer, texts: list[str], *, held_out: int) -> Path:
     lines = [{"id": f"{root.name}-{i}", "prompt": text, "response": f"#### {i}"} for i, text in enumerate(texts)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = root / "prompts"
-    prepare_prompts(root / "prompts.jsonl", out, tokenizer=tokenizer, max_prompt_len=100, held_out=held_out)
+    model = ModelTokens(tokenizer=tokenizer, stop_ids=(2,), vocab_size=300)
+    prepare_prompts(root / "prompts.jsonl", out, model=model, max_prompt_len=100, held_out=held_out)
     return out
 
 

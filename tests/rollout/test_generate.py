@@ -25,7 +25,7 @@ from megatron_npd.rollout import shard as shard_module
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.rollout.pool import ServerPool
-from tests.rollout.fake import FakeServer, die_after, fake_answer, write_prompts
+from tests.rollout.fake import EOS, FakeServer, die_after, fake_answer, write_prompts
 
 CFG = RolloutConfig(max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=5.0)
 FIRST_JOURNAL = "answers-00000.journal"
@@ -214,7 +214,7 @@ def test_columns_of_prompts_may_pass_two_gib(tmp_path: Path) -> None:
     with writing(source) as directory:  # one dictionary entry in the file, 2.4 GB once it is decoded
         whole = {"store_schema": False, "dictionary_pagesize_limit": 2**30, "compression": "zstd"}
         pq.write_table(table, directory / PROMPTS_FILE, row_group_size=10, **whole)
-        seal(directory, kind="prompts")
+        seal(directory, kind="prompts", provenance={"stop_ids": [EOS]})
     assert file.stat().st_size < 10**6
     memory, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
     pa.set_memory_pool(memory)
