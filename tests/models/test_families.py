@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from megatron_npd.log import UserError
 from megatron_npd.models.families import FAMILIES, load_spec
+from megatron_npd.models.families.base import load_sizes
 
 # As published (transformers 4): Qwen2.5-7B-Instruct and Llama-3.2-1B.
 QWEN25_7B = {
@@ -167,12 +169,47 @@ def test_what_changes_the_maths_is_refused_by_name(tmp_path: Path, base: dict, c
         load_spec(write(tmp_path, config))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unk_token_id": 0, "mask_token_id": None, "pad_token_id": [1], "image_token_id": 7},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096, "repetition_penalty": 1.0},
+        {"pruned_heads": {}, "tie_encoder_decoder": False, "use_bfloat16": False, "_commit_hash": None},
+    ],
+)
+def test_keys_that_no_forward_pass_reads_are_passed_over(tmp_path: Path, changes: dict) -> None:
+    plain = load_spec(write(tmp_path, LLAMA32_1B))
+    spec = load_spec(write(tmp_path, LLAMA32_1B | changes))
+    assert all(getattr(spec, name) == getattr(plain, name) for name in set(vars(plain)) - {"hf_config"})
+
+
+WRONG = [None, "x", "", [], [[]], [{}], {}, {"a": 1}, {"rope_type": []}, {"type": {}}, {"rope_theta": "x"}, -1, 0, 3.5]
+WRONG += [float("nan"), float("inf"), 2**70, True, LLAMA3_SCALING | {"factor": None}, LLAMA3_SCALING | {"factor": 0}]
+
+
+@pytest.mark.parametrize("base", [QWEN25_7B, LLAMA32_1B], ids=["qwen2", "llama"])
+def test_a_wrong_value_of_any_key_is_refused_in_words_or_harmless(tmp_path: Path, base: dict) -> None:
+    keys = {*base, "dtype", "head_dim", "layer_types", "rope_scaling", "rope_parameters", "text_config"}
+    for key in sorted(keys):
+        for value in WRONG:
+            write(tmp_path, base | {key: value})
+            for load in (load_spec, load_sizes):
+                with suppress(UserError):
+                    load(tmp_path)
+    for key in ("hidden_size", "vocab_size", "num_key_value_heads", "rope_theta", "head_dim", "rms_norm_eps"):
+        for value in WRONG[1:]:
+            if key != "rope_theta" or value not in (3.5, 2**70):
+                with pytest.raises(UserError, match="must"):
+                    load_spec(write(tmp_path, base | {key: value}))
+
+
 def test_config_files_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
         load_spec(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="must be JSON"):
-        load_spec(tmp_path)
+    for text in ("{", "", "[" * 10000, '{"a":'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="must be JSON"):
+            load_spec(tmp_path)
     write(tmp_path, [])
     with pytest.raises(UserError, match="JSON object"):
         load_spec(tmp_path)

@@ -8,6 +8,7 @@ that may change the maths and is not in the tables is refused by name: no model 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,42 +148,25 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "cross_attention_hidden_size": (None,),
+    "pruned_heads": ({}, None),
 }
-_HARMLESS = frozenset(
-    [
-        "transformers_version",
-        "_name_or_path",
-        "name_or_path",
-        "initializer_range",
-        "use_cache",
-        "return_dict",
-        "is_decoder",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "unk_token_id",
-        "decoder_start_token_id",
-        "tokenizer_class",
-        "output_attentions",
-        "output_hidden_states",
-        "chunk_size_feed_forward",
-        "problem_type",
-        "id2label",
-        "label2id",
-        "finetuning_task",
-        "prefix",
-        "task_specific_params",
-        "gradient_checkpointing",
-        "torchscript",
-        "_attn_implementation_autoset",
-        "attn_implementation",
-        "transformers.js_config",
-        "is_llama_config",
-        "unsloth_fixed",
-        "unsloth_version",
-    ]
-)
+# transformers reads these, and whatever ends in _token_id, for other things than a forward pass, or not at all; the
+# second part are settings of generation, which older releases wrote here.
+_HARMLESS_KEYS = """
+    transformers_version _name_or_path name_or_path _commit_hash initializer_range use_cache return_dict is_decoder
+    tokenizer_class model_max_length output_attentions output_hidden_states chunk_size_feed_forward problem_type
+    id2label label2id finetuning_task prefix task_specific_params gradient_checkpointing torchscript use_bfloat16
+    tf_legacy_loss _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled
+    transformers.js_config is_llama_config unsloth_fixed unsloth_version
+
+    max_length min_length do_sample early_stopping num_beams num_beam_groups num_return_sequences temperature top_k
+    top_p typical_p diversity_penalty repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens remove_invalid_values
+    exponential_decay_length_penalty output_scores return_dict_in_generate
+"""
+_HARMLESS = frozenset(_HARMLESS_KEYS.split())
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -203,21 +187,20 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
     config = _read_config(path, config_file)
     names = config.get("architectures")
     supported = ", ".join(sorted(FAMILIES))
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
+    if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in FAMILIES:
         raise UserError(
             f"architectures in {config_file} must be one of {supported}, got {names}; this model is not supported"
         )
     family = FAMILIES[names[0]]
     _expect(config.get("model_type") == family.model_type, config_file, "model_type", family.model_type, config)
+    for key in _SIZES:
+        _expect(_is_size(config.get(key)), config_file, key, "a positive integer", config)
     _check_keys(config, config_file, family)
 
-    for key in _SIZES:
-        value = config.get(key)
-        _expect(type(value) is int and value > 0, config_file, key, "a positive integer", config)
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    kv_heads = config.get("num_key_value_heads", heads) or heads
+    kv_heads = heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"]
     _expect(
-        type(kv_heads) is int and kv_heads > 0 and heads % kv_heads == 0,
+        _is_size(kv_heads) and heads % kv_heads == 0,
         config_file,
         "num_key_value_heads",
         f"a divisor of num_attention_heads ({heads})",
@@ -227,7 +210,7 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
     if head_dim is None:
         _expect(hidden % heads == 0, config_file, "hidden_size", f"a multiple of num_attention_heads ({heads})", config)
         head_dim = hidden // heads
-    _expect(type(head_dim) is int and head_dim > 0 and head_dim % 2 == 0, config_file, "head_dim", "even", config)
+    _expect(_is_size(head_dim) and head_dim % 2 == 0, config_file, "head_dim", "even", config)
     eps = config.get("rms_norm_eps", 0.0)
     _expect(isinstance(eps, float) and 0 < eps < 1, config_file, "rms_norm_eps", "between 0 and 1", config)
     tied = config.get("tie_word_embeddings", False)
@@ -263,11 +246,11 @@ def load_sizes(hf_dir: str | Path) -> tuple[int, int]:
     """
     path = Path(hf_dir)
     config = _read_config(path, path / "config.json")
-    config = config.get("text_config", config)  # of a model that reads images too
+    if isinstance(config.get("text_config"), dict):  # of a model that reads images too
+        config = config["text_config"]
     names = ("vocab_size", "max_position_embeddings")
     for name in names:
-        value = config.get(name)
-        _expect(type(value) is int and value > 0, path / "config.json", name, "a positive integer", config)
+        _expect(_is_size(config.get(name)), path / "config.json", name, "a positive integer", config)
     return config[names[0]], config[names[1]]
 
 
@@ -276,17 +259,25 @@ def _read_config(path: Path, config_file: Path) -> dict[str, Any]:
         raise UserError(f"{path} must be a Hugging Face model directory, got no config.json in it; check the path")
     try:
         config = json.loads(config_file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{config_file} must be JSON, got {error}; download it again") from error
     if not isinstance(config, dict):
         raise UserError(f"{config_file} must be a JSON object, got {type(config).__name__}; download it again")
     return config
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
 def _expect(holds: bool, file: Path, key: str, rule: object, config: Mapping[str, Any]) -> None:
     if not holds:
         raise UserError(
-            f"{key} in {file} must be {rule}, got {json.dumps(config.get(key))}; this model is not supported"
+            f"{key} in {file} must be {rule}, got {json.dumps(config.get(key))[:200]}; this model is not supported"
         )
 
 
@@ -300,12 +291,12 @@ def _check_keys(config: Mapping[str, Any], file: Path, family: Family) -> None:
             same = any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral[key])
             _expect(same, file, key, f"{allowed} for {family.name} models", config)
         elif key == "layer_types":
-            full = ["full_attention"] * (config.get("num_hidden_layers") or 0)
+            full = ["full_attention"] * config["num_hidden_layers"]
             _expect(value is None or value == full, file, key, "full_attention in every layer", config)
-        elif key not in _READ and key not in _HARMLESS and key not in family.harmless:
+        elif key not in _READ | _HARMLESS and key not in family.harmless and not key.endswith("_token_id"):
             raise UserError(
-                f"{file} must hold known keys only, got {key} = {json.dumps(value)}, which may change the maths of a "
-                f"{family.name} model; remove the key if it does not"
+                f"{file} must hold known keys only, got {key} = {json.dumps(value)[:200]}, which may change the maths "
+                f"of a {family.name} model; remove the key if it does not"
             )
 
 
@@ -331,10 +322,10 @@ def _parse_rope(config: Mapping[str, Any], file: Path, family: Family) -> tuple[
             f"rope_theta in {file} must agree with rope_parameters, got {config['rope_theta']} and {theta}; keep one"
         )
     theta = 10000.0 if theta is None else theta  # what transformers takes for either family
-    if not isinstance(theta, int | float) or theta <= 0:
+    if not _is_positive(theta):
         raise UserError(f"rope_theta in {file} must be a positive number, got {theta}; this model is not supported")
     kind = found.pop("rope_type", "default")
-    if kind not in family.rope_types:
+    if str(kind) not in family.rope_types:
         raise UserError(
             f"rope_type in {file} must be {' or '.join(family.rope_types)} for {family.name} models, got {kind}; this "
             "rotary embedding is not supported"
@@ -342,18 +333,19 @@ def _parse_rope(config: Mapping[str, Any], file: Path, family: Family) -> tuple[
     if found.get("partial_rotary_factor") in (1, None):
         found.pop("partial_rotary_factor", None)
     wanted = _LLAMA3_KEYS if kind == "llama3" else ()
-    if sorted(found) != sorted(wanted) or not all(isinstance(value, int | float) for value in found.values()):
+    if sorted(found) != sorted(wanted) or not all(map(_is_positive, found.values())):
         raise UserError(
-            f"rotary parameters of type {kind} in {file} must be the numbers {sorted(wanted)}, got {found}; this "
-            "rotary embedding is not supported"
+            f"rotary parameters of type {kind} in {file} must be the positive numbers {sorted(wanted)}, got {found}; "
+            "this rotary embedding is not supported"
         )
+    if wanted and found["low_freq_factor"] >= found["high_freq_factor"]:
+        raise UserError(f"low_freq_factor in {file} must be below high_freq_factor, got {found}; restore the file")
     return float(theta), {"rope_type": kind, **found} if wanted else None
 
 
 def _parse_dtype(config: Mapping[str, Any], file: Path) -> torch.dtype:
-    given = {config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None}
+    given = {str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key) is not None}
     if len(given) > 1 or not given <= set(_DTYPES):
-        raise UserError(
-            f"dtype in {file} must be one of {', '.join(_DTYPES)}, got {sorted(given)}; convert the weights"
-        )
+        got = " and ".join(sorted(given))
+        raise UserError(f"dtype in {file} must be one of {', '.join(_DTYPES)}, got {got}; convert the weights")
     return _DTYPES[given.pop()] if given else torch.float32
