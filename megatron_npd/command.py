@@ -86,29 +86,37 @@ def command_flags(fields: Mapping[str, object]) -> list[str]:
 def _normalise(cls: type, argv: list[str]) -> list[str]:
     """Let flags be written as users write them.
 
-    Dashes in names become underscores, bare boolean flags (``--bf16``) get their value, and lists need no brackets
-    (``--urls http://a,http://b``).
+    Dashes in names become underscores, bare boolean flags (``--bf16``) get their value, and lists need no brackets:
+    their items stand apart or with commas (``--input a.jsonl b.parquet``, ``--urls=http://a,http://b``).
     """
     hints = dict(_hints(cls))
     flags = {name for name, hint in hints.items() if hint is bool}
     lists = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
     result: list[str] = []
-    in_list = False
+    items: list[str] | None = None  # of the list whose flag came last
     for position, argument in enumerate(argv):
         if not argument.startswith("--"):
-            result.append(f"[{argument}]" if in_list and not argument.startswith("[") else argument)
-            in_list = False
+            if items is None:
+                result.append(argument)
+            else:
+                items.append(argument)
+                result[-1] = f"{result[-1].partition('=')[0]}={_list(items)}"
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
-        in_list = name in lists and not equals
-        if name in lists and equals and not value.startswith("["):
-            value = f"[{value}]"
-        result.append(f"--{name}{equals}{value}")
+        items = ([value] if equals else []) if name in lists else None
+        result.append(f"--{name}={_list(items)}" if items else f"--{name}{equals}{value}")
         following = argv[position + 1].lower() if position + 1 < len(argv) else ""
         if name in flags and not equals and following not in ("true", "false"):
             result.append("true")
     return result
+
+
+def _list(items: Sequence[str]) -> str:
+    """A list as YAML reads it; one that is written with brackets stands for itself."""
+    return (
+        items[0] if len(items) == 1 and items[0].startswith("[") else f"[{','.join(item.strip(',') for item in items)}]"
+    )
 
 
 def _checked_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from megatron_npd.command import CommandParser, parse_config
-from megatron_npd.config import NPDConfig
+from megatron_npd.config import NPDConfig, RolloutConfig
 from megatron_npd.log import UserError
+from tools.preprocess_data import PreprocessConfig
 from tools.rollout import RolloutCommand
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +49,34 @@ def refusal(*argv: str, cls: type = NPDConfig) -> str:
 )
 def test_flags(argv: list[str], words: str) -> None:
     assert refusal(*argv).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--input", "a.jsonl", "b.parquet", "--out", "x"],
+        ["--out=x", "--input=a.jsonl,b.parquet"],
+        ["--input=a.jsonl", "b.parquet", "--out=x"],
+        ["--input", "a.jsonl,", "b.parquet", "--out=x"],
+        ["--out", "x", "--input", "[a.jsonl, b.parquet]"],
+    ],
+)
+def test_a_list_is_written_apart_with_commas_or_in_brackets(argv: list[str]) -> None:
+    cfg = parse_config(PreprocessConfig, [*argv, "--vocab-size", "9"])
+    assert cfg.input == ("a.jsonl", "b.parquet") and cfg.out == "x"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """Lists of other types, and nested."""
+
+    taus: tuple[float, ...] = ()
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+def test_lists_of_numbers_and_nested_lists_are_written_the_same_way() -> None:
+    cfg = parse_config(Lists, ["--taus", "0.1", "0.2", "--rollout.urls", "http://a:1", "http://b:2"])
+    assert cfg == Lists(taus=(0.1, 0.2), rollout=RolloutConfig(urls=("http://a:1", "http://b:2")))
 
 
 def test_a_flag_that_must_be_given() -> None:

@@ -22,7 +22,7 @@ class PreprocessConfig:
     """
 
     input: tuple[str, ...]
-    """JSONL or Parquet files, in order."""
+    """JSONL or Parquet files, in order: --input a.jsonl b.parquet."""
     out: str
     """Directory to seal, which tools/select.py and tools/pack.py take as --annotations."""
     top_k: int = 10

@@ -16,6 +16,7 @@ def test_the_teacher_answers_in_its_own_template(tmp_path: Path) -> None:
     student, teacher = (make_tiny_tokenizer(tmp_path / name) for name in ("student", "teacher"))
     teacher.chat_template = teacher.chat_template.replace("assistant\\n", "assistant:\\n")
     teacher.save_pretrained(str(tmp_path / "teacher"))
+    (tmp_path / "teacher" / "config.json").write_text('{"vocab_size": 304}')
     texts = [f"What is {n} + 1?" for n in range(4)]
     lines = [{"prompt": text, "response": f"#### {n + 1}"} for n, text in enumerate(texts)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
