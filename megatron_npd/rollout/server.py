@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,6 +78,7 @@ class VLLMServer:
         self.log_path = directory / f"vllm-{os.getpid()}-{self.port}.log"
         self.process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._scratch = ""  # what vLLM puts into /tmp lies there
         self._started = 0.0
 
     @classmethod
@@ -125,19 +128,18 @@ class VLLMServer:
         command += self.cfg.server_args  # last, so that they win
         get_logger().info("starting vLLM on %s for %s, log in %s", self.url, self.model_dir, self.log_path)
         self._started = time.monotonic()
+        self._scratch = environment["TMPDIR"] = tempfile.mkdtemp(prefix="vllm-")
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        # A killed parent cannot stop its server: this shell sees its pipe close, and ends the whole process group. As
-        # in `stop`, SIGTERM comes first: killed at once, vLLM leaves its sockets in /tmp and its buffers in /dev/shm.
+        # A killed parent cannot stop its server: this shell sees its pipe close, and does what `stop` does. SIGTERM
+        # comes first: killed at once, vLLM leaves its buffers in /dev/shm; its sockets it leaves in any case.
         group = f"-- -{self.process.pid}"
-        waits = f"for _ in $(seq {_STOP_SECONDS:.0f}); do kill -s 0 {group} || exit; sleep 1; done"
+        waits = f"for _ in $(seq {_STOP_SECONDS:.0f}); do kill -s 0 {group} || break; sleep 1; done"
+        ending = f"read _; kill -s TERM {group}; {waits}; kill -s KILL {group}; rm -rf {shlex.quote(self._scratch)}"
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", f"read _; kill -s TERM {group}; {waits}; kill -s KILL {group}"],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            ["/bin/sh", "-c", ending], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
         atexit.register(self.stop)
 
@@ -202,6 +204,7 @@ class VLLMServer:
             process.wait(_STOP_SECONDS)
         _signal_group(process.pid, signal.SIGKILL)  # workers may outlive the API process
         process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> VLLMServer:
         return self

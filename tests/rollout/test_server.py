@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -58,7 +59,11 @@ def test_a_server_that_dies_at_the_start_shows_its_log(tiny_model_dir: Path, tmp
         VLLMServer.launch(tiny_model_dir, cfg, log_dir=tmp_path)
 
 
-def test_a_server_that_is_late_is_stopped(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_late_is_stopped(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     server = VLLMServer(tiny_model_dir, RolloutConfig(start_timeout=0.5), log_dir=tmp_path)
     server.start()
     assert server.process is not None
@@ -66,6 +71,7 @@ def test_a_server_that_is_late_is_stopped(tiny_model_dir: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"must answer within start_timeout \(0 s\)"):
         server.wait_ready()
     assert not group_exists(group)
+    assert not list((tmp_path / "tmp").iterdir())
     server.stop()  # once more is harmless
 
 
@@ -77,9 +83,10 @@ def test_the_server_ends_with_its_parent(tiny_model_dir: Path, tmp_path: Path, n
         "server = VLLMServer(sys.argv[1], RolloutConfig(), log_dir=sys.argv[2]); server.start()\n"
         "print(server.process.pid, flush=True); time.sleep(600)"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(tiny_model_dir), str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-c", program, str(tiny_model_dir), str(tmp_path)]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    parent = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     group = int(parent.stdout.readline())
     try:
@@ -87,6 +94,7 @@ def test_the_server_ends_with_its_parent(tiny_model_dir: Path, tmp_path: Path, n
         os.kill(parent.pid, number)
         parent.wait()
         assert wait_for(lambda: not group_exists(group))
+        assert wait_for(lambda: not list((tmp_path / "tmp").iterdir()))
     finally:
         parent.stdout.close()
         if group_exists(group):
