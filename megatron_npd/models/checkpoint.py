@@ -1,13 +1,14 @@
 """Training checkpoints: megatron-core's distributed format in fresh, sealed directories.
 
-Tensors are stored whole, so a checkpoint of one parallel layout loads into any other. The format holds pickles; a
-directory's manifest is verified before any of them is read.
+Tensors are stored whole, so a checkpoint of one parallel layout loads into any other. The format holds pickles: a
+directory's manifest is verified before any of them is read, and classes that only hold data are all that they may name.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import pickle
 import queue
 import re
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from torch.nn import Module
 
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal, unlisted, verified_file, writing
+from megatron_npd.models.unpickle import known_classes_only, refused
 
 KIND = "checkpoint"
 _STATE_FILE = "state.json"
@@ -153,8 +155,14 @@ def load_checkpoint(
         model, optimizer if with_optimizer else None, scheduler if with_scheduler else None, is_loading=True
     )
     try:
-        loaded: Any = dist_checkpointing.load(wanted, str(path))
-    except (CheckpointingException, CheckpointException) as error:
+        with known_classes_only(path, read_manifest(path, verify=False).files):
+            loaded: Any = dist_checkpointing.load(wanted, str(path))
+    except (CheckpointingException, CheckpointException, pickle.UnpicklingError) as error:
+        if (planted := refused(_first(error))) is not None:
+            raise UserError(
+                f"{path} must hold tensors and what torch and megatron-core write beside them, got a pickle that names "
+                f"{planted}; do not use it: somebody changed it, to run code where it is loaded"
+            ) from error
         raise UserError(
             f"{path} must hold this model, got: {_reason(error)}; give the model that was trained"
         ) from error
@@ -300,14 +308,20 @@ def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.
     results.put(written)
 
 
+def _first(error: BaseException) -> BaseException:
+    """The failure of one rank, of those that torch collects."""
+    failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+    return failures[0][0] if failures else error
+
+
 def _reason(error: BaseException) -> str:
     """What failed, without the tracebacks of all ranks."""
-    if isinstance(error, CheckpointException):
-        failures = list(error.failures.values())
-        return str(failures[0][0]) if failures else "a failure that rank 0 reports"
+    first = _first(error)
+    if isinstance(first, CheckpointException):
+        return "a failure that rank 0 reports"
     if isinstance(error, RuntimeError):
         return f"'{error}' from torch, as of a full disk"
-    return str(error)
+    return str(first)
 
 
 @contextmanager

@@ -1,0 +1,82 @@
+"""The pickles in a checkpoint, opened with an allow-list: classes of torch and megatron-core that only hold data.
+
+Whoever can write a checkpoint can also write its manifest, so hashes do not make a pickle safe to open.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+
+# What torch's index of a checkpoint (.metadata) is made of, beside torch's dtypes.
+_KNOWN = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    "pathlib": ("PosixPath",),
+}
+_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load takes what megatron-core registered with torch as safe, only
+_ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _KNOWN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+
+@contextmanager
+def known_classes_only(path: Path, files: Collection[str]) -> Iterator[None]:
+    """Within it torch and megatron-core read a checkpoint's pickles without running what somebody planted there.
+
+    Args:
+        path: The checkpoint.
+        files: Names of its files; its index may lead to no other.
+
+    Raises:
+        pickle.UnpicklingError: At its begin or inside, at a pickle of anything else; ``refused`` has the words.
+    """
+    with open(path / ".metadata", "rb") as stream:
+        index = _Unpickler(stream).load()
+    for place in index.storage_data.values():
+        if place.relative_path not in files:
+            raise pickle.UnpicklingError(f"GLOBAL {place.relative_path}")
+    before = {name: os.environ.pop(name, None) for name in (_ONLY, _ANYTHING)}
+    os.environ[_ONLY] = "1"
+    # torch would open the index itself, with pickle.load and nothing to set.
+    filesystem.pickle, module = SimpleNamespace(load=lambda _: index), filesystem.pickle  # pyright: ignore
+    try:
+        yield
+    finally:
+        filesystem.pickle = module  # pyright: ignore
+        del os.environ[_ONLY]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def refused(error: BaseException) -> str | None:
+    """What ``known_classes_only`` did not let in, if that is what ``error`` says."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return found[1] if found else str(error).splitlines()[0]

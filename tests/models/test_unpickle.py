@@ -1,0 +1,100 @@
+"""Pickles that somebody planted in a checkpoint and sealed again: refused in words, and nothing of them runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_npd.log import UserError
+from megatron_npd.manifest import seal
+from megatron_npd.models.convert import megatron_to_hf
+from tests.models.common import make_trainer, restore, save
+
+
+class Planted:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    trainer = make_trainer(tiny_model_dir)
+    trainer.step(0)
+    return save(trainer, tmp_path_factory.mktemp("written"), 1)
+
+
+def _index(path: Path, marker: Path) -> None:
+    (path / ".metadata").write_bytes(pickle.dumps(Planted(marker)))
+
+
+def _inside_the_index(path: Path, marker: Path) -> None:
+    index = pickle.loads((path / ".metadata").read_bytes())
+    index.planner_data = {"key": Planted(marker)}
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def _common_state(path: Path, marker: Path) -> None:
+    torch.save({"optimizer": Planted(marker)}, path / "common.pt")
+
+
+def _part(path: Path, marker: Path) -> None:
+    """Behind the tensors of a part, where the index has an object that the model asks for."""
+    index = pickle.loads((path / ".metadata").read_bytes())
+    key = next(key for key in index.storage_data if "_extra_state" in key.fqn)
+    place = index.storage_data[key]
+    with open(path / place.relative_path, "ab") as stream:
+        place.offset = stream.tell()
+        torch.save(Planted(marker), stream)
+        place.length = stream.tell() - place.offset
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def _elsewhere(path: Path, marker: Path) -> None:
+    index = pickle.loads((path / ".metadata").read_bytes())
+    next(iter(index.storage_data.values())).relative_path = "../planted"
+    torch.save(Planted(marker), path.parent / "planted")
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("plant", [_index, _inside_the_index, _common_state, _part, _elsewhere])
+def test_a_planted_pickle_runs_nowhere(
+    written: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    plant: Callable[[Path, Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as some clusters set it
+    path, marker = tmp_path / "iter_0000001", tmp_path / "marker"
+    shutil.copytree(written, path)
+    plant(path, marker)
+    (path / "manifest.json").unlink()
+    seal(path, kind="checkpoint", counts={"iteration": 1})
+    words = (
+        r"iter_0000001 must hold tensors and what .* got a pickle that names (posix\.mkdir|\.\./planted); do not use"
+    )
+    with pytest.raises(UserError, match=words):
+        restore(make_trainer(tiny_model_dir, load=False), path)
+    with pytest.raises(UserError, match=words):
+        megatron_to_hf(path, tiny_model_dir, tmp_path / "hf")
+    assert not marker.exists() and not (tmp_path / "hf" / "manifest.json").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_the_planted_pickles_would_run(tmp_path: Path) -> None:
+    """Else the test above shows nothing."""
+    pickle.loads(pickle.dumps(Planted(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()
