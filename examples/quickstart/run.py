@@ -152,11 +152,15 @@ class Quickstart:
         return self.work / "student" / f"hf-{steps:05d}"
 
     def _further_sft(self, student: Path) -> None:
-        """As many further SFT steps on the labelled problems as the distillation took, with its other settings."""
+        """As many further SFT steps on the labelled problems as the distillation took, with its other settings.
+
+        Its accuracy goes into the report, and the teacher's, which is known.
+        """
         path = self.npd_dir / "report" / "accuracy.json"
         known = json.loads(path.read_text())
-        if "further_sft" in known:
+        if known.keys() >= {"further_sft", "teacher"}:
             return
+        known["teacher"] = json.loads((self.work / "teacher" / "accuracy.json").read_text())["accuracy"]
         recipe = dataclasses.replace(self.npd.train, kd_alpha=0.0)
         model = self._sft("further", recipe, problems="student", start=student, until=recipe.train_iters)
         known["further_sft"] = self._accuracy(self._serve(model, "further"), model)

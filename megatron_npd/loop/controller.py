@@ -27,6 +27,7 @@ from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
 from megatron_npd.lifeline import child_environment
 from megatron_npd.log import UserError, get_logger
+from megatron_npd.loop.environment import record_environment
 from megatron_npd.loop.evaluation import HELD_OUT, Accuracies, measure_settings, prepare_measure
 from megatron_npd.loop.report import write_report
 from megatron_npd.loop.resume import keep_config
@@ -86,11 +87,17 @@ class _Loop:
                     accuracies.add_teacher()
             self._evaluate(0)
             for index in range(self.cfg.updates + 1):
+                if index and not is_sealed(self._policy(index + 1)):
+                    self._report()  # what the rounds before left
                 self._round(index)
                 self._evaluate(index + 1)
         finally:
             if self.pool is not None:
                 self.pool.close()
+        return self._report()
+
+    def _report(self) -> str:
+        record_environment(self.run_dir)
         return write_report(self.run_dir)
 
     def _round(self, index: int) -> None:

@@ -1,162 +1,226 @@
-"""The figures of a run's report, each drawn from the dictionary that ``report.summarise`` makes."""
+"""The figures of a run's report, each drawn from the numbers of `numbers.summarise`; narrow, to be read on a phone."""
 
 from __future__ import annotations
 
+import io
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
-BLUE, ORANGE, GREEN, RED, GREY = "#3867a8", "#dd8a3c", "#4b9a6b", "#c2504d", "#9aa0a6"
+from megatron_npd.loop.numbers import LAG_BOUND, accuracy_rows
+
+BLUE, ORANGE, GREEN, RED, GREY = "#3b76c4", "#d9822b", "#2f9e6e", "#d1495b", "#8a94a3"
 ZONE_COLOURS = {"degenerate": ORANGE, "proximal": GREEN, "disconnect": RED, "undefined": GREY}
+# Colours that the page replaces by its own, so that figures follow its light or dark scheme.
+INK, MUTED, LINE = "#1b2431", "#5b6675", "#dfe4ea"
+_VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
 STYLE: dict[Any, Any] = {
-    "font.size": 10,
+    "font.size": 9.5,
     "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
+    "axes.spines.left": False,
+    "axes.edgecolor": MUTED,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e8e8e8",
-    "axes.titlesize": 11,
+    "grid.color": LINE,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.titlepad": 10,
     "legend.frameon": False,
-    "savefig.dpi": 130,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "savefig.dpi": 160,
 }
-LAG_BOUND = 0.10  # METHOD section 4
+_POINTS = 60  # of a curve, each with its range
+_LEAST_LAG = 1e-4  # nats a token; less is drawn there
+MEASURES = {"delta": "Delta-IFD", "ifd_student": "IFD of the student", "ifd_teacher": "IFD of the teacher"}
 
 
-def accuracies(ax: Axes, accuracy: Mapping[str, Any]) -> None:
-    """Bars of exact-match accuracy in percent: the start, each round, further SFT."""
-    bars = [(label, value, BLUE) for label, value in accuracy_rows(accuracy)]
-    bars = [(label, value, GREY if label in ("start", "further SFT") else colour) for label, value, colour in bars]
-    labels, values, colours = zip(*bars, strict=True)
-    drawn = ax.bar(range(len(bars)), values, color=colours, width=0.6)
+def draw_all(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """The figures that a run has data for, by name, in the order of the page."""
+    drawn: dict[str, Figure] = {}
+    if accuracy_rows(summary["accuracy"]):
+        drawn["accuracy"] = _draw(_accuracies, summary["accuracy"])
+    if any(entry["kl"] is not None for entry in summary["measures"]):
+        drawn["distance"] = _draw(_distances, summary["measures"])
+    if metrics:
+        drawn["loss"] = _draw(_losses, metrics, height=3.0)
+    if summary["lag"]:
+        drawn["lag"] = _draw(_lag, metrics, height=3.0)
+    for entry in summary["zones"]:
+        drawn[f"zones-{entry['round']:04d}"] = _draw(_zones, entry, height=2.8)
+    if by_stage := summary["seconds"]:
+        drawn["seconds"] = _draw(_seconds, by_stage, height=0.9 + 0.25 * len(by_stage))
+    return drawn
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as an SVG element that takes its width, its text's font and its neutral colours from the page."""
+    buffer = io.StringIO()
+    with rc_context(STYLE | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"| height="[^"]*pt"', r"\1", text, count=2)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text.replace("'DejaVu Sans'", "var(--font)").replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+
+
+def _draw(paint: Callable[..., None], data: Any, *, height: float = 2.6) -> Figure:
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.0, height), layout="constrained")
+        paint(figure.add_subplot(), data)
+    return figure
+
+
+def _accuracies(ax: Axes, accuracy: Mapping[str, Any]) -> None:
+    """Bars of exact-match accuracy in percent: the student through the run, and what it is compared with in grey."""
+    labels, values = zip(*accuracy_rows(accuracy), strict=True)
+    colours = [BLUE if label.startswith("round") else GREY for label in labels]
+    drawn = ax.bar(range(len(labels)), values, color=colours, width=0.62)
     ax.bar_label(drawn, [f"{value:.1f}" for value in values], padding=2)
-    ax.set_xticks(range(len(bars)), labels)
+    _name_bars(ax, labels)
     ax.set_ylim(0, min(112.0, max(10.0, 1.15 * max(values))))
-    ax.set_ylabel("exact match (%)")
-    ax.set_title("Accuracy on held-out problems")
+    ax.set_title("Accuracy on held-out problems (%)")
+
+
+def _distances(ax: Axes, measures: Sequence[Mapping[str, Any]]) -> None:
+    """KL to the teacher of each policy, with its standard error."""
+    entries = [entry for entry in measures if entry["kl"] is not None]
+    values = [entry["kl"] for entry in entries]
+    colours = [BLUE if entry["policy"] else GREY for entry in entries]
+    places, errors = range(len(entries)), [entry["kl_error"] for entry in entries]
+    ax.bar(places, values, color=colours, width=0.62)
+    ax.errorbar(places, values, errors, fmt="none", ecolor=MUTED, capsize=4, linewidth=1)
+    for place, value, error in zip(places, values, errors, strict=True):
+        ax.text(place, max(value, 0) + error, f"{value:.2f}", ha="center", va="bottom")
+    _name_bars(ax, [f"round {entry['policy'] - 1}" if entry["policy"] else "start" for entry in entries])
+    ax.margins(y=0.12)
+    ax.set_title("KL to the teacher (nats a token)")
+
+
+def _name_bars(ax: Axes, labels: Sequence[str]) -> None:
+    """Names under bars, on two lines where there are many."""
+    crowded = len(labels) > 5
+    names = [label.replace(" ", "\n") if crowded else label for label in labels]
+    if len(labels) > 9:
+        names = [label.replace("round ", "") for label in labels]
+    ax.set_xticks(range(len(labels)), names)
+    ax.set_xlim(-0.6, max(len(labels), 3) - 0.4)
+    ax.tick_params(axis="x", length=0)
     ax.grid(visible=False, axis="x")
 
 
-def accuracy_rows(accuracy: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """What was evaluated, in the order in which it is shown, with its percentage."""
-    rows = [("start", accuracy["start"]), ("further SFT", accuracy["further_sft"])]
-    rows += [(f"after round {index}", value) for index, value in enumerate(accuracy["rounds"])]
-    return [(label, value) for label, value in rows if value is not None]
-
-
-def losses(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
+def _losses(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Loss, CE and KD in nats a response token, over steps."""
     for name, label, colour in (("ce", "CE", ORANGE), ("kd", "KD", GREEN), ("loss", "loss", BLUE)):
         _curve(ax, metrics, name, label, colour)
-    ax.set_yscale("log")
-    ax.set_ylabel("nats a response token")
-    ax.set_title("Training loss")
-    _rounds(ax, metrics)
-    _legend(ax)
+    ax.set_title("Training loss (nats a token)")
+    _finish_curves(ax, metrics)
 
 
-def lag(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
+def _lag(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Policy lag k3 over steps, beside the paper's bound."""
-    _curve(ax, metrics, "lag_k3", "k3", BLUE)
-    ax.axhline(LAG_BOUND, color=RED, linewidth=1, linestyle="--", label=f"bound {LAG_BOUND:.2f}")
-    ax.set_ylim(bottom=0)
-    ax.set_ylabel("KL(generator || learner), nats a token")
-    ax.set_title("Policy lag")
-    _rounds(ax, metrics)
-    _legend(ax)
+    _curve(ax, metrics, "lag_k3", "k3", BLUE, least=_LEAST_LAG)
+    ax.axhline(LAG_BOUND, color=RED, linewidth=1.2, linestyle="--", label=f"bound {LAG_BOUND:.2f}")
+    ax.set_title("Policy lag (nats a token)")
+    _finish_curves(ax, metrics)
 
 
-MEASURES = {
-    "delta": "Delta-IFD = IFD of the teacher - IFD of the student",
-    "ifd_student": "IFD of the student",
-    "ifd_teacher": "IFD of the teacher",
-}
-
-
-def zones(axes: Sequence[Axes], rounds: Sequence[Mapping[str, Any]]) -> None:
-    """One histogram of the filter's measure a round, coloured by zone."""
-    for ax, entry in zip(axes, rounds, strict=True):
-        edges, counts = np.array(entry["histogram"]["edges"]), np.array(entry["histogram"]["counts"])
-        if counts.size:
-            middle = (edges[:-1] + edges[1:]) / 2
-            colours = np.where(middle < entry["lower"], "degenerate", "proximal")
-            colours = np.where(middle > entry["tau"], "disconnect", colours)
-            ax.bar(middle, counts, width=np.diff(edges), color=[ZONE_COLOURS[zone] for zone in colours])
-            ax.set_yscale("log")
-        for bound, name in ((entry["lower"], "lower"), (entry["tau"], "tau")):
-            ax.axvline(bound, color="#555555", linewidth=1, linestyle="--", label=f"{name} {bound:.3g}")
-        ax.set_title(f"Round {entry['round']}: {100 * entry['kept_share']:.1f} % of {entry['in']} kept")
-        ax.set_xlabel(MEASURES[entry["measure"]])
-        shown = {zone: entry["zones"][zone]["count"] for zone in ZONE_COLOURS}
-        handles: list[Artist] = [
-            Patch(color=colour, label=f"{zone} {shown[zone]}")
-            for zone, colour in ZONE_COLOURS.items()
-            if shown[zone] or zone != "undefined"
-        ]
-        handles += ax.get_lines()
-        ax.legend(handles=handles, fontsize=8.5, frameon=True, framealpha=0.9, edgecolor="none")
-    axes[0].set_ylabel("answers")
-
-
-def seconds(ax: Axes, by_stage: Mapping[str, float]) -> None:
-    """Horizontal bars of wall seconds, the stages in the order of their first run."""
-    stages = list(by_stage)
-    drawn = ax.barh(range(len(stages)), list(by_stage.values()), color=BLUE, height=0.65)
-    ax.bar_label(drawn, [f"{value:.1f}" for value in by_stage.values()], padding=3)
-    ax.set_yticks(range(len(stages)), stages)
-    ax.invert_yaxis()
-    ax.set_xlim(0, 1.12 * max(max(by_stage.values()), 1e-3))
-    ax.set_xlabel("seconds")
-    ax.set_title("Time by stage")
-    ax.grid(visible=False, axis="y")
-
-
-def _curve(ax: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str, colour: str) -> None:
-    """Each step's value, faint, under its running mean inside a round; nothing where no step has one."""
+def _curve(
+    ax: Axes, metrics: Sequence[Mapping[str, Any]], name: str, label: str, colour: str, *, least: float = 0.0
+) -> None:
+    """The mean over a few steps each, on the range of their values, so that a single step's spike is still seen."""
     lines = [line for line in metrics if line.get(name) is not None]
-    width = max(1, len(lines) // 50)
+    width = max(1, -(-len(lines) // _POINTS))
     for _, of_round in itertools.groupby(lines, key=lambda line: line.get("round")):
         steps, values = np.array([(line["iteration"], line[name]) for line in of_round], dtype=float).T
-        sums, ends = np.cumsum([0.0, *values]), np.arange(1, len(values) + 1)
-        starts = np.maximum(ends - width, 0)
-        if width > 1:
-            ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
-        ax.plot(steps, (sums[ends] - sums[starts]) / (ends - starts), color=colour, linewidth=1.6, label=label)
+        values, firsts = np.maximum(values, least), np.arange(0, len(values), width)
+        sizes = np.diff([*firsts, len(values)])
+        middles, means = np.add.reduceat(steps, firsts) / sizes, np.add.reduceat(values, firsts) / sizes
+        lows, highs = np.minimum.reduceat(values, firsts), np.maximum.reduceat(values, firsts)
+        ax.fill_between(middles, lows, highs, color=colour, alpha=0.22, linewidth=0)
+        ax.plot(middles, means, color=colour, linewidth=1.6, label=label)
         label = ""  # one legend entry for all rounds
 
 
-def _legend(ax: Axes) -> None:
-    """A legend in the title's line, where it hides no data."""
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderpad=0.1)
-
-
-def _rounds(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Mark the steps at which a new round's rollouts take over, and name the x axis."""
+def _finish_curves(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """A logarithmic axis in plain numbers, marks where a new round's rollouts take over, a legend beside no data."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    ax.set_title(ax.get_title("left"), pad=20)
     ax.set_xlabel("step")
     for before, line in itertools.pairwise(metrics):
         if line.get("round") != before.get("round"):
-            ax.axvline(line["iteration"], color="#555555", linewidth=1, linestyle=":")
-            transform = ax.get_xaxis_transform()
-            ax.text(line["iteration"], 1.0, f" round {line['round']}", transform=transform, va="top", fontsize=9)
+            ax.axvline(line["iteration"], color=MUTED, linewidth=1, linestyle=":")
+            place = ax.get_xaxis_transform()
+            ax.text(
+                line["iteration"],
+                1.01,
+                f"round {line['round']}",
+                transform=place,
+                fontsize=8.5,
+                ha="center",
+                color=MUTED,
+            )
+    _legend_below(ax)
 
 
-def draw(
-    paint: Callable[..., None], *data: Any, width: float = 7.0, height: float = 3.6, columns: int | None = None
-) -> Figure:
-    """A figure with one axes, or a row of ``columns``, painted by one of the functions above."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        if columns is None:
-            paint(figure.add_subplot(), *data)
-        else:
-            paint([figure.add_subplot(1, columns, column + 1) for column in range(columns)], *data)
-    return figure
+def _legend_below(ax: Axes, handles: Sequence[Any] | None = None) -> None:
+    figure = ax.figure
+    shown = ax.get_legend_handles_labels()[0] if handles is None else handles
+    figure.legend(handles=shown, loc="outside lower center", ncols=3, columnspacing=1.2, handlelength=1.4)
+
+
+def _zones(ax: Axes, entry: Mapping[str, Any]) -> None:
+    """The histogram of the filter's measure in a round, coloured by zone."""
+    edges, counts = np.array(entry["histogram"]["edges"]), np.array(entry["histogram"]["counts"])
+    if counts.size:
+        middle = (edges[:-1] + edges[1:]) / 2
+        colours = np.where(middle < entry["lower"], "degenerate", "proximal")
+        colours = np.where(middle > entry["tau"], "disconnect", colours)
+        ax.bar(middle, counts, width=np.diff(edges), color=[ZONE_COLOURS[zone] for zone in colours])
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for bound in (entry["lower"], entry["tau"]):
+        ax.axvline(bound, color=MUTED, linewidth=1, linestyle="--")
+    shown = {zone: entry["zones"][zone]["count"] for zone in ZONE_COLOURS}
+    handles = [
+        Patch(color=colour, label=f"{zone} {shown[zone]}")
+        for zone, colour in ZONE_COLOURS.items()
+        if shown[zone] or zone != "undefined"
+    ]
+    ax.set_title(f"Round {entry['round']}: {100 * entry['kept_share']:.1f} % of {entry['in']} kept")
+    ax.set_xlabel(f"{MEASURES[entry['measure']]}, kept from {entry['lower']:.3g} to {entry['tau']:.3g}")
+    _legend_below(ax, handles)
+
+
+def _seconds(ax: Axes, by_stage: Mapping[str, float]) -> None:
+    """Horizontal bars of wall seconds, the stages in the order of their first run."""
+    stages = list(by_stage)
+    drawn = ax.barh(range(len(stages)), list(by_stage.values()), color=BLUE, height=0.62)
+    ax.bar_label(drawn, [f"{value:.1f}" for value in by_stage.values()], padding=3)
+    ax.set_yticks(range(len(stages)), stages)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.15 * max(max(by_stage.values()), 1e-3))
+    ax.set_title("Seconds by stage")
+    ax.grid(visible=False, axis="y")

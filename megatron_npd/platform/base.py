@@ -60,6 +60,10 @@ class Platform(Protocol):
         """Wait until the device has finished its queued work."""
         ...
 
+    def device_names(self) -> list[str]:
+        """Product names of the accelerators that this process sees; none on the CPU."""
+        ...
+
     def max_memory_bytes(self) -> int:
         """Highest memory use so far: allocated on the device, or resident on the CPU."""
         ...
@@ -235,12 +239,12 @@ def assert_megatron_not_imported() -> None:
     assert "megatron.core" not in sys.modules, "call get_platform() before importing megatron.core"
 
 
-def resident_bytes() -> int:
-    """Highest resident memory of this process, in bytes."""
+def resident_bytes(*, ended: bool = False) -> int:
+    """Highest resident memory of this process, in bytes; ``ended``: of the largest that it started and that ended."""
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_CHILDREN if ended else resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def local_rank() -> int:

@@ -60,6 +60,9 @@ class Device:
     def synchronize(self) -> None:
         return
 
+    def device_names(self) -> list[str]:
+        return []
+
     def max_memory_bytes(self) -> int:
         return resident_bytes()
 

