@@ -188,7 +188,9 @@ class TrainConfig:
     load: str = ""
     """Directory whose newest whole checkpoint the run starts from while save holds none; empty: hf_model starts it."""
     save_interval: int = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints that are kept; 0: only the one at the end."""
+    save_interval_in_mins: float = 10.0
+    """Minutes of training after which one is saved between those; it is removed when the next is whole. 0: none."""
     log_interval: int = 10
     """Steps between log lines."""
     log_entropy: bool = False
@@ -277,7 +279,14 @@ class TrainConfig:
             "log_interval",
         ):
             _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
-        for name in ("save_interval", "exit_at_iteration", "global_batch_tokens", "lr_warmup_iters", "clip_grad"):
+        for name in (
+            "save_interval",
+            "save_interval_in_mins",
+            "exit_at_iteration",
+            "global_batch_tokens",
+            "lr_warmup_iters",
+            "clip_grad",
+        ):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name), "0 switches it off")
         _require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "0 is SFT, 1 is KD alone")
         _require(self.lr > 0, "lr", "> 0", self.lr, "give a positive learning rate")

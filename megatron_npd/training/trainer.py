@@ -24,7 +24,6 @@ from megatron_npd.models.build import ModelSpec, build_model, load_spec
 from megatron_npd.models.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
     saved_state,
     together,
 )
@@ -35,6 +34,7 @@ from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
 from megatron_npd.training.objectives import kd_settings
+from megatron_npd.training.saving import Saver
 from megatron_npd.training.step import TrainStep
 
 _PREFETCHED = 4  # micro-batches made ahead: a pipeline's first stages take several at once
@@ -120,7 +120,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         cfg.pipeline_model_parallel_size,
         dp_size,
     )
-    iteration = state["iteration"]
+    iteration, saver = state["iteration"], Saver(cfg, stop)
     with (
         _Feed(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
         MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
@@ -145,18 +145,10 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
                         "data_wait_seconds": feed.take_wait(),
                     }
                 )
-            if cfg.save and (iteration == stop or (cfg.save_interval and iteration % cfg.save_interval == 0)):
+            if saver.due(iteration):
                 if writer is not None:
                     writer.sync()
-                state = {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed}
-                save_checkpoint(
-                    cfg.save,
-                    iteration,
-                    model=model,
-                    optimizer=step.optimizer,
-                    scheduler=step.scheduler,
-                    state=state,
-                )
+                saver.save(step, {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed})
     return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_npd.config import TrainConfig
 from megatron_npd.log import UserError
 from megatron_npd.models.build import build_model, load_spec
 from megatron_npd.models.checkpoint import load_checkpoint
+from megatron_npd.training import saving
 from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
@@ -37,6 +39,10 @@ VOCAB_SIZE = 305
 def _train_all(rank: int, world_size: int, configs: list[TrainConfig]) -> None:
     for cfg in configs:
         assert train(cfg).finished
+    if rank:  # whose clock stands still: rank 0's counts
+        saving.time = SimpleNamespace(monotonic=lambda: 0.0)
+    fields = {"save_interval": 0, "save_interval_in_mins": 1e-9, "train_iters": 2, "lr_warmup_iters": 0}
+    assert train(dataclasses.replace(configs[0], save=f"{configs[0].save}-timed", **fields)).finished
     with pytest.raises(UserError, match=r"global_batch_size must be a multiple of .* 1 x 2, got 3"):
         train(dataclasses.replace(configs[0], save="", tensor_model_parallel_size=1, global_batch_size=3))
 
@@ -93,6 +99,10 @@ def _final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Te
             value = optimizer._get_main_param_and_optimizer_states(parameter)[moment]
             result[f"{moment} {name}"] = value.clone()
     return result
+
+
+def test_rank_0_decides_when_time_is_up(runs: Path) -> None:
+    assert [path.name for path in (runs / "tp2-timed").glob("iter_*")] == ["iter_0000002"]
 
 
 @pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2", "tp2-sp-fused", "pp2-fused", "dp2-fused"])

@@ -15,6 +15,7 @@ from megatron_npd.data.order import ScheduleEntry, schedule_text
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError
 from megatron_npd.loop.verify import verify_run
+from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE, make_tiny_model
 from tests.training.make_run import column, config, make_packs, make_sft_packs, read_metrics
@@ -53,6 +54,39 @@ def test_an_interrupted_run_goes_on_bit_by_bit(
     assert resumed.finished and resumed.rows_consumed == 48
     weights = {path.name: path.read_bytes() for path in (tmp_path / "whole/iter_0000012").glob("*.distcp")}
     assert weights == {path.name: path.read_bytes() for path in (tmp_path / "killed/iter_0000012").glob("*.distcp")}
+
+
+def test_between_kept_checkpoints_one_by_time_stays_until_the_next_is_whole(
+    tmp_path: Path, tiny_model_dir: Path, packs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, **more: Any) -> TrainConfig:
+        return config(tiny_model_dir, packs, tmp_path / name, train_iters=7, save_interval=4, **more)
+
+    def saved() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "timed").iterdir() if path.is_dir())
+
+    whole = train(run("whole"))
+    seen: list[list[str]] = []
+    step = TrainStep.run
+
+    def observed(self: TrainStep, batches: Any, iteration: int) -> dict[str, Any]:
+        if iteration > 1:
+            seen.append(saved())
+        if iteration == 7 and len(seen) == 6:
+            raise KeyboardInterrupt
+        return step(self, batches, iteration)
+
+    monkeypatch.setattr(TrainStep, "run", observed)
+    timed = run("timed", save_interval_in_mins=1e-9)  # each step takes longer
+    (tmp_path / "timed/iter_0000000").mkdir(parents=True)  # a killed attempt's, and one whose removal was killed
+    (tmp_path / "timed/.iter_0000002").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train(timed)
+    kept = "iter_0000004"
+    assert seen == [[f"iter_000000{i}"] for i in (1, 2, 3, 4)] + [[kept, "iter_0000005"], [kept, "iter_0000006"]]
+    assert exact(train(timed).metrics_path) == exact(whole.metrics_path)
+    assert saved() == [kept, "iter_0000007"]
+    assert not verify_run(tmp_path / "timed").problems
 
 
 def test_segments_make_one_run_and_a_done_one_returns_at_once(

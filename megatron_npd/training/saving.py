@@ -1,0 +1,83 @@
+"""When a training run saves, and which of its checkpoints it keeps."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_npd.config import TrainConfig
+from megatron_npd.manifest import fsync_path, is_sealed
+from megatron_npd.models.checkpoint import save_checkpoint, saved_state
+from megatron_npd.platform import get_platform
+from megatron_npd.platform.base import local_rank
+from megatron_npd.training.step import TrainStep
+
+_TEMPORARY = "temporary"  # in a checkpoint's state: a later one replaces it
+
+
+class Saver:
+    """The checkpoints of one call of ``train``: kept ones by steps, and between them one by time, replaced by the next.
+
+    Args:
+        cfg: Gives ``save``, ``save_interval`` and ``save_interval_in_mins``.
+        stop: The step at which the call ends.
+    """
+
+    def __init__(self, cfg: TrainConfig, stop: int) -> None:
+        self._cfg, self._stop = cfg, stop
+        self._last = time.monotonic()
+
+    def due(self, iteration: int) -> bool:
+        """Whether a checkpoint follows this step; every rank asks after each step, and all get the same answer."""
+        return bool(self._cfg.save) and (self._is_kept(iteration) or self._late())
+
+    def save(self, step: TrainStep, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint of ``state["iteration"]`` steps and remove those that it replaces; all ranks together."""
+        iteration = state["iteration"]
+        save_checkpoint(
+            self._cfg.save,
+            iteration,
+            model=step.model,
+            optimizer=step.optimizer,
+            scheduler=step.scheduler,
+            state=state if self._is_kept(iteration) else {**state, _TEMPORARY: True},
+        )
+        if dist.get_rank() == 0:
+            _remove_replaced(Path(self._cfg.save), iteration)
+        self._last = time.monotonic()
+
+    def _is_kept(self, iteration: int) -> bool:
+        interval = self._cfg.save_interval
+        return iteration == self._stop or bool(interval and iteration % interval == 0)
+
+    def _late(self) -> bool:
+        """Whether the time is up by rank 0's clock: no two agree."""
+        minutes = self._cfg.save_interval_in_mins
+        if not minutes:
+            return False
+        late = torch.tensor(time.monotonic() - self._last >= 60 * minutes, dtype=torch.int32)
+        late = late.to(get_platform().device(local_rank()))
+        if dist.get_world_size() > 1:
+            dist.broadcast(late, src=0)
+        return bool(late.item())
+
+
+def _remove_replaced(root: Path, iteration: int) -> None:
+    """Remove earlier temporary checkpoints, and what killed attempts left of others.
+
+    A directory first gets another name, so that no part of it is taken for a checkpoint if this is killed.
+    """
+    for path in root.glob("iter_*"):
+        number = re.fullmatch(r"iter_(\d+)", path.name)
+        if number and int(number[1]) < iteration and not (is_sealed(path) and not saved_state(path).get(_TEMPORARY)):
+            path.rename(root / f".{path.name}")
+    fsync_path(root)
+    for path in root.glob(".iter_*"):
+        shutil.rmtree(path)
