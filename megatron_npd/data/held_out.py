@@ -51,7 +51,7 @@ def hold_out(directory: Path, count: int) -> int:
         for first, batch in _batches(source):
             leaves = leaves_N[first : first + len(batch)]
             kept.write_batch(batch.filter(pa.array(~leaves)))
-            held.write_batch(batch.take(pa.array(places[(places >= first) & (places < first + len(batch))] - first)))
+            held.write_batch(batch.take(_within(places, first, batch)))
             for prompt_id in batch["prompt_id"].filter(pa.array(leaves)).to_pylist():
                 line = {"prompt_id": prompt_id, "reason": REASON, "detail": "kept from training, to measure on"}
                 quarantine.write(json.dumps(line) + "\n")
@@ -60,24 +60,43 @@ def hold_out(directory: Path, count: int) -> int:
     return int(leaves_N.sum())
 
 
-def prepare_held_out(source: Path, out_dir: Path, count: int) -> Manifest:
+def prepare_held_out(source: Path, out_dir: Path, count: int, *, training: Path) -> Manifest | None:
     """Seal ``out_dir`` (kind ``prompts``) with the ``count`` prompts of a file that its tokens' hashes choose.
 
     Args:
-        source: ``held_out.parquet`` of sealed prompts, or ``prompts.parquet`` of prompts that do not train.
+        source: ``held_out.parquet`` of sealed prompts, or ``prompts.parquet`` of others.
         out_dir: Directory to seal.
         count: Prompts at most.
+        training: ``prompts.parquet`` of those that train: what stands there too is passed over.
+
+    Returns:
+        The manifest, which counts the records of the source that train as ``also_training``; None where all do.
     """
     stop_ids = read_manifest(source.parent, kind="prompts", verify=False).provenance["stop_ids"]
-    provenance = {"prompts_sha256": file_sha256(source.parent / MANIFEST), "file": source.name, "held_out": count}
-    provenance["stop_ids"] = stop_ids
+    origins = {"prompts_sha256": source, "training_sha256": training}
+    provenance = {name: file_sha256(file.parent / MANIFEST) for name, file in origins.items()}
+    provenance |= {"file": source.name, "held_out": count, "stop_ids": stop_ids}
     if manifest := sealed_from(out_dir, kind="prompts", provenance=provenance):
         return manifest
-    places = _choose(_digests(source), count)
-    with writing(out_dir) as directory:
-        pq.write_table(pq.read_table(source).take(pa.array(places)), directory / PROMPTS_FILE)
-        counts = {"in": len(places), "kept": len(places), "quarantined": {}}
+    digests_N = _digests(source)
+    trains_N = np.isin(digests_N, _digests(training))
+    if trains_N.any():
+        message = "%d of %d prompts to measure on are among those that train (%s): what is measured on them flatters"
+        get_logger().warning(message, trains_N.sum(), len(trains_N), training)
+    if trains_N.all():
+        return None
+    places = np.flatnonzero(~trains_N)[_choose(digests_N[~trains_N], count)]
+    with writing(out_dir) as directory, pq.ParquetWriter(directory / PROMPTS_FILE, PROMPT_SCHEMA) as table:
+        for first, batch in _batches(source):
+            table.write_batch(batch.take(_within(places, first, batch)))
+        table.close()
+        counts = {"in": len(places), "kept": len(places), "quarantined": {}, "also_training": int(trains_N.sum())}
         return seal(directory, kind="prompts", provenance=provenance, counts=counts)
+
+
+def _within(places: npt.NDArray[np.int64], first: int, batch: pa.RecordBatch) -> pa.Array:
+    """Those of a file's places that lie in a batch, counted from its beginning."""
+    return pa.array(places[(places >= first) & (places < first + len(batch))] - first)
 
 
 def _choose(digests_N: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:

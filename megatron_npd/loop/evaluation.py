@@ -109,7 +109,8 @@ def prepare_measure(run: Path, cfg: NPDConfig) -> None:
     """Seal ``held_out/prompts``, once the run's prompts are; nothing where none are to be held out."""
     source = run / EVAL_PROMPTS / PROMPTS_FILE if cfg.eval.prompts else run / "prompts" / HELD_OUT_FILE
     if cfg.eval.held_out and source.exists():
-        prepare_held_out(source, run / HELD_OUT / "prompts", cfg.eval.held_out)
+        training = run / "prompts" / PROMPTS_FILE
+        prepare_held_out(source, run / HELD_OUT / "prompts", cfg.eval.held_out, training=training)
 
 
 def measure_settings(cfg: RolloutConfig) -> RolloutConfig:

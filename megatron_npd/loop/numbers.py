@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_npd.log import UserError
 from megatron_npd.loop.environment import ENVIRONMENT_FILE
-from megatron_npd.loop.evaluation import EVAL_PROMPTS, read_measures, read_samples
+from megatron_npd.loop.evaluation import EVAL_PROMPTS, HELD_OUT, read_measures, read_samples
 from megatron_npd.manifest import is_sealed, read_manifest
 
 ZONES = ("degenerate", "proximal", "disconnect", "undefined")
@@ -39,10 +39,11 @@ def summarise(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]
 
     Returns:
         ``headline``, ``verdicts`` and ``missing`` (sentences); ``accuracy`` (``start``, ``teacher``, ``further_sft``,
-        ``rounds``, in percent, and the number of ``problems``); ``measures`` and ``samples`` (``loop/evaluation.py``);
-        ``zones``, ``lag`` and ``training`` (one entry a round; lag in nats a token); ``policies`` (names of finished
-        ones); ``seconds`` by stage, with ``distillation_seconds`` (what belongs to a round) and ``total_seconds``;
-        ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned) and ``written``.
+        ``rounds``, in percent; the number of ``problems``, and of those that train too); ``measures`` and ``samples``
+        (``loop/evaluation.py``); ``zones``, ``lag`` and ``training`` (one entry a round; lag in nats a token);
+        ``policies`` (names of finished ones); ``seconds`` by stage, ``distillation_seconds`` (what belongs to a round)
+        and ``total_seconds``; ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned)
+        and ``written``.
     """
     config = _json_file(run / "config.json", {})
     timed = _json_lines(run / "report" / "seconds.jsonl")
@@ -144,9 +145,12 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 def _accuracy(run: Path) -> dict[str, Any]:
     known = _json_file(run / "report" / "accuracy.json", {})
     accuracy = {name: known.get(name) for name in ("start", "further_sft", "teacher")}
-    prompts = run / EVAL_PROMPTS
-    problems = read_manifest(prompts, verify=False).counts["kept"] if is_sealed(prompts) else None
-    return accuracy | {"rounds": known.get("rounds", []), "problems": problems}
+    problems, held_out = (
+        read_manifest(path, verify=False).counts if is_sealed(path) else {}
+        for path in (run / EVAL_PROMPTS, run / HELD_OUT / "prompts")
+    )
+    counts = {"problems": problems.get("kept"), "also_training": held_out.get("also_training", 0)}
+    return accuracy | {"rounds": known.get("rounds", [])} | counts
 
 
 def _selections(run: Path) -> Iterator[dict[str, Any]]:
@@ -233,6 +237,11 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
                 f"rollout.max_tokens, above {100 * CUT_BOUND:.0f} %. They have no end to learn from: raise it."
             )
     accuracy = summary["accuracy"]
+    if accuracy["also_training"]:
+        yield (
+            f"{accuracy['also_training']} of {accuracy['problems']} problems of eval.prompts are among the prompts "
+            "that train: the accuracy flatters. The distance from the teacher leaves them out."
+        )
     reached = [value for value in (accuracy["start"], *accuracy["rounds"]) if value is not None]
     if reached and reached[-1] < max(reached) - 1:
         yield f"The accuracy ends at {reached[-1]:.1f} %, below the {max(reached):.1f} % that it had reached before."

@@ -48,7 +48,7 @@ def test_no_record_of_a_held_out_prompt_trains(tmp_path: Path, tokenizer) -> Non
     lines = [json.loads(line) for line in (out / QUARANTINE_FILE).read_text().splitlines()]
     assert len(lines) == 24 and {line["reason"] for line in lines} == {"held_out"}
     assert verify_run(out).problems == []
-    prepare_held_out(out / HELD_OUT_FILE, tmp_path / "measure", 12)
+    prepare_held_out(out / HELD_OUT_FILE, tmp_path / "measure", 12, training=out / PROMPTS_FILE)
     assert prompts_of(tmp_path / "measure" / PROMPTS_FILE) == held
 
 
@@ -61,8 +61,10 @@ def test_the_choice_depends_on_the_prompts_alone(tmp_path: Path, tokenizer) -> N
     assert prompts_of(other / HELD_OUT_FILE) == held[::-1]
     whole = prepare(tmp_path / "whole", tokenizer, texts, held_out=0)
     assert not (whole / HELD_OUT_FILE).exists() and len(prompts_of(whole / PROMPTS_FILE)) == 100
-    manifest = prepare_held_out(whole / PROMPTS_FILE, tmp_path / "measure", 10)
-    assert manifest.counts == {"in": 10, "kept": 10, "quarantined": {}}
+    training = prepare(tmp_path / "training", tokenizer, ["What is 2 * 3?"], held_out=0) / PROMPTS_FILE
+    manifest = prepare_held_out(whole / PROMPTS_FILE, tmp_path / "measure", 10, training=training)
+    assert manifest is not None
+    assert manifest.counts == {"in": 10, "kept": 10, "quarantined": {}, "also_training": 0}
     assert prompts_of(tmp_path / "measure" / PROMPTS_FILE) == held
 
 
@@ -71,3 +73,13 @@ def test_at_most_a_tenth_is_held_out(tmp_path: Path, tokenizer, number: int, hel
     out = prepare(tmp_path / "run", tokenizer, [f"What is {n} + 1?" for n in range(number)], held_out=64)
     assert len(prompts_of(out / PROMPTS_FILE)) == number - held
     assert read_manifest(out).counts["quarantined"] == ({"held_out": held} if held else {})
+
+
+def test_problems_that_train_too_are_passed_over(tmp_path: Path, tokenizer) -> None:
+    texts = [f"What is {n} + 1?" for n in range(40)]
+    problems = prepare(tmp_path / "problems", tokenizer, texts, held_out=0) / PROMPTS_FILE
+    training = prepare(tmp_path / "training", tokenizer, texts[10:], held_out=0) / PROMPTS_FILE
+    manifest = prepare_held_out(problems, tmp_path / "measure", 64, training=training)
+    assert manifest is not None and manifest.counts["kept"] == 10 and manifest.counts["also_training"] == 30
+    assert prompts_of(tmp_path / "measure" / PROMPTS_FILE) == prompts_of(problems)[:10]
+    assert prepare_held_out(training, tmp_path / "none", 64, training=problems) is None

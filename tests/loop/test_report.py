@@ -148,7 +148,8 @@ def summary_of(run: Path) -> dict[str, Any]:
 def test_summary_holds_what_was_measured(run: Path) -> None:
     write_report(run)
     summary = summary_of(run)
-    accuracy = {"start": 6.25, "further_sft": 7.0, "teacher": 97.5, "rounds": [55.0, 78.5], "problems": None}
+    accuracy = {"start": 6.25, "further_sft": 7.0, "teacher": 97.5, "rounds": [55.0, 78.5]}
+    accuracy |= {"problems": None, "also_training": 0}
     assert summary["accuracy"] == accuracy
     assert summary["policies"] == ["v0001", "v0002"] and summary["rounds"] == 2
     assert [entry["kept_share"] for entry in summary["zones"]] == [0.93, 0.46]
@@ -316,6 +317,9 @@ def test_a_run_within_its_bounds_says_so(run: Path) -> None:
     assert summary_of(run)["verdicts"] == []
     assert "Within their bounds: policy lag, dropped and cut responses." in (run / "report" / "report.html").read_text()
     summary = summarise(run, metrics())
+    overlap = summary["accuracy"] | {"problems": 400, "also_training": 12}
+    (sentence,) = verdicts(summary | {"accuracy": overlap})
+    assert sentence.startswith("12 of 400 problems of eval.prompts are among the prompts that train")
     for rise, number in ((0.05, 0), (0.1, 1)):
         last = MEASURES[-1] | {"kl": MEASURES[1]["kl"] + rise}
         assert len(list(verdicts(summary | {"measures": [MEASURES[1], last]}))) == number
