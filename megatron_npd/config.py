@@ -242,7 +242,7 @@ class TrainConfig:
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay after the warm-up."""
     lr_warmup_iters: int = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, the first with lr / (lr_warmup_iters + 1)."""
     weight_decay: float = 0.01
     """AdamW weight decay; biases and norms have none."""
     adam_beta1: float = 0.9
@@ -263,7 +263,8 @@ class TrainConfig:
     tensorboard_dir: str = ""
     """Directory of TensorBoard event files; empty: none."""
     wandb_project: str = ""
-    """Weights & Biases project; empty: none. WANDB_MODE=offline works."""
+    """Weights & Biases project, where one save directory is one run; empty: none. WANDB_MODE=offline works, and its
+    files lie in WANDB_DIR, or under save where that is not set."""
     wandb_exp_name: str = ""
     """Weights & Biases run name."""
     platform: PlatformName = "auto"

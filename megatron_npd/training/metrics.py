@@ -14,6 +14,7 @@ from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
+_wandb_runs: dict[str, Any] = {}  # those that are open: the rounds of a run are one of wandb's
 # Quantities that an interval's line averages over its steps; the others are those of its last step.
 AVERAGED = (
     "loss",
@@ -84,6 +85,25 @@ def console_line(record: Mapping[str, Any], train_iters: int) -> str:
     return ", ".join(items())
 
 
+def _wandb_run(cfg: TrainConfig) -> Any:
+    """The run of this directory: open since an earlier round in this process, else begun or gone on with."""
+    import wandb
+
+    where = str(Path(cfg.save or cfg.metrics_path or cfg.wandb_exp_name).resolve())
+    identity = hashlib.sha256(where.encode()).hexdigest()[:16]
+    if identity not in _wandb_runs:
+        _wandb_runs[identity] = wandb.init(
+            project=cfg.wandb_project,
+            name=cfg.wandb_exp_name or None,
+            id=identity,
+            resume="allow",
+            reinit="create_new",  # a run that the caller has open stays the caller's
+            dir=os.environ.get("WANDB_DIR") or cfg.save or None,
+            config=dict(vars(cfg)),
+        )
+    return _wandb_runs[identity]
+
+
 class MetricsWriter:
     """Writes the records of one call of ``train``; used on rank 0 only, closed when the call ends.
 
@@ -107,31 +127,20 @@ class MetricsWriter:
 
             self._tensorboard = SummaryWriter(cfg.tensorboard_dir, purge_step=iteration + 1)
         if cfg.wandb_project:
-            import wandb
-
-            # The same directory is the same run: a restart goes on in it.
-            where = str(Path(cfg.save or cfg.metrics_path or cfg.wandb_exp_name).resolve())
-            self._wandb = wandb.init(
-                project=cfg.wandb_project,
-                name=cfg.wandb_exp_name or None,
-                id=hashlib.sha256(where.encode()).hexdigest()[:16],
-                resume="allow",
-                dir=cfg.save or None,
-                config=dict(vars(cfg)),
-            )
+            self._wandb = _wandb_run(cfg)
         self._bar = progress(cfg.train_iters, "train", "step", initial=iteration)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
         if self._jsonl is not None:
             self._jsonl.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._wandb is not None and (error or self._stop == self._cfg.train_iters):
+            _wandb_runs.pop(self._wandb.id).finish(exit_code=int(error is not None))
 
     def sync(self) -> None:
         """Flush the lines to the disk: a checkpoint must not outlive those of the steps before it."""

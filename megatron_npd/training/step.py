@@ -102,7 +102,7 @@ class TrainStep:
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
-            init_lr=0.0,
+            init_lr=cfg.lr / (cfg.lr_warmup_iters + 1),  # of the first step, which would train nothing at 0
             max_lr=cfg.lr,
             min_lr=cfg.min_lr,
             lr_warmup_steps=cfg.lr_warmup_iters,

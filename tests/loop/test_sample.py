@@ -35,6 +35,7 @@ def test_a_life_holds_what_the_files_hold(whole: Path) -> None:  # noqa: F811
         sample = row["sample_id"]
         text = describe_sample(whole, sample, decode=lambda ids: "".join(chr(65 + i % 26) for i in ids))
         assert f"sample {sample}: prompt {row['prompt_id']}, path {row['path']}, round 0" in text
+        assert f", seed {row['seed']}\n" in text
         assert f"ids {' '.join(map(str, row['prompt_ids']))}\n" in text
         assert f"zone {selection[sample]['zone']}" in text
         assert ("kept" if selection[sample]["kept"] else f"dropped as {selection[sample]['reason']}") in text

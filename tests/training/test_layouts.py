@@ -76,7 +76,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs: Path, name: st
         expected, got = (column(runs / run / "metrics.jsonl", quantity) for run in ("tp1", name))
         assert len(got) == 20
         assert got == pytest.approx(expected, abs=TOLERANCE, rel=TOLERANCE), quantity
-    assert expected[0] == 0.0 and expected[3] == 1e-3  # the warm-up
+    assert expected[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])  # the warm-up, in which every step trains
 
 
 def _final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Tensor]:

@@ -78,7 +78,7 @@ def test_the_file_is_under_save_unless_named() -> None:
     assert metrics_file(TrainConfig(save="run", metrics_path="report/m.jsonl")) == Path("report/m.jsonl")
 
 
-def test_tensorboard_and_offline_wandb_get_the_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_and_one_offline_wandb_run_get_the_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -90,11 +90,19 @@ def test_tensorboard_and_offline_wandb_get_the_means(tmp_path: Path, monkeypatch
         tensorboard_dir=str(tmp_path / "tb"),
         wandb_project="npd",
     )
-    with MetricsWriter(cfg, iteration=0, stop=4) as writer:
-        for iteration in range(1, 5):
-            writer.write(record(iteration))
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    for first, stop in ((1, 2), (3, 4)):  # two rounds
+        with MetricsWriter(cfg, iteration=first - 1, stop=stop) as writer:
+            for iteration in range(first, stop + 1):
+                writer.write(record(iteration))
     events = EventAccumulator(str(tmp_path / "tb"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 1.5), (4, 3.5)]
     assert "train/kd" not in events.Tags()["scalars"]
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    (run,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    with pytest.raises(KeyboardInterrupt), MetricsWriter(cfg, iteration=0, stop=2):
+        raise KeyboardInterrupt  # its run is closed
+    (other,) = (tmp_path / "elsewhere/wandb").glob("offline-run-*/*.wandb")
+    assert other.name == run.name and list((tmp_path / "wandb").glob("offline-run-*/*.wandb")) == [run]
