@@ -238,7 +238,7 @@ def bench_reading(root: Path, samples: int, repeat: int) -> None:
     target = np.empty(num_bytes, np.uint8)
     copy = _turns(lambda i: np.copyto(target, source[i * num_bytes : (i + 1) * num_bytes]), len(whole), repeat)
     row("a copy of as many bytes, from as large an array", copy[0], f"median {1e3 * copy[1]:.3f} ms")
-    samples_of = [[segment[2] for segment in rows.segments(index)] for index in whole]
+    samples_of = [[segment[3] for segment in rows.segments(index)] for index in whole]
     items = np.empty(SEQ_LENGTH, f"V{teacher_record_dtype(TOP_K).itemsize}")
 
     def gather(index: int) -> None:

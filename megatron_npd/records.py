@@ -14,7 +14,7 @@ PROMPTS_FILE = "prompts.parquet"
 ROLLOUTS_FILE = "rollouts.parquet"
 SAMPLES_FILE = "samples.parquet"
 SELECTION_FILE = "selection.parquet"
-PACKS_FILE = "packs.parquet"
+PACKS_FILE = "packs.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
 
 _IDS = pa.list_(pa.int32())
@@ -91,14 +91,15 @@ SELECTION_SCHEMA = pa.schema(
     ]
 )
 
-# One row a segment of a training row, sorted by (row, offset). sample_index counts over the store's shards in order.
+# One row a segment of a training row, sorted by (row, offset), as one record batch of an Arrow IPC file, which readers
+# map. sample_index counts over the store's shards in order.
 PACK_SCHEMA = pa.schema(
     [
         pa.field("row", pa.int32(), nullable=False),
         pa.field("offset", pa.int32(), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
+        pa.field("prompt_len", pa.int32(), nullable=False),
         pa.field("sample_index", pa.int64(), nullable=False),
-        pa.field("sample_id", pa.string(), nullable=False),
         pa.field("weight", pa.float32(), nullable=False),  # of the sample's loss
     ]
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +59,17 @@ def export_store(annotations_dir: str | Path, out_file: str | Path, samples: Ite
     chosen = list(range(len(store)) if samples is None else samples)
     schema = export_schema(store.top_k)
     names = [name for name in SAMPLE_SCHEMA.names if name in schema.names]
-    metadata = store.metadata(*names)
     part = out_file.with_name(f".{out_file.name}.part")
     with pq.ParquetWriter(part, schema) as writer, progress(len(chosen), "export", "sample") as bar:
-        for batch in _batches(chosen):
-            table = metadata.take(pa.array(batch, pa.int64()))
-            columns = {name: table[name] for name in names} | _columns(store, batch)
-            writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
-            bar.update(len(batch))
+        for _, run in groupby(chosen, store.shard):  # all metadata at once could pass what a column can hold
+            own = list(run)
+            ((_, metadata),) = store.rows(np.array(own), *names)
+            for start in range(0, len(own), _BATCH):
+                batch = own[start : start + _BATCH]
+                table = metadata.slice(start, len(batch))
+                columns = {name: table[name] for name in names} | _columns(store, batch)
+                writer.write_table(pa.table([columns[name] for name in schema.names], schema=schema))
+                bar.update(len(batch))
     fsync_path(part)
     os.replace(part, out_file)
     return len(chosen)
@@ -87,12 +90,6 @@ def find_annotations(path: str | Path, round_index: int | None = None) -> Path:
         wanted = "a round" if round_index is None else f"round {round_index}"
         raise UserError(f"{path} must hold annotations of {wanted}, got none that are sealed; check the path")
     return sealed[-1]
-
-
-def _batches(chosen: list[int]) -> Iterator[list[int]]:
-    remaining = iter(chosen)
-    while batch := list(islice(remaining, _BATCH)):
-        yield batch
 
 
 def _columns(store: AnnotationStore, batch: list[int]) -> dict[str, pa.Array]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
+import pyarrow as pa
 import torch
 
 from megatron_npd.data.batch import HostBatch
@@ -21,7 +21,7 @@ from megatron_npd.data.decode import as_items, check_records, empty_records, fil
 from megatron_npd.data.order import PACKS_KIND, RowSchedule, load_schedule
 from megatron_npd.data.store import AnnotationStore, check_token_ids
 from megatron_npd.log import UserError
-from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest
+from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest, verified_file
 from megatron_npd.records import PACK_SCHEMA, PACKS_FILE
 
 
@@ -40,13 +40,16 @@ class Streams:
     teacher: bool = True
 
 
+_CHECKED = 2**20  # segments checked at a time, so that a process holds no array of all
+
+
 class PackedRows:
-    """The rows of one sealed packs directory over its store.
+    """The rows of one sealed packs directory over its store, both mapped: the processes of a machine share them.
 
     Args:
         packs_dir: Sealed directory of kind ``packs``.
         streams: What to read.
-        verify: Hash every file of packs and store (once a process) before use.
+        verify: Hash every file of packs and store (once a process), and check them against each other, before use.
         root: The run's directory, where it is known: packs and store lie in it.
 
     Attributes:
@@ -56,7 +59,6 @@ class PackedRows:
         vocab_size: V*.
         policy_version: Of the policy that generated the answers.
         weighted: Whether a sample's loss weighs other than 1.
-        attention_costs: float64 [R], the sum of squared segment lengths of each row.
         checked: bool [R], rows whose teacher records this process has checked: the first reading of each does.
 
     Raises:
@@ -84,55 +86,80 @@ class PackedRows:
             raise UserError(
                 f"{self.store.path} must hold teacher records for kd_alpha > 0, got none; set kd_alpha to 0"
             )
-        table = pq.read_table(self.path / PACKS_FILE, schema=PACK_SCHEMA)
-        rows, self._offsets, self._lengths, self._samples, self._weights = (
-            table[name].to_numpy() for name in ("row", "offset", "length", "sample_index", "weight")
-        )
+        self._open()
+        if verify:
+            self._check()
         self.weighted = bool((self._weights != 1).any())
-        self._row_starts = np.searchsorted(rows, np.arange(1 + (int(rows[-1]) + 1 if len(rows) else 0)))
-        self._check(rows)
         self.checked = np.zeros(len(self), bool)
-        self.attention_costs = np.add.reduceat(self._lengths.astype(np.float64) ** 2, self._row_starts[:-1])
 
-    def _check(self, rows: npt.NDArray[np.int32]) -> None:
-        lens = self.store.prompt_lens + self.store.response_lens
-        if self._truncates:
-            lens = np.minimum(lens, self.seq_length)
-        first = np.diff(rows, prepend=-1) != 0
-        ends = self._offsets + self._lengths
+    def _open(self) -> None:
+        file = verified_file(self.path, PACKS_FILE, kind=PACKS_KIND, verify=False)
+        try:
+            with pa.memory_map(str(file)) as source:
+                table = pa.ipc.open_file(source).read_all()
+            assert table.schema.equals(PACK_SCHEMA) and table.num_rows and table["row"].num_chunks == 1, table.schema
+        except (pa.ArrowException, OSError, AssertionError) as error:
+            raise UserError(f"{file} must hold one batch of {PACK_SCHEMA.names}, got {error}; pack again") from error
+        self._rows, self._offsets, self._lengths, self._prompt_lens, self._samples, self._weights = (
+            column.chunk(0).to_numpy() for column in table.columns
+        )
+
+    def _check(self) -> None:
+        before = -1, 0  # row and end of the segment before
+        for start in range(0, len(self._rows), _CHECKED):
+            before = self._check_part(slice(start, start + _CHECKED), *before)
+
+    def _check_part(self, part: slice, row_before: int, end_before: int) -> tuple[int, int]:
+        """Check some segments, of which the first follows one that ends there; where the last one ends."""
+        rows, offsets, lengths, samples = (x[part] for x in (self._rows, self._offsets, self._lengths, self._samples))
+        prompt_lens, weights = self._prompt_lens[part], self._weights[part]
+        steps, ends = np.diff(rows, prepend=np.int32(row_before)), offsets + lengths
         holds = (
-            len(rows) > 0
-            and np.all(np.isin(np.diff(rows, prepend=-1), (0, 1)))
-            and np.all(self._offsets[first] == 0)
-            and np.all(self._offsets[1:][~first[1:]] >= ends[:-1][~first[1:]])
-            and np.all(self._offsets % self.align == 0)
+            np.all((steps == 0) | (steps == 1))
+            and np.all(offsets >= np.where(steps == 0, np.concatenate([[end_before], ends[:-1]]), 0))
+            and np.all(offsets[steps == 1] == 0)
+            and np.all(offsets % self.align == 0)
             and int(ends.max()) <= self.seq_length
-            and 0 <= int(self._samples.min()) <= int(self._samples.max()) < len(self.store)
-            and np.array_equal(lens[self._samples], self._lengths)
-            and np.all(self.store.prompt_lens[self._samples] < self._lengths)
-            and np.all(np.isfinite(self._weights) & (self._weights >= 0))
+            and 0 <= int(samples.min()) <= int(samples.max()) < len(self.store)
+            and np.array_equal(prompt_lens, self.store.prompt_lens[samples])
+            and np.array_equal(lengths, self._packed_lens(samples))
+            and np.all(prompt_lens < lengths)
+            and np.all(np.isfinite(weights) & (weights >= 0))
         )
         if not holds:
             raise UserError(f"{self.path / PACKS_FILE} must hold rows of aligned whole samples, got others; pack again")
+        return int(rows[-1]), int(ends[-1])
+
+    def _packed_lens(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        lens = self.store.prompt_lens[samples] + self.store.response_lens[samples]
+        return np.minimum(lens, self.seq_length) if self._truncates else lens
 
     def __len__(self) -> int:
-        return len(self._row_starts) - 1
+        return int(self._rows[-1]) + 1
 
-    def segments(self, row: int) -> list[tuple[int, int, int, float]]:
-        """(offset, length, sample index, weight) of each segment of a row, by offset."""
-        part = slice(self._row_starts[row], self._row_starts[row + 1])
-        columns = (self._offsets[part], self._lengths[part], self._samples[part], self._weights[part])
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+    def _part(self, row: int) -> slice:
+        """Where a row's segments are. Sought in its own type: of another, numpy would make a copy of all rows."""
+        return slice(*np.searchsorted(self._rows, np.array([row, row + 1], np.int32)).tolist())
+
+    def segments(self, row: int) -> list[tuple[int, int, int, int, float]]:
+        """(offset, length, prompt tokens, sample index, weight) of each segment of a row, by offset."""
+        part = self._part(row)
+        columns = (self._offsets, self._lengths, self._prompt_lens, self._samples, self._weights)
+        return list(zip(*(column[part].tolist() for column in columns), strict=True))
+
+    def attention_cost(self, row: int) -> float:
+        """The sum of the squared lengths of a row's segments."""
+        return float((self._lengths[self._part(row)].astype(np.float64) ** 2).sum())
 
     def will_need(self, row: int) -> None:
         """Have the kernel read a row's samples ahead."""
-        samples = self._samples[self._row_starts[row] : self._row_starts[row + 1]]
+        samples = self._samples[self._part(row)]
         self.store.will_need(samples, tokens=self.streams.tokens or self.streams.targets, teacher=self.streams.teacher)
 
     def response_tokens(self, row: int) -> int:
         """Number of response tokens (positions with mask 1) of a row."""
-        part = slice(self._row_starts[row], self._row_starts[row + 1])
-        return int((self._lengths[part] - self.store.prompt_lens[self._samples[part]]).sum())
+        part = self._part(row)
+        return int((self._lengths[part] - self._prompt_lens[part]).sum())
 
 
 def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = False) -> HostBatch:
@@ -163,11 +190,11 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
         assert (source.seq_length, source.top_k, source.streams) == (packs.seq_length, packs.top_k, streams)
         base = index * packs.seq_length
         tail, end_of_row = base, base + packs.seq_length
-        for offset, length, sample, weight in source.segments(row):
+        for offset, length, prompt_len, sample, weight in source.segments(row):
             start, end = base + offset, base + offset + length
             starts.append(start)
             tail = -(-end // source.align) * source.align
-            first = start + int(source.store.prompt_lens[sample]) - 1  # predicts the first response token
+            first = start + prompt_len - 1  # predicts the first response token
             if streams.targets:
                 mask[first : end - 1] = True
             if weighted:
@@ -254,7 +281,7 @@ class PackedDataset:
     def attention_costs(self, positions: Sequence[int]) -> npt.NDArray[np.float64]:
         """Cost of attention over the rows of these positions, in squared tokens."""
         located = [self.schedule.locate(position) for position in positions]
-        return np.array([self._packs[entry].attention_costs[row] for entry, row in located])
+        return np.array([self._packs[entry].attention_cost(row) for entry, row in located])
 
     def response_tokens(self, positions: Sequence[int]) -> int:
         """Response tokens (positions with mask 1) of the rows that train at these positions."""

@@ -1,6 +1,6 @@
 """Packing: kept samples into training rows, as an index over the store.
 
-Packs are a sealed directory of kind ``packs`` with ``packs.parquet`` (``records.PACK_SCHEMA``), byte-identical as a
+Packs are a sealed directory of kind ``packs`` with ``packs.arrow`` (``records.PACK_SCHEMA``), byte-identical as a
 function of its inputs. Supervised data goes the same way: a store of tokens alone, then packs over it.
 """
 
@@ -124,10 +124,13 @@ def pack_selection(
     store = AnnotationStore(annotations_dir)
     if selection_dir is None:
         return _write_packs(store, np.arange(len(store)), Path(out_dir), cfg, {})
-    read_manifest(selection_dir, kind="selection")
-    table = pq.read_table(Path(selection_dir) / SELECTION_FILE, columns=["sample_id", "kept", "weight"])
-    if not table["sample_id"].equals(store.metadata("sample_id")["sample_id"]):
-        raise UserError(f"{selection_dir} must be selected from {annotations_dir}, got other samples; select again")
+    origin = read_manifest(selection_dir, kind="selection").provenance.get("annotations_sha256")
+    table = pq.read_table(Path(selection_dir) / SELECTION_FILE, columns=["kept", "weight"])
+    if origin != file_sha256(store.path / MANIFEST) or len(table) != len(store):
+        raise UserError(
+            f"{selection_dir} must be selected from {annotations_dir} as it is now, got another; remove it and select "
+            "again"
+        )
     source = {"selection_sha256": file_sha256(Path(selection_dir) / MANIFEST)}
     kept_M = np.nonzero(table["kept"].to_numpy())[0]
     return _write_packs(store, kept_M, Path(out_dir), cfg, source, table["weight"].to_numpy())
@@ -269,14 +272,10 @@ def _write_packs(
     if not len(samples):
         raise UserError(
             f"{store.path} must leave samples to pack, got {len(kept_M)} kept of {len(store)}, {len(too_long)} of them "
-            f"longer than seq_length {cfg.seq_length}; loosen the selection or raise seq_length"
+            f"longer than seq_length {cfg.seq_length}; remove the selection and select with looser bounds, or raise "
+            "seq_length"
         )
     rows, offsets = pack_lengths(lengths, cfg.seq_length, cfg.segment_align)
-    order = np.lexsort((offsets, rows))
-    ids = store.metadata("sample_id")["sample_id"].combine_chunks()
-    samples = samples[order]
-    weights = np.ones(len(samples), np.float32) if weights_N is None else weights_N[samples]
-    columns = [rows[order], offsets[order], lengths[order], samples, ids.take(pa.array(samples)), weights]
     num_rows = int(rows.max()) + 1
     counts = {
         "in": len(kept_M),
@@ -285,17 +284,22 @@ def _write_packs(
         "pending": 0,
         "truncated": truncated,
         "rows": num_rows,
-        "tokens": int(lengths.sum()),
-        "fill": round(float(lengths.sum()) / (num_rows * cfg.seq_length), 6),
+        "tokens": int(lengths.sum(dtype=np.int64)),
+        "fill": round(int(lengths.sum(dtype=np.int64)) / (num_rows * cfg.seq_length), 6),
     }
+    order = np.lexsort((offsets, rows))
+    rows, offsets, lengths, samples = (column[order] for column in (rows, offsets, lengths, samples))
+    weights = np.ones(len(samples), np.float32) if weights_N is None else weights_N[samples]
+    columns = [rows, offsets, lengths, store.prompt_lens[samples], samples, weights]
+    batch = pa.record_batch([pa.array(column) for column in columns], schema=PACK_SCHEMA)
     with writing(out_dir) as directory:
-        pq.write_table(
-            pa.Table.from_arrays([pa.array(column) for column in columns], schema=PACK_SCHEMA), directory / PACKS_FILE
-        )
+        with open(directory / PACKS_FILE, "wb") as sink, pa.ipc.new_file(sink, PACK_SCHEMA) as writer:
+            writer.write_batch(batch)
         if len(too_long):
             with open(directory / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine:
-                for index in too_long.tolist():
-                    quarantine.write(json.dumps({"sample_id": ids[index].as_py(), "reason": "too_long"}) + "\n")
+                for _, table in store.rows(too_long, "sample_id"):
+                    for name in table["sample_id"].to_pylist():
+                        quarantine.write(json.dumps({"sample_id": name, "reason": "too_long"}) + "\n")
         manifest = seal(directory, kind=PACKS_KIND, provenance=provenance, counts=counts)
     note = f"; {len(too_long)} longer than a row are left out" if len(too_long) else ""
     note += f"; {truncated} are cut at its end" if truncated else ""

@@ -9,15 +9,21 @@ A store is a sealed directory of kind ``annotations`` with sealed shards ``shard
 
 The directory's provenance names ``top_k``, ``vocab_size``, ``round`` and ``policy_version``.
 
+Readers map data and indices, so that the processes of a machine share them; lengths and metadata are read when asked
+for.
+
 Legend: P prompt tokens, n response tokens, k top-k width, N samples.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import struct
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 
@@ -183,37 +189,76 @@ class StoreShardWriter:
             self._teacher.finalize(str(self.path / "teacher.idx"))
 
 
-def _index_bytes(dtype: np.dtype, numbers_per_item: int, starts: npt.NDArray[np.int64]) -> bytes:
-    """The ``.idx`` file that megatron-core writes for items of ``dtype``, one sequence and document a sample.
+_INDEX = struct.Struct("<9sQBQQ")  # what an .idx begins with: magic, version, code of the dtype, sequences, documents
+
+
+def _index_bytes(numbers_per_item: int, lengths: npt.NDArray[np.int32], itemsize: int) -> bytes:
+    """The ``.idx`` file that megatron-core writes for sequences of these lengths, in numbers, one document each.
 
     Our readers compare with it rather than parse what a damaged file says.
     """
     code = 4 if numbers_per_item == 1 else 8  # int32, uint16
-    head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, code, len(starts) - 1, len(starts))
-    lengths = np.diff(starts) * numbers_per_item
-    parts = (lengths.astype("<i4"), (starts[:-1] * dtype.itemsize).astype("<i8"), np.arange(len(starts), dtype="<i8"))
-    return b"".join([head, *(part.tobytes() for part in parts)])
+    N = len(lengths)
+    pointers = np.cumsum(lengths, dtype="<i8") * (itemsize // numbers_per_item)
+    parts = (lengths, np.concatenate([[0], pointers[:-1]])[:N].astype("<i8"), np.arange(N + 1, dtype="<i8"))
+    return b"".join([_INDEX.pack(b"MMIDIDX\0\0", 1, code, N, N + 1), *(part.tobytes() for part in parts)])
+
+
+def _mapped(file: Path) -> npt.NDArray[np.uint8]:
+    """A file's bytes, mapped by Arrow: unlike Python's mapping it keeps no file descriptor, of which there are few."""
+    if not file.stat().st_size:
+        return np.zeros(0, np.uint8)
+    with pa.memory_map(str(file)) as source:
+        return np.frombuffer(source.read_buffer(), np.uint8)
+
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stream:
-    """One mapped ``.bin``: the items of all samples one after another, and where each sample's begin."""
+    """A mapped pair: the items of all samples one after another, and of each sample where they are, from the index."""
 
     items: np.ndarray
-    starts: npt.NDArray[np.int64]  # [N + 1]
-    mapping: mmap.mmap | None  # None where the file is empty
+    numbers_per_item: int
+    lengths: npt.NDArray[np.int32]  # [N], in numbers
+    pointers: npt.NDArray[np.int64]  # [N], in bytes
+
+    @classmethod
+    def open(cls, prefix: Path, dtype: np.dtype, numbers_per_item: int) -> _Stream:
+        index, data = _mapped(prefix.with_suffix(".idx")), _mapped(prefix.with_suffix(".bin"))
+        N = max(len(index) - _INDEX.size - 8, 0) // 20  # of each sequence 4 bytes for its length, 8 twice
+        if len(index) < _INDEX.size + 20 * N:
+            raise UserError(f"{prefix}.idx must be a whole index, got {len(index)} bytes; annotate again")
+        lengths = np.frombuffer(index, "<i4", N, _INDEX.size)
+        whole = (lengths > 0).all() and not (lengths % numbers_per_item).any()
+        if not whole or index.tobytes() != _index_bytes(numbers_per_item, lengths, dtype.itemsize):
+            raise UserError(f"{prefix}.idx must be as megatron-core writes it, got another index; annotate again")
+        if len(data) != lengths.sum(dtype=np.int64) * (dtype.itemsize // numbers_per_item):
+            raise UserError(f"{prefix}.bin must have the bytes that {prefix.name}.idx says, got {len(data)}")
+        return cls(
+            items=data.view(dtype),
+            numbers_per_item=numbers_per_item,
+            lengths=lengths,
+            pointers=np.frombuffer(index, "<i8", N, _INDEX.size + 4 * N),
+        )
+
+    def of(self, local: int) -> np.ndarray:
+        """The items of a sample."""
+        first = int(self.pointers[local]) // self.items.itemsize
+        return self.items[first : first + int(self.lengths[local]) // self.numbers_per_item]
 
     def will_need(self, locals_M: npt.NDArray[np.integer]) -> None:
         """Ask the kernel for the samples' bytes in large reads; neighbours in the file as one range."""
-        if self.mapping is None:
-            return
         locals_M = np.sort(locals_M)
-        size, page = self.items.itemsize, mmap.PAGESIZE
-        firsts = self.starts[locals_M] * size // page * page
-        ends = self.starts[locals_M + 1] * size
+        page, number_bytes = mmap.PAGESIZE, self.items.itemsize // self.numbers_per_item
+        begins = self.pointers[locals_M]
+        firsts, ends = begins // page * page, begins + self.lengths[locals_M] * number_bytes
         apart = np.flatnonzero(np.concatenate([[True], firsts[1:] > ends[:-1], [True]]))
         for begin, after in pairwise(apart.tolist()):
-            self.mapping.madvise(mmap.MADV_WILLNEED, int(firsts[begin]), int(ends[after - 1] - firsts[begin]))
+            first, size = int(firsts[begin]), int(ends[after - 1] - firsts[begin])
+            _madvise(self.items.ctypes.data + first, size, mmap.MADV_WILLNEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +272,7 @@ class AnnotationStore:
 
     Args:
         path: The store's directory.
-        verify: Hash every file against the manifests (once a process) before use.
+        verify: Hash every file against the manifests (once a process), and compare indices and metadata, before use.
 
     Attributes:
         top_k: Width of the teacher records, 0 where there are none.
@@ -235,8 +280,6 @@ class AnnotationStore:
         round: Index of the round.
         policy_version: Of the policy that generated the responses.
         manifest: The directory's manifest.
-        prompt_lens: int32 [N].
-        response_lens: int32 [N].
 
     Raises:
         UserError: The store is not sealed, damaged, or its parts do not fit together.
@@ -253,16 +296,8 @@ class AnnotationStore:
             raise UserError(f"{self.path / MANIFEST} must name policy_version, got none; annotate again")
         names = (PurePosixPath(name) for name in self.manifest.files)
         self._shard_paths = sorted(self.path / name.parent for name in names if name.name == MANIFEST)
-        self._shards: list[_Shard] = []
-        lens_N2: list[npt.NDArray[np.int32]] = [np.zeros((0, 2), np.int32)]
-        for shard_path in self._shard_paths:
-            read_manifest(shard_path, kind=SHARD_KIND, verify=verify)
-            table = self._read_samples(shard_path, ("prompt_len", "response_len"))
-            shard_lens_N2 = np.stack([column.to_numpy() for column in table.columns], axis=1)
-            self._shards.append(self._open_shard(shard_path, shard_lens_N2))
-            lens_N2.append(shard_lens_N2)
-        self.prompt_lens, self.response_lens = np.concatenate(lens_N2).T.copy()
-        self._bounds = [0, *accumulate(len(shard.tokens.starts) - 1 for shard in self._shards)]
+        self._shards = [self._open_shard(path, verify) for path in self._shard_paths]
+        self._bounds = [0, *accumulate(len(shard.tokens.lengths) for shard in self._shards)]
 
     def _provenance_int(self, name: str, least: int) -> int:
         value = self.manifest.provenance.get(name)
@@ -270,64 +305,92 @@ class AnnotationStore:
             raise UserError(f"{self.path / MANIFEST} must name {name} >= {least}, got {value}; annotate again")
         return value
 
+    @staticmethod
+    def _schema(columns: tuple[str, ...]) -> pa.Schema:
+        return pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
+
     def _read_samples(self, shard_path: Path, columns: tuple[str, ...]) -> pa.Table:
         table = pq.read_table(shard_path / SAMPLES_FILE, columns=list(columns))
-        expected = pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
+        expected = self._schema(columns)
         if not table.schema.equals(expected):
             raise UserError(f"{shard_path / SAMPLES_FILE} must have the columns {expected}, got {table.schema}")
         return table
 
-    def _open_shard(self, shard_path: Path, lens_N2: npt.NDArray[np.int32]) -> _Shard:
-        if len(lens_N2) and lens_N2.min() < 1:
-            raise UserError(f"{shard_path} must have prompts and responses of 1 token or more, got 0; annotate again")
-        tokens = self._open_pair(shard_path / "tokens", np.dtype("<i4"), 1, lens_N2.sum(axis=1))
-        if not self.top_k:
-            return _Shard(tokens=tokens, teacher=None)
+    def _open_shard(self, path: Path, verify: bool) -> _Shard:
+        read_manifest(path, kind=SHARD_KIND, verify=verify)
         dtype = teacher_record_dtype(self.top_k)
-        teacher = self._open_pair(shard_path / "teacher", dtype, dtype.itemsize // 2, lens_N2[:, 1])
-        return _Shard(tokens=tokens, teacher=teacher)
+        shard = _Shard(
+            tokens=_Stream.open(path / "tokens", np.dtype("<i4"), 1),
+            teacher=_Stream.open(path / "teacher", dtype, dtype.itemsize // 2) if self.top_k else None,
+        )
+        if verify:
+            prompt_lens, response_lens = (
+                column.to_numpy() for column in self._read_samples(path, ("prompt_len", "response_len")).columns
+            )
+            agrees = np.array_equal(shard.tokens.lengths, prompt_lens + response_lens)
+            if shard.teacher is not None:
+                agrees &= np.array_equal(shard.teacher.lengths, response_lens * shard.teacher.numbers_per_item)
+            if not agrees or min(prompt_lens.min(initial=1), response_lens.min(initial=1)) < 1:
+                raise UserError(
+                    f"{path}: the lengths of tokens.idx, teacher.idx and {SAMPLES_FILE} must agree, and prompts and "
+                    "responses have 1 token or more, got others; annotate again"
+                )
+        return shard
 
-    def _open_pair(
-        self, prefix: Path, dtype: np.dtype, numbers_per_item: int, lens_N: npt.NDArray[np.integer]
-    ) -> _Stream:
-        """Map a pair as one flat array of items."""
-        starts = np.concatenate([[0], np.cumsum(lens_N, dtype=np.int64)])
-        if not len(lens_N):  # an empty file cannot be mapped
-            return _Stream(items=np.zeros(0, dtype), starts=starts, mapping=None)
-        bin_file = prefix.with_suffix(".bin")
-        if prefix.with_suffix(".idx").read_bytes() != _index_bytes(dtype, numbers_per_item, starts):
-            raise UserError(f"{prefix}.idx must agree with {SAMPLES_FILE} beside it, got other lengths; annotate again")
-        if bin_file.stat().st_size != starts[-1] * dtype.itemsize:
-            raise UserError(f"{bin_file} must have {starts[-1] * dtype.itemsize} bytes, got another size")
-        # Mapped here rather than through the dataset, which unmaps on deletion while slices may still be in use.
-        with open(bin_file, "rb") as stream:
-            mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        return _Stream(items=np.frombuffer(mapping, dtype), starts=starts, mapping=mapping)
+    @cached_property
+    def prompt_lens(self) -> npt.NDArray[np.int32]:
+        """Tokens of each sample's prompt, int32 [N], read when first asked for."""
+        return self._column("prompt_len")
+
+    @cached_property
+    def response_lens(self) -> npt.NDArray[np.int32]:
+        """Tokens of each sample's response, int32 [N], read when first asked for."""
+        return self._column("response_len")
+
+    def _column(self, name: str) -> npt.NDArray[np.int32]:
+        return np.concatenate([np.zeros(0, np.int32), *(part[name].to_numpy() for part in self.parts(name))])
 
     def __len__(self) -> int:
-        return len(self.prompt_lens)
+        return self._bounds[-1]
+
+    def parts(self, *columns: str) -> Iterator[pa.Table]:
+        """The named columns of ``records.SAMPLE_SCHEMA``, shard by shard."""
+        for path in self._shard_paths:
+            yield self._read_samples(path, columns)
 
     def metadata(self, *columns: str) -> pa.Table:
         """The named columns of ``records.SAMPLE_SCHEMA`` for all samples, in order."""
-        expected = pa.schema([SAMPLE_SCHEMA.field(name) for name in columns])
-        tables = [self._read_samples(path, columns) for path in self._shard_paths]
-        return pa.concat_tables(tables) if tables else expected.empty_table()
+        return pa.concat_tables([self._schema(columns).empty_table(), *self.parts(*columns)])
+
+    def rows(self, indices: npt.NDArray[np.integer], *columns: str) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
+        """The named columns of these samples, shard by shard: places in ``indices``, and the rows that belong there."""
+        shards = np.searchsorted(self._bounds, indices, side="right") - 1
+        order = np.argsort(shards, kind="stable")
+        starts = np.searchsorted(shards[order], np.arange(len(self._shards) + 1))
+        for number in np.flatnonzero(np.diff(starts)).tolist():
+            places = order[starts[number] : starts[number + 1]]
+            table = self._read_samples(self._shard_paths[number], columns)
+            yield places, table.take(pa.array(indices[places] - self._bounds[number]))
+
+    def shard(self, index: int) -> int:
+        """Number of the shard that holds a sample."""
+        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
+        return bisect_right(self._bounds, index) - 1
 
     def _locate(self, index: int) -> tuple[_Shard, int]:
-        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
-        shard = bisect_right(self._bounds, index) - 1
+        shard = self.shard(index)
         return self._shards[shard], index - self._bounds[shard]
 
     def tokens(self, index: int) -> npt.NDArray[np.int32]:
         """Prompt + response ids of a sample, int32 [P + n], a read-only view."""
         shard, local = self._locate(index)
-        return shard.tokens.items[shard.tokens.starts[local] : shard.tokens.starts[local + 1]]
+        return shard.tokens.of(local)
 
     def teacher(self, index: int) -> np.ndarray:
         """Teacher records of a sample, ``teacher_record_dtype(top_k)`` [n], a read-only view; needs ``top_k > 0``."""
         shard, local = self._locate(index)
         assert shard.teacher is not None, f"{self.path} holds no teacher records"
-        return shard.teacher.items[shard.teacher.starts[local] : shard.teacher.starts[local + 1]]
+        return shard.teacher.of(local)
 
     def will_need(self, indices: npt.NDArray[np.integer], *, tokens: bool, teacher: bool) -> None:
         """Have the kernel read these samples' tokens and teacher records ahead, in the order of the files."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -71,7 +72,7 @@ def _life(directory: Path, rollout: dict[str, Any], decode: Decode | None) -> It
             )
         )
         yield _decision(directory / "selection", sample)
-        yield from _places(directory / "packs", sample)
+        yield from _places(directory / "packs", sample, found[2])
     yield ""
     yield from _tokens(rollout, None if isinstance(found, str) else found, decode)
 
@@ -83,8 +84,8 @@ def _text(title: str, ids: Sequence[int], decode: Decode | None) -> Iterator[str
     yield f"  ids {' '.join(map(str, ids))}"
 
 
-def _annotated(annotations: Path, sample: str) -> tuple[dict[str, Any], np.ndarray | None] | str:
-    """The sample's scores and teacher records (None where the store has none), or why there are none."""
+def _annotated(annotations: Path, sample: str) -> tuple[dict[str, Any], np.ndarray | None, int] | str:
+    """The sample's scores, teacher records (None where the store has none) and index, or why there are none."""
     for shard in sorted(path for path in annotations.glob("shard-*") if is_sealed(path)):
         if (reason := _set_aside(shard, sample)) is not None:
             return f"set aside by the annotation stage ({reason})"
@@ -96,7 +97,7 @@ def _annotated(annotations: Path, sample: str) -> tuple[dict[str, Any], np.ndarr
         read_manifest(shard, kind=SHARD_KIND)
         store = AnnotationStore(annotations, verify=False)
         index = pc.index(store.metadata("sample_id")["sample_id"], sample).as_py()
-        return row, store.teacher(index) if store.top_k else None
+        return row, store.teacher(index) if store.top_k else None, index
     return "not annotated yet"
 
 
@@ -115,12 +116,14 @@ def _decision(selection: Path, sample: str) -> str:
     return f"selection: {values}; zone {row['zone']} ({counts['lower']:g} <= delta <= {counts['tau']:.6g}): {verdict}"
 
 
-def _places(packs: Path, sample: str) -> Iterator[str]:
+def _places(packs: Path, sample: str, index: int) -> Iterator[str]:
     if not is_sealed(packs):
         yield "not packed yet"
         return
     length = read_manifest(packs, kind=PACKS_KIND).provenance["seq_length"]
-    table = pq.read_table(packs / PACKS_FILE, filters=[("sample_id", "=", sample)])
+    with pa.memory_map(str(packs / PACKS_FILE)) as source:
+        table = pa.ipc.open_file(source).read_all()
+    table = table.filter(pc.equal(table["sample_index"], index))
     for place in table.to_pylist():
         end = place["offset"] + place["length"]
         yield f"packs: row {place['row']}, tokens {place['offset']} to {end - 1} of {length}"
@@ -130,7 +133,7 @@ def _places(packs: Path, sample: str) -> Iterator[str]:
 
 
 def _tokens(
-    rollout: dict[str, Any], annotated: tuple[dict[str, Any], np.ndarray | None] | None, decode: Decode | None
+    rollout: dict[str, Any], annotated: tuple[dict[str, Any], np.ndarray | None, int] | None, decode: Decode | None
 ) -> Iterator[str]:
     """One line an answer token: what was sampled and how likely, then the teacher's choices, * where it is the same."""
     records = None if annotated is None else annotated[1]

@@ -349,10 +349,12 @@ def _count_selection(path: Path, books: Books) -> None:
 
 
 def _count_packs(path: Path, books: Books) -> None:
-    rows, lengths, ids = _columns(path / PACKS_FILE, "row", "length", "sample_id")
-    books.kept += ids.to_pylist()
-    books.sums["rows"] += int(rows.to_numpy().max(initial=-1)) + 1
-    books.sums["tokens"] += int(lengths.to_numpy().sum())
+    with pa.memory_map(str(path / PACKS_FILE)) as source:
+        table = pa.ipc.open_file(source).read_all()
+    store = AnnotationStore(path / read_manifest(path, verify=False).provenance["store"], verify=False)
+    books.kept += store.metadata("sample_id")["sample_id"].take(table["sample_index"]).to_pylist()
+    books.sums["rows"] += int(table["row"].to_numpy().max(initial=-1)) + 1
+    books.sums["tokens"] += int(table["length"].to_numpy().sum())
 
 
 _RECOUNTS: dict[str, Callable[[Path, Books], None]] = {

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_npd.selection.ifd import delta_ifd, ifd
 
-# Zone -> why a sample in it is dropped, where the filter drops it.
+# Zone -> why a sample in it is dropped, where the filter drops it. A zone's number is its place here.
 ZONES = {
     "degenerate": "degenerate",
     "proximal": "",
@@ -23,8 +23,10 @@ ZONES = {
     "undefined": "ifd_undefined",
 }
 
+DEGENERATE, PROXIMAL, DISCONNECT, UNDEFINED = np.arange(len(ZONES), dtype=np.int8)
+
 Floats = npt.NDArray[np.float32]
-Zones = npt.NDArray[np.str_]
+Zones = npt.NDArray[np.int8]
 
 
 class Filter(NamedTuple):
@@ -44,11 +46,11 @@ class Filter(NamedTuple):
 
     def keeps(self, zones_N: Zones) -> npt.NDArray[np.bool_]:
         """Which samples train, by zone."""
-        kept_N = zones_N != "undefined"
+        kept_N = zones_N != UNDEFINED
         if self.lower:
-            kept_N &= zones_N != "degenerate"
+            kept_N &= zones_N != DEGENERATE
         if self.upper:
-            kept_N &= zones_N != "disconnect"
+            kept_N &= zones_N != DISCONNECT
         return kept_N
 
 
@@ -79,12 +81,12 @@ def measures(losses: Mapping[str, Floats]) -> dict[str, Floats]:
 
 
 def zones(measure_N: Floats, lower: float, tau: float | npt.NDArray[np.float64]) -> Zones:
-    """The zone of each sample: degenerate below ``lower``, disconnect above ``tau``, proximal between, both included.
+    """The number of each sample's zone: degenerate below ``lower``, disconnect above ``tau``, else proximal.
 
     NaN is undefined. Where ``tau < lower``, what is below ``lower`` is degenerate. ``tau`` may differ by sample, [N].
     """
     conditions = [np.isnan(measure_N), measure_N < lower, measure_N > tau]
-    return np.select(conditions, ["undefined", "degenerate", "disconnect"], default="proximal")
+    return np.select(conditions, [UNDEFINED, DEGENERATE, DISCONNECT], default=PROXIMAL)
 
 
 def histogram(measure_N: Floats, lower: float, tau: float, bins: int = 60) -> dict[str, Any]:

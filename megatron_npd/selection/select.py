@@ -14,18 +14,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_npd.config import SelectConfig
+from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
-from megatron_npd.records import PROMPTS_FILE, SELECTION_FILE, SELECTION_SCHEMA
+from megatron_npd.records import SELECTION_FILE, SELECTION_SCHEMA
 from megatron_npd.selection.metrics import FILTERS, ZONES, Floats, Zones, histogram, measures, sample_weights, zones
 
 SELECTION_KIND = "selection"
 LEAST_KEPT_SHARE = 0.9
 CUT = "cut_by_length"
+REASONS = ("", *filter(None, ZONES.values()), CUT)  # why a sample is dropped; "": it is not
 QUANTILES = (0.9, 0.95, 0.98, 0.988, 0.995, 1.0)
 LOSSES = ("teacher_loss", "teacher_loss_alone", "student_loss", "student_loss_alone")
 
@@ -34,27 +37,39 @@ Taus = Mapping[str, float]  # domain -> tau; "" is that of all samples, and of d
 
 @dataclass(frozen=True, kw_only=True)
 class _Samples:
-    """What a selection decides by, in the store's order."""
+    """What a selection decides by, in the store's order: numbers alone, some 50 bytes a sample."""
 
     store: AnnotationStore
-    table: pa.Table  # sample_id, prompt_id, finish_reason, copies and LOSSES
+    losses: dict[str, Floats]
     measures: dict[str, Floats]
     cut_N: npt.NDArray[np.bool_]
-    domains_N: npt.NDArray[np.str_] | None
+    copies_N: npt.NDArray[np.int32]
+    prompts_N: npt.NDArray[np.int32] | None  # number of each sample's prompt, where prompts matter
+    domains_N: npt.NDArray[np.int32] | None  # place in ``domains``
+    domains: list[str]
 
     @classmethod
     def read(cls, store: AnnotationStore, prompts_dir: str | Path | None, cfg: SelectConfig) -> _Samples:
-        table = store.metadata("sample_id", "prompt_id", "finish_reason", "copies", *LOSSES)
-        losses = {name: table[name].to_numpy() for name in LOSSES}
-        domains_N = None
-        if cfg.domain_column:
-            domains_N = _domains(table["prompt_id"], prompts_dir, cfg.domain_column)
+        wanted = ("finish_reason", "copies", *LOSSES)
+        parts = [_numbers(part) for part in store.parts(*wanted)]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        losses = {name: columns.get(name, np.zeros(0, np.float32)) for name in LOSSES}
+        prompts_N = domains_N = None
+        domains: list[str] = []
+        if cfg.prompt_weights or cfg.domain_column:
+            prompts_N, names = _prompts(store)
+            if cfg.domain_column:
+                domains, domains_of_prompts = _domains(names, prompts_dir, cfg.domain_column)
+                domains_N = domains_of_prompts[prompts_N]
         return cls(
             store=store,
-            table=table,
+            losses=losses,
             measures=measures(losses),
-            cut_N=table["finish_reason"].to_numpy() == "length",
+            cut_N=columns.get("cut", np.zeros(0, bool)),
+            copies_N=columns.get("copies", np.zeros(0, np.int32)),
+            prompts_N=prompts_N,
             domains_N=domains_N,
+            domains=domains,
         )
 
     def taus(self, cfg: SelectConfig) -> dict[str, float]:
@@ -67,37 +82,48 @@ class _Samples:
                 "losses"
             )
         taus = {"": float(np.quantile(measure_N[defined_N], cfg.tau_quantile))}
-        if self.domains_N is not None:
-            for domain in np.unique(self.domains_N[defined_N]).tolist():
-                taus[domain] = float(np.quantile(measure_N[defined_N & (self.domains_N == domain)], cfg.tau_quantile))
+        for place, domain in enumerate(self.domains):
+            if len(own := measure_N[defined_N & (self.domains_N == place)]):
+                taus[domain] = float(np.quantile(own, cfg.tau_quantile))
         return taus
 
-    def decide(self, cfg: SelectConfig, taus: Taus) -> tuple[Zones, npt.NDArray[np.bool_], npt.NDArray[np.str_]]:
-        """Zone, whether it trains, and the reason against it, of each sample."""
+    def decide(self, cfg: SelectConfig, taus: Taus) -> tuple[Zones, npt.NDArray[np.bool_], npt.NDArray[np.int8]]:
+        """Zone, whether it trains, and the place in ``REASONS`` of what is against it, of each sample."""
         chosen = FILTERS[cfg.filter]
         tau: float | npt.NDArray[np.float64] = taus[""]
         if self.domains_N is not None:
-            names, places_N = np.unique(self.domains_N, return_inverse=True)
-            tau = np.array([taus.get(name, taus[""]) for name in names.tolist()])[places_N]
+            tau = np.array([taus.get(name, taus[""]) for name in self.domains])[self.domains_N]
         zones_N = zones(self.measures[chosen.measure], cfg.lower, tau)
         kept_N = chosen.keeps(zones_N)
-        reasons_N = np.where(kept_N, "", np.array([ZONES[zone] for zone in zones_N.tolist()], dtype=object))
+        of_zone = np.array([REASONS.index(reason) for reason in ZONES.values()], np.int8)
+        reasons_N = np.where(kept_N, np.int8(0), of_zone[zones_N])
         if cfg.cut_by_length == "drop":
-            reasons_N[kept_N & self.cut_N] = CUT
+            reasons_N[kept_N & self.cut_N] = REASONS.index(CUT)
             kept_N &= ~self.cut_N
         return zones_N, kept_N, reasons_N
 
     def weights(self, cfg: SelectConfig, kept_N: npt.NDArray[np.bool_]) -> Floats:
         """Weight of each sample's loss."""
-        prompts_N = factor_N = None
-        if cfg.prompt_weights:
-            prompts_N = self.table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+        factor_N = None
         if FILTERS[cfg.filter].by_perplexity:
-            factor_N = np.exp(-self.table["teacher_loss"].to_numpy().astype(np.float64))
-        copies_N = self.table["copies"].to_numpy()
+            factor_N = np.exp(-self.losses["teacher_loss"].astype(np.float64))
+        prompts_N = self.prompts_N if cfg.prompt_weights else None
         return sample_weights(
-            kept_N, self.store.response_lens, copies_N=copies_N, prompts_N=prompts_N, factor_N=factor_N
+            kept_N, self.store.response_lens, copies_N=self.copies_N, prompts_N=prompts_N, factor_N=factor_N
         )
+
+
+def _numbers(part: pa.Table) -> dict[str, np.ndarray]:
+    """A shard's columns, as numbers."""
+    numbers = {name: part[name].to_numpy() for name in ("copies", *LOSSES)}
+    return numbers | {"cut": pc.equal(part["finish_reason"], "length").to_numpy()}
+
+
+def _prompts(store: AnnotationStore) -> tuple[npt.NDArray[np.int32], pa.LargeStringArray]:
+    """The number of each sample's prompt, and the prompts' ids by number."""
+    ids = [part["prompt_id"].cast(pa.large_string()) for part in store.parts("prompt_id")]
+    encoded = pa.concat_tables([pa.table({"id": column}) for column in ids])["id"].combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy(), encoded.dictionary
 
 
 def select_round(
@@ -148,15 +174,13 @@ def select_round(
     zones_N, kept_N, reasons_N = samples.decide(cfg, taus)
     weights_N = samples.weights(cfg, kept_N)
     counts = _counts(samples, cfg, taus, zones_N, kept_N, reasons_N)
-    columns = [
-        samples.table["sample_id"].combine_chunks(),
-        *(_nullable(samples.measures[name]) for name in ("ifd_teacher", "ifd_student", "delta")),
-        *(pa.array(column) for column in (zones_N, samples.cut_N, kept_N)),
-        pa.array(reasons_N, pa.string()),
-        pa.array(weights_N),
-    ]
+    if not weights_N.any():  # a sealed selection of nothing could be neither packed nor made with other settings
+        raise UserError(
+            f"{store.path} must leave a sample that trains, got none of {len(store)} (filter {cfg.filter}; "
+            f"{_found(counts)}): {_advice(counts)}; tools/select.py --dry-run shows what several taus would keep"
+        )
     with writing(out_dir) as directory:
-        pq.write_table(pa.Table.from_arrays(columns, schema=SELECTION_SCHEMA), directory / SELECTION_FILE)
+        _write(directory / SELECTION_FILE, samples, zones_N, kept_N, reasons_N, weights_N)
         manifest = seal(directory, kind=SELECTION_KIND, provenance=provenance, counts=counts)
     _report(manifest, cfg)
     return manifest
@@ -192,23 +216,31 @@ def what_if(
     return rows
 
 
-def _domains(prompt_ids: pa.ChunkedArray, prompts_dir: str | Path | None, column: str) -> npt.NDArray[np.str_]:
-    """Domain of each sample, from the columns that its prompt carries along."""
+def _domains(
+    prompt_ids: pa.LargeStringArray, prompts_dir: str | Path | None, column: str
+) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """The domains, and the place among them of each prompt's, from the columns that prompts carry along."""
     if prompts_dir is None:
         raise UserError(f"prompts must be given with domain_column {column}, got none; name their sealed directory")
     read_manifest(prompts_dir, kind="prompts")
-    prompts = pq.read_table(Path(prompts_dir) / PROMPTS_FILE, columns=["prompt_id", "extras"])
-    extras = dict(zip(*(prompts[name].to_pylist() for name in ("prompt_id", "extras")), strict=True))
-    domains = {}
-    for prompt_id in prompt_ids.unique().to_pylist():
-        domain = json.loads(extras.get(prompt_id, "{}")).get(column)
-        if not isinstance(domain, str) or not domain:
-            raise UserError(
-                f"column {column} of prompt {prompt_id} in {prompts_dir} must be a text, got {domain!r}; name a column "
-                "that every prompt has, or leave domain_column out"
-            )
-        domains[prompt_id] = domain
-    return np.array([domains[prompt_id] for prompt_id in prompt_ids.to_pylist()])
+    rows, domains = PromptRows(prompts_dir), dict[str, int]()
+    ids, places = [], []
+    for batch in rows.batches("prompt_id", "extras"):
+        ids.append(batch.column("prompt_id").cast(pa.large_string()))
+        values = [json.loads(extras).get(column) for extras in batch.column("extras").to_pylist()]
+        texts = (value if isinstance(value, str) else "" for value in values)
+        places.append([domains.setdefault(text, len(domains)) if text else -1 for text in texts])
+    found = pc.index_in(prompt_ids, value_set=pa.concat_arrays(ids)).fill_null(-1).to_numpy()
+    place_of_row = np.append(np.concatenate(places), -1).astype(np.int32)  # -1, of none, is the last
+    places_of_prompts = place_of_row[found]
+    for prompt in np.flatnonzero(places_of_prompts < 0).tolist():
+        row = int(found[prompt])
+        value = None if row < 0 else json.loads(rows.read(row, row + 1, "extras")["extras"][0].as_py()).get(column)
+        raise UserError(
+            f"column {column} of prompt {prompt_ids[prompt]} in {prompts_dir} must be a text, got {value!r}; name a "
+            "column that every prompt has, or leave domain_column out"
+        )
+    return list(domains), places_of_prompts
 
 
 def _counts(
@@ -217,15 +249,15 @@ def _counts(
     taus: Taus,
     zones_N: Zones,
     kept_N: npt.NDArray[np.bool_],
-    reasons_N: npt.NDArray[np.str_],
+    reasons_N: npt.NDArray[np.int8],
 ) -> dict[str, Any]:
     total = len(samples.store)
-    reasons, numbers = np.unique(reasons_N[~kept_N].astype(str), return_counts=True)
-    in_zone = {zone: int((zones_N == zone).sum()) for zone in ZONES}
+    reasons = dict(zip(REASONS, np.bincount(reasons_N, minlength=len(REASONS)).tolist(), strict=True))
+    in_zone = dict(zip(ZONES, np.bincount(zones_N, minlength=len(ZONES)).tolist(), strict=True))
     return {
         "in": total,
         "kept": int(kept_N.sum()),
-        "quarantined": dict(zip(reasons.tolist(), numbers.tolist(), strict=True)),
+        "quarantined": {reason: number for reason, number in sorted(reasons.items()) if reason and number},
         "pending": 0,
         "kept_share": float(kept_N.mean()),
         "cut": int(samples.cut_N.sum()),
@@ -238,8 +270,37 @@ def _counts(
     }
 
 
+def _write(
+    file: Path,
+    samples: _Samples,
+    zones_N: Zones,
+    kept_N: npt.NDArray[np.bool_],
+    reasons_N: npt.NDArray[np.int8],
+    weights_N: Floats,
+) -> None:
+    """The table of the selection, a row group for each shard of the store."""
+    after = 0
+    with pq.ParquetWriter(file, SELECTION_SCHEMA) as writer:
+        for ids in samples.store.parts("sample_id"):
+            part = slice(after, after := after + len(ids))
+            columns = [
+                ids["sample_id"],
+                *(_nullable(samples.measures[name][part]) for name in ("ifd_teacher", "ifd_student", "delta")),
+                _words(zones_N[part], tuple(ZONES)),
+                samples.cut_N[part],
+                kept_N[part],
+                _words(reasons_N[part], REASONS),
+                weights_N[part],
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=SELECTION_SCHEMA))
+
+
 def _nullable(values_N: Floats) -> pa.Array:
     return pa.array(values_N, mask=np.isnan(values_N))
+
+
+def _words(places_N: npt.NDArray[np.int8], words: Sequence[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(places_N), pa.array(words)).cast(pa.string())
 
 
 def _report(manifest: Manifest, cfg: SelectConfig) -> None:
@@ -255,10 +316,30 @@ def _report(manifest: Manifest, cfg: SelectConfig) -> None:
         f", {counts['cut']} cut by length" if counts["cut"] else "",
     )
     if counts["kept_share"] < LEAST_KEPT_SHARE:
-        dropped = ", ".join(f"{number} {reason}" for reason, number in counts["quarantined"].items())
         get_logger().warning(
-            "only %.1f %% of the samples are kept (%s); the paper keeps about 96 %%. Where the teacher is near certain "
-            "and the student right, Delta-IFD sits just under 0: consider a lower bound below 0 or filter none",
+            "only %.1f %% of the samples are kept (%s); the paper keeps about 96 %%: %s",
             100 * counts["kept_share"],
-            dropped,
+            _found(counts),
+            _advice(counts),
         )
+
+
+def _found(counts: Mapping[str, Any]) -> str:
+    """How many samples each zone holds, and the bounds."""
+    found = ", ".join(f"{counts['zones'][zone]['count']} {zone}" for zone in ZONES)
+    return f"{counts['lower']:g} <= {counts['measure']} <= {counts['tau']:g}: {found}; {counts['cut']} cut by length"
+
+
+def _advice(counts: Mapping[str, Any]) -> str:
+    """What to change, by the reason that most samples are dropped for."""
+    lower, tau, measure = f"{counts['lower']:g}", f"{counts['tau']:g}", counts["measure"]
+    dropped = counts["quarantined"]
+    return {
+        "degenerate": f"most of the dropped are below the lower bound {lower}. Where the teacher is near certain and "
+        f"the student right, {measure} sits just under 0: consider a lower bound below {lower}, or filter none",
+        "cognitive_disconnect": f"most of the dropped are above tau {tau}: consider a larger tau or tau_quantile",
+        "ifd_undefined": "most of the dropped have no defined IFD (the loss without the prompt is below 1e-6, or one "
+        "is not finite): look at the losses of the annotations",
+        CUT: "most of the dropped were cut by length: consider more max_tokens in the rollouts, or cut_by_length keep",
+        "": "the weights of all samples are 0: consider another filter",
+    }[max(dropped, key=dropped.__getitem__, default="")]

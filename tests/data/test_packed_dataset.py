@@ -55,7 +55,7 @@ def test_a_batch_equals_a_reference_built_token_by_token(tmp_path: Path, top_k: 
         ) * 2
         mask = torch.zeros(64)
         starts = []
-        for offset, _, sample, _ in packs.segments(row):
+        for offset, _, _, sample, _ in packs.segments(row):
             seen.append(sample)
             starts.append(offset)
             prompt_len, response_len = LENGTHS[sample]
@@ -94,7 +94,7 @@ def test_weights_of_the_selection_stand_at_the_response(tmp_path: Path) -> None:
         batch = make_batch([(packs, row)])
         assert batch.weights is not None and batch.loss_mask is not None
         expected = torch.ones(64)
-        for offset, length, sample, _ in packs.segments(row):
+        for offset, length, _, sample, _ in packs.segments(row):
             first = offset + LENGTHS[sample][0] - 1
             expected[first : offset + length - 1] = weights[sample]
         assert torch.equal(batch.weights, expected)
@@ -110,7 +110,7 @@ def test_a_truncated_sample_is_the_beginning_of_the_whole_one(tmp_path: Path) ->
     counts = read_manifest(packs_dir).counts
     assert (counts["in"], counts["kept"], counts["truncated"], counts["quarantined"]) == (5, 3, 2, {"too_long": 2})
     packs = PackedRows(packs_dir, streams=ALL)
-    rows = {sample: row for row in range(len(packs)) for _, _, sample, _ in packs.segments(row)}
+    rows = {sample: row for row in range(len(packs)) for _, _, _, sample, _ in packs.segments(row)}
     assert sorted(rows) == [0, 1, 3]
     for sample, answer in ((1, 54), (3, 1)):
         batch, prompt = make_batch([(packs, rows[sample])]), lengths[sample][0]

@@ -17,7 +17,7 @@ from megatron_npd.config import PackConfig
 from megatron_npd.data.packing import pack_lengths, pack_prompts, pack_selection
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.log import UserError
-from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest, seal, writing
+from megatron_npd.manifest import MANIFEST, file_sha256, is_sealed, read_manifest, seal, writing
 from megatron_npd.records import (
     PACKS_FILE,
     PROMPT_SCHEMA,
@@ -101,8 +101,13 @@ def make_selection(path: Path, store: Path, kept: list[bool], weights: Sequence[
     ]
     with writing(path):
         pq.write_table(pa.Table.from_pylist(rows, schema=SELECTION_SCHEMA), path / SELECTION_FILE)
-        seal(path, kind="selection")
+        seal(path, kind="selection", provenance={"annotations_sha256": file_sha256(store / MANIFEST)})
     return path
+
+
+def read_packs(packs: Path) -> dict[str, list[Any]]:
+    with pa.memory_map(str(packs / PACKS_FILE)) as source:
+        return pa.ipc.open_file(source).read_all().to_pydict()
 
 
 @pytest.fixture
@@ -116,9 +121,9 @@ def stages(tmp_path: Path) -> tuple[Path, Path]:
 def test_kept_samples_are_packed_and_the_books_agree(stages: tuple[Path, Path], tmp_path: Path) -> None:
     manifest = pack_selection(*stages, tmp_path / "run/packs", CFG)
 
-    table = pq.read_table(tmp_path / "run/packs" / PACKS_FILE).to_pydict()
+    table = read_packs(tmp_path / "run/packs")
     assert sorted(table["sample_index"]) == [0, 1, 2, 5, 6, 7, 8]  # 3 is not selected, 4 has 68 tokens
-    assert table["sample_id"] == [f"s{index:06d}" for index in table["sample_index"]]
+    assert table["prompt_len"] == [LENGTHS[index][0] for index in table["sample_index"]]
     assert table["length"] == [sum(LENGTHS[index]) for index in table["sample_index"]]
     assert list(zip(table["row"], table["offset"], strict=True)) == sorted(
         zip(table["row"], table["offset"], strict=True)
@@ -156,7 +161,7 @@ def test_a_second_call_changes_nothing_and_another_shape_is_refused(stages: tupl
 def test_a_selection_of_another_store_or_of_nothing_is_refused(stages: tuple[Path, Path], tmp_path: Path) -> None:
     store, _ = stages
     other = make_store(tmp_path / "other", LENGTHS[:-1])
-    with pytest.raises(UserError, match="other samples"):
+    with pytest.raises(UserError, match=r"must be selected from .* as it is now, got another"):
         pack_selection(store, make_selection(tmp_path / "sel_other", other, [True] * 8), tmp_path / "p", CFG)
     with pytest.raises(UserError, match="leave samples to pack"):
         pack_selection(store, make_selection(tmp_path / "sel_none", store, [False] * 9), tmp_path / "p", CFG)

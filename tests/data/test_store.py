@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +77,19 @@ def test_metadata_covers_all_shards_and_empty_ones(tmp_path: Path) -> None:
     assert store.metadata("sample_id", "path").column_names == ["sample_id", "path"]
     assert store.metadata("sample_id")["sample_id"].to_pylist() == [f"s{index:06d}" for index in range(5)]
     assert len(store.tokens(4)) == 4
+
+
+def test_an_open_store_holds_no_file_and_no_memory_by_the_sample(tmp_path: Path) -> None:
+    """The ranks of a machine share what is mapped, and file descriptors are fewer than shards may be."""
+    path = make_store(tmp_path / "store", [(1, 1)] * 4000, shards=4)
+    AnnotationStore(path)  # imports, caches
+    before = len(os.listdir("/proc/self/fd"))
+    tracemalloc.start()
+    store = AnnotationStore(path, verify=False)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(store) == 4000 and len(os.listdir("/proc/self/fd")) == before
+    assert held < 10 * 4000  # a few kB a shard; lengths and starts alone would be 24 bytes a sample
 
 
 def test_slices_stay_valid_after_the_store_is_gone(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -27,8 +28,10 @@ def rollouts(run: Path) -> list[dict]:
 
 def test_a_life_holds_what_the_files_hold(whole: Path) -> None:  # noqa: F811
     selection = {row["sample_id"]: row for row in pq.read_table(here(whole) / "selection" / SELECTION_FILE).to_pylist()}
-    packs = {row["sample_id"]: row for row in pq.read_table(here(whole) / "packs" / PACKS_FILE).to_pylist()}
     store = AnnotationStore(here(whole) / "annotations")
+    ids = store.metadata("sample_id")["sample_id"].to_pylist()
+    with pa.memory_map(str(here(whole) / "packs" / PACKS_FILE)) as source:
+        packs = {ids[row["sample_index"]]: row for row in pa.ipc.open_file(source).read_all().to_pylist()}
     for index, row in enumerate(rollouts(whole)):
         if index % 5:
             continue

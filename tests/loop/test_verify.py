@@ -106,7 +106,12 @@ def unbalance(run: Path) -> None:
 
 def double_pack(run: Path) -> None:
     file = here(run) / "packs" / PACKS_FILE
-    edit(file, lambda table: pa.concat_tables([table, table.slice(0, 1)]))
+    with pa.memory_map(str(file)) as source:
+        table = pa.ipc.open_file(source).read_all()
+    twice = pa.concat_tables([table, table.slice(0, 1)]).combine_chunks()
+    file.unlink()
+    with open(file, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(twice)
     reseal(here(run) / "packs")
 
 

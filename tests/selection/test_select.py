@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ import pytest
 from megatron_npd.config import SelectConfig
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.log import UserError, get_logger
-from megatron_npd.manifest import seal, writing
+from megatron_npd.manifest import is_sealed, seal, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, SELECTION_FILE, SELECTION_SCHEMA
 from megatron_npd.selection.select import frozen_taus, select_round
 from tests.data.make_store import make_store
@@ -103,7 +104,32 @@ def test_a_warning_below_ninety_percent_and_none_above(tmp_path: Path, caplog: p
     cfg = SelectConfig(tau=1.0)
     assert warnings_of(caplog, store_of(tmp_path / "a", [*good, -0.1]), tmp_path / "s", cfg) == []
     (warning,) = warnings_of(caplog, store_of(tmp_path / "b", [*good, -0.1, None]), tmp_path / "t", cfg)
-    assert "81.8 %" in warning and "1 degenerate" in warning and "1 ifd_undefined" in warning
+    assert "81.8 %" in warning and "1 degenerate, 9 proximal, 0 disconnect, 1 undefined" in warning
+
+
+@pytest.mark.parametrize(
+    ("cfg", "cut", "advice"),
+    [
+        (SelectConfig(tau=1.0), False, "most of the dropped are below the lower bound 0"),
+        (SelectConfig(tau=-0.3, lower=-1.0), False, r"most of the dropped are above tau -0.3: consider a larger tau"),
+        (SelectConfig(tau=1.0, lower=-1.0, cut_by_length="drop"), True, "most of the dropped were cut by length"),
+    ],
+)
+def test_few_or_none_kept_name_the_bound_that_drops_them_and_nothing_is_not_sealed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cfg: SelectConfig, cut: bool, advice: str
+) -> None:
+    columns = {"teacher_loss": [0.6] * 8, "teacher_loss_alone": [2.0] * 8, "student_loss": [1.0] * 8}
+    columns |= {"student_loss_alone": [2.0] * 8, "finish_reason": ["length" if cut else "stop"] * 8}
+    store = make_store(tmp_path / "a", [(3, 4)] * 8, columns=columns)  # delta -0.2
+    with pytest.raises(UserError, match=rf"must leave a sample that trains, got none of 8 .*: {advice}"):
+        select_round(store, tmp_path / "s", cfg)
+    assert not is_sealed(tmp_path / "s")
+    manifest = select_round(store, tmp_path / "s", SelectConfig(tau=1.0, lower=-1.0))
+    assert manifest.counts["kept"] == 8
+    columns["teacher_loss"][0], columns["finish_reason"][0] = (0.1 if cfg.tau == -0.3 else 1.0), "stop"
+    mended = make_store(tmp_path / "b", [(3, 4)] * 8, columns=columns)
+    (warning,) = warnings_of(caplog, mended, tmp_path / "t", cfg)
+    assert "only 12.5 %" in warning and re.search(advice, warning)
 
 
 def test_no_defined_delta_is_refused(tmp_path: Path) -> None:
