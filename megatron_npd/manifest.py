@@ -146,6 +146,14 @@ def file_inside(root: str | Path, name: object) -> Path:
     raise UserError(f"{root} must name files inside itself, got {str(name)[:200]!r}; do not use it")
 
 
+def in_words(reasons: Mapping[str, int]) -> str:
+    """What was set aside, by reason, as text; repeated records are no fault and stand apart."""
+    faults = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()) if reason != "duplicate")
+    merged = reasons.get("duplicate", 0)
+    parts = (faults and f"set aside: {faults}", merged and f"duplicates merged: {merged}")
+    return "; ".join(part for part in parts if part) or "nothing set aside"
+
+
 def check_quarantined(reasons: Mapping[str, int], total: int, largest_share: float, where: str | Path) -> None:
     """Stop a stage that sets too much aside; repeated records are no fault and do not count.
 

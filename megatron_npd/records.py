@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 PROMPTS_FILE = "prompts.parquet"
@@ -106,6 +107,12 @@ PACK_SCHEMA = pa.schema(
 
 LOG_TAIL_FLOOR = -30.0  # of log t_p, METHOD section 2
 LOGPROB_ROUNDING = 1e-5  # what fp32 may leave above log 1 = 0
+NO_LOGPROB = -9999.0  # what vLLM's server writes for a log-probability that is -inf or not a number
+
+
+def defined_logprobs(values: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
+    """Which numbers a model can give as log-probabilities of what it sampled or scored."""
+    return np.isfinite(values) & (values > NO_LOGPROB) & (values <= LOGPROB_ROUNDING)
 
 
 def teacher_record_dtype(top_k: int) -> np.dtype:

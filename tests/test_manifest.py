@@ -15,7 +15,17 @@ import pytest
 from megatron_npd import lock, manifest
 from megatron_npd.lock import LOCK
 from megatron_npd.log import UserError
-from megatron_npd.manifest import MANIFEST, PART, file_inside, is_sealed, read_manifest, seal, unlisted, writing
+from megatron_npd.manifest import (
+    MANIFEST,
+    PART,
+    file_inside,
+    in_words,
+    is_sealed,
+    read_manifest,
+    seal,
+    unlisted,
+    writing,
+)
 
 _fork = multiprocessing.get_context("forkserver")
 
@@ -39,6 +49,12 @@ def rewrite(path: Path, **changes: Any) -> None:
     fields = json.loads((path / MANIFEST).read_text())
     del fields["sha256"]
     (path / MANIFEST).write_text(manifest._render(manifest.Manifest(**(fields | changes))))
+
+
+def test_what_was_set_aside_in_words() -> None:
+    assert in_words({}) == "nothing set aside"
+    assert in_words({"duplicate": 1}) == "duplicates merged: 1"
+    assert in_words({"timeout": 2, "duplicate": 1, "bad": 3}) == "set aside: 3 bad, 2 timeout; duplicates merged: 1"
 
 
 def test_files_are_written_hidden_and_appear_flushed_with_the_manifest_last(

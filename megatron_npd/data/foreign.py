@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_npd.data.store import RECORD_RULES, broken_records
-from megatron_npd.records import LOG_TAIL_FLOOR, sample_id, teacher_record_dtype
+from megatron_npd.data.teacher_records import RECORD_RULES, broken_records
+from megatron_npd.records import LOG_TAIL_FLOOR, NO_LOGPROB, defined_logprobs, sample_id, teacher_record_dtype
 
 LOSSES = ("teacher_loss", "teacher_loss_alone", "student_loss", "student_loss_alone")
 
@@ -69,7 +69,9 @@ def parse_sample(value: Any, *, top_k: int, vocab_size: int, policy_version: str
     tokens, n = np.concatenate([prompt, response]), len(response)
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise BadRecord("token_outside_vocabulary", f"ids must be in 0..{vocab_size - 1}, got {tokens.max()}")
-    generator_n = _numbers(record, "generator_logprobs", (n,)) if "generator_logprobs" in record else None
+    generator_n = None
+    if "generator_logprobs" in record:
+        generator_n = _logprobs("generator_logprob_undefined", _numbers(record, "generator_logprobs", (n,)))
     on_distribution = record.get("on_distribution", generator_n is not None)
     if not isinstance(on_distribution, bool):
         raise BadRecord("wrong_type", f"on_distribution must be true or false, got {on_distribution!r}")
@@ -87,8 +89,19 @@ def parse_sample(value: Any, *, top_k: int, vocab_size: int, policy_version: str
         sampled_n = np.where(own_nC.any(axis=1), np.where(own_nC, logprobs_nC, -np.inf).max(axis=1), np.nan)
     if "teacher_logprobs" in record and _array(record, "teacher_logprobs").size:
         sampled_n = _numbers(record, "teacher_logprobs", (n,))
+    _logprobs("sampled_logprob_undefined", sampled_n)
     row = _row(record, tokens, len(prompt), sampled_n, generator_n, policy_version)
     return Sample(tokens=tokens.astype(np.int32), teacher=teacher, row=row | {"on_distribution": on_distribution})
+
+
+def _logprobs(reason: str, values_n: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Log-probabilities of a response's own tokens, NaN where one is not known, as a model can have given them."""
+    if (bad_n := ~(defined_logprobs(values_n) | np.isnan(values_n))).any():
+        token = int(np.flatnonzero(bad_n)[0])
+        raise BadRecord(
+            reason, f"log-probs must be above {NO_LOGPROB:g} and <= 0, got {values_n[token]} at response token {token}"
+        )
+    return values_n
 
 
 def _row(

@@ -30,12 +30,14 @@ import pyarrow.parquet as pq
 
 from megatron_npd.data.foreign import BadRecord, parse_sample
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, StoreShardWriter
+from megatron_npd.data.teacher_records import count_in_top_k, warn_of_few_in_top_k
 from megatron_npd.lifeline import end_with
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import (
     Manifest,
     check_quarantined,
     file_sha256,
+    in_words,
     read_manifest,
     seal,
     sealed_from,
@@ -92,7 +94,7 @@ def preprocess(
         max_quarantined: Share of the records that may be set aside.
 
     Returns:
-        The manifest. Counts: the books and ``response_tokens``.
+        The manifest. Counts: the books, ``response_tokens``, and how many of these are ``in_top_k``.
 
     Raises:
         UserError: A file cannot be read, an id stands for two contents, too much was set aside, or nothing is left.
@@ -117,15 +119,16 @@ def preprocess(
     setting = _Setting(top_k=top_k, vocab_size=vocab_size, provenance=provenance)
     with writing(out_dir, resume=True):
         books = _convert_all(parts, setting, workers, max_quarantined)
-        reasons, where = books["quarantined"], ", ".join(map(str, paths))
-        dropped = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        dropped, where = in_words(books["quarantined"]), ", ".join(map(str, paths))
         if not books["kept"]:
             raise UserError(
-                f"{where} must hold a usable record, got {books['in']} records, {dropped or 'none set aside'}; see "
-                f"{QUARANTINE_FILE} in the shards of {out_dir}"
+                f"{where} must hold a usable record, got {books['in']} records, {dropped}; see {QUARANTINE_FILE} in "
+                f"the shards of {out_dir}"
             )
+        if top_k:
+            warn_of_few_in_top_k(books, out_dir)
         manifest = seal(out_dir, kind=STORE_KIND, provenance=provenance, counts=books)
-    note = f"; set aside: {dropped} (see {QUARANTINE_FILE} in its shards)" if dropped else ""
+    note = f"; {dropped} (see {QUARANTINE_FILE} in its shards)" if books["quarantined"] else ""
     get_logger().info("%d of %d records in %s%s", books["kept"], books["in"], out_dir, note)
     return manifest
 
@@ -178,7 +181,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quarantined: float) -> dict[str, Any]:
     """The books of all shards, converted where they are not sealed yet."""
     total = sum(part.count for part in parts)
-    books = Counter({"in": 0, "kept": 0, "response_tokens": 0})
+    books = Counter({"in": 0, "kept": 0, "response_tokens": 0, "in_top_k": 0})
     reasons: Counter[str] = Counter()
     seen: dict[int, tuple[int, int, int]] = {}  # hash of an id -> hash of its content, shard, place in it
     convert = partial(_convert, setting=setting)
@@ -194,7 +197,7 @@ def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quaran
                     shutil.rmtree(part.shard)
                     convert(part, skip=frozenset(repeated))
                 counts = read_manifest(part.shard, kind=SHARD_KIND, verify=False).counts
-                books.update({name: counts[name] for name in ("in", "kept", "response_tokens")})
+                books.update({name: counts[name] for name in ("in", "kept", "response_tokens", "in_top_k")})
                 reasons.update(counts["quarantined"])
                 check_quarantined(reasons, total, max_quarantined, part.source)
                 bar.update(part.count)
@@ -246,7 +249,7 @@ def _convert(part: _Part, *, setting: _Setting, skip: frozenset[int] = frozenset
 def _write_shard(part: _Part, directory: Path, setting: _Setting, skip: frozenset[int]) -> dict[str, Any]:
     reasons: Counter[str] = Counter()
     rows: list[dict[str, Any]] = []
-    accepted = 0
+    accepted = in_top_k = 0
     options = {"top_k": setting.top_k, "vocab_size": setting.vocab_size}
     writer = StoreShardWriter(directory, setting.top_k, vocab_size=setting.vocab_size)
     with open(directory / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine:
@@ -264,6 +267,8 @@ def _write_shard(part: _Part, directory: Path, setting: _Setting, skip: frozense
                 quarantine.write(json.dumps(entry) + "\n")
                 continue
             writer.add(sample.tokens, sample.teacher, checked=True)
+            if sample.teacher is not None:
+                in_top_k += count_in_top_k(sample.teacher, sample.tokens[-len(sample.teacher) :])
             rows.append(sample.row)
     writer.finalize()
     pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA), directory / SAMPLES_FILE)
@@ -273,6 +278,7 @@ def _write_shard(part: _Part, directory: Path, setting: _Setting, skip: frozense
         "quarantined": dict(sorted(reasons.items())),
         "pending": 0,
         "response_tokens": sum(row["response_len"] for row in rows),
+        "in_top_k": in_top_k,
     }
 
 

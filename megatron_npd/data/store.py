@@ -32,12 +32,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_npd.data.teacher_records import check_teacher_records
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, read_manifest
 from megatron_npd.platform import get_platform
 from megatron_npd.records import (
-    LOG_TAIL_FLOOR,
-    LOGPROB_ROUNDING,
     SAMPLE_SCHEMA,
     SAMPLES_FILE,
     teacher_record_dtype,
@@ -45,18 +44,6 @@ from megatron_npd.records import (
 
 STORE_KIND = "annotations"
 SHARD_KIND = "annotations-shard"
-MASS_TOLERANCE = 1e-3
-_FP16_RELATIVE = 2.0**-11  # half a unit in the last place
-_CHUNK = 8192  # records checked at a time, so that intermediates stay in the cache
-RECORD_RULES = (  # reason by which a sample is set aside, rule; in the order of ``broken_records``
-    ("teacher_id_outside_vocabulary", "teacher ids must be token ids in 0..{last}"),
-    ("teacher_id_twice", "teacher ids must be distinct"),
-    ("teacher_logprob_undefined", "teacher log-probs must be finite and <= 0"),
-    ("teacher_logprobs_unsorted", "teacher log-probs must be descending"),
-    ("teacher_tail_undefined", f"log_tail must be in [{LOG_TAIL_FLOOR:g}, 0)"),
-    ("generator_logprob_undefined", "generator log-probs must be <= 0 or NaN"),
-    ("teacher_mass", f"top-k mass + tail mass must be 1 within {MASS_TOLERANCE:g}"),
-)
 
 
 def _indexed_dataset():
@@ -75,54 +62,6 @@ def check_token_ids(tokens: npt.NDArray[np.integer], vocab_size: int, where: str
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
         bad = tokens[(tokens < 0) | (tokens >= vocab_size)].flat[0]
         raise UserError(f"{where} must hold token ids in 0..{vocab_size - 1}, got {bad}; use the student's tokenizer")
-
-
-def broken_records(records_R: np.ndarray, vocab_size: int) -> npt.NDArray[np.int8]:
-    """Find teacher records that no probability distribution could have left.
-
-    Ids are in range and distinct; log-probabilities finite, at most 0 and descending; ``log_tail`` in [-30, 0); the
-    mass of the k and of the tail sum to 1 within 1e-3 and the rounding of fp16.
-
-    Args:
-        records_R: ``teacher_record_dtype(k)`` [R].
-        vocab_size: V*.
-
-    Returns:
-        The first rule that each record breaks, as 1 + its place in ``RECORD_RULES``; 0: none. int8 [R].
-    """
-    result_R = np.zeros(len(records_R), np.int8)
-    for start in range(0, len(records_R), _CHUNK):
-        records = records_R[start : start + _CHUNK]
-        ids_RK, logprobs_RK = np.sort(records["ids"], axis=1), records["logprobs"].astype(np.float32)
-        log_tail_R, generator_R = (records[name].astype(np.float32) for name in ("log_tail", "generator_logprob"))
-        logs_RK1 = np.concatenate([logprobs_RK, log_tail_R[:, None]], axis=1)
-        with np.errstate(over="ignore", invalid="ignore"):  # of records that break an earlier rule
-            mass_RK1 = np.exp(logs_RK1)
-            tolerance_R = MASS_TOLERANCE + _FP16_RELATIVE * (mass_RK1 * np.abs(logs_RK1)).sum(axis=1)
-            broken = (
-                (ids_RK[:, 0] < 0) | (ids_RK[:, -1] >= vocab_size),
-                (np.diff(ids_RK, axis=1) == 0).any(axis=1),
-                ~(np.isfinite(logprobs_RK) & (logprobs_RK <= LOGPROB_ROUNDING)).all(axis=1),
-                (np.diff(logprobs_RK, axis=1) > 0).any(axis=1),
-                ~((log_tail_R >= LOG_TAIL_FLOOR) & (log_tail_R < 0)),
-                (generator_R > LOGPROB_ROUNDING) | np.isinf(generator_R),
-                ~(np.abs(mass_RK1.sum(axis=1) - 1) <= tolerance_R),
-            )
-        result_R[start : start + _CHUNK] = np.select(broken, range(1, len(broken) + 1), 0)
-    return result_R
-
-
-def check_teacher_records(records: np.ndarray, vocab_size: int, where: str) -> None:
-    """Refuse teacher records of which one breaks a rule of ``broken_records``; ``where`` names file and record.
-
-    Raises:
-        UserError: A rule is broken.
-    """
-    broken_n = broken_records(records, vocab_size)
-    if broken_n.any():
-        token = int(np.flatnonzero(broken_n)[0])
-        rule = RECORD_RULES[broken_n[token] - 1][1].format(last=vocab_size - 1)
-        raise UserError(f"{where}: {rule}, got {records[token]} at response token {token}; annotate again")
 
 
 class StoreShardWriter:

@@ -17,18 +17,19 @@ import pyarrow.parquet as pq
 
 from megatron_npd.data.order import PACKS_KIND, load_schedule
 from megatron_npd.data.packed_dataset import PackedRows, Streams
-from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore, broken_records
+from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore
+from megatron_npd.data.teacher_records import broken_records
 from megatron_npd.lock import LOCK
 from megatron_npd.log import UserError, progress
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, unlisted
 from megatron_npd.records import (
-    LOGPROB_ROUNDING,
     PACKS_FILE,
     PROMPTS_FILE,
     QUARANTINE_FILE,
     ROLLOUTS_FILE,
     SAMPLES_FILE,
     SELECTION_FILE,
+    defined_logprobs,
     sample_id,
     teacher_record_dtype,
 )
@@ -372,8 +373,8 @@ def _check_rollouts(path: Path) -> None:
     lengths = [column.combine_chunks().value_lengths().to_numpy() for column in (responses, logprobs)]
     if not np.array_equal(*lengths) or not (lengths[0] > 0).all():
         raise UserError("answers without tokens, or with more or fewer log-probabilities than tokens")
-    if ids.min(initial=0) < 0 or not (np.isfinite(values) & (values <= LOGPROB_ROUNDING)).all():
-        raise UserError("token ids below 0, or log-probabilities that are not finite or above 0")
+    if ids.min(initial=0) < 0 or not defined_logprobs(values).all():
+        raise UserError("token ids below 0, or log-probabilities that no model gives")
 
 
 def _check_store_shard(path: Path, store: AnnotationStore) -> None:

@@ -23,14 +23,15 @@ from megatron_npd.manifest import (
     Manifest,
     check_quarantined,
     file_sha256,
+    in_words,
     is_sealed,
     read_manifest,
     seal,
     writing,
 )
 from megatron_npd.records import (
-    LOGPROB_ROUNDING,
     QUARANTINE_FILE,
+    defined_logprobs,
 )
 from megatron_npd.rollout.journal import Recorded, check_settings
 from megatron_npd.rollout.pool import Answer, Failure, Request, ServerPool
@@ -186,7 +187,7 @@ class _Round:
         ids, logprobs = np.array(answer.token_ids, np.int64), np.array(answer.logprobs, np.float32)
         if ids.size and not 0 <= ids.min() <= ids.max() <= np.iinfo(np.int32).max:
             return Failure(reason="token_outside_vocabulary", detail=f"ids {ids.min()} to {ids.max()}")
-        if not (np.isfinite(logprobs) & (logprobs <= LOGPROB_ROUNDING)).all():
+        if not defined_logprobs(logprobs).all():
             return Failure(reason="undefined_logprob", detail=f"log-probabilities {logprobs[:8]}")
         return Recorded(
             token_ids=ids.astype(np.int32),
@@ -231,12 +232,12 @@ def _seal_round(out_dir: Path, settings: dict[str, Any]) -> Manifest:
     counts |= {"quarantined": dict(sorted(quarantined.items())), "shards": len(shards)}
     if not counts["kept"]:
         raise UserError(
-            f"a round must keep at least one answer, got none of {counts['in']} ({dict(quarantined)}); see "
+            f"a round must keep at least one answer, got none of {counts['in']} ({in_words(quarantined)}); see "
             f"{shards[0] / QUARANTINE_FILE}, mend the cause, remove {out_dir} and rerun"
         )
     get_logger().info(
-        "round %d: kept %d of %d answers, %d tokens, set aside %s",
-        *(settings["round"], counts["kept"], counts["in"], counts["tokens"], dict(quarantined) or "none"),
+        "round %d: kept %d of %d answers, %d tokens; %s",
+        *(settings["round"], counts["kept"], counts["in"], counts["tokens"], in_words(quarantined)),
     )
     return seal(out_dir, kind="rollouts", provenance=settings, counts=counts)
 

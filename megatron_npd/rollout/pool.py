@@ -16,6 +16,7 @@ import httpx
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.records import NO_LOGPROB
 from megatron_npd.rollout.server import GENERATE, PROBE, VLLMServer
 
 Asked = TypeVar("Asked")
@@ -23,7 +24,6 @@ Read = TypeVar("Read")
 UNUSABLE = "unusable"  # the version of a server whose weights were left half loaded
 _RETRY_DELAYS = (0.2, 1.0)  # seconds, after a connection broke or the server answered 5xx
 _CONTROL_TIMEOUT = 60.0  # seconds, of requests that generate at most one token
-NO_LOGPROB = -9999.0  # what the server sends where a log-probability is not a number
 
 
 @dataclass(frozen=True, kw_only=True)

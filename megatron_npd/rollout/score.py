@@ -20,8 +20,8 @@ from megatron_npd.data.scores import Ids, OnForward, Scores, empty_scores, respo
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.families.base import load_sizes
 from megatron_npd.models.hf_checkpoint import model_fingerprint
-from megatron_npd.records import LOG_TAIL_FLOOR
-from megatron_npd.rollout.pool import NO_LOGPROB, Failure, ServerPool
+from megatron_npd.records import LOG_TAIL_FLOOR, NO_LOGPROB
+from megatron_npd.rollout.pool import Failure, ServerPool
 
 Positions = list[Mapping[str, Mapping[str, Any]]]  # of each response token: token id -> {"logprob": ...}
 

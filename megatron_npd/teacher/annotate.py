@@ -27,9 +27,10 @@ from megatron.core import parallel_state
 from megatron_npd.config import AnnotateConfig
 from megatron_npd.data.scores import TokenScorer
 from megatron_npd.data.store import STORE_KIND
+from megatron_npd.data.teacher_records import warn_of_few_in_top_k
 from megatron_npd.data.tokenizer import check_vocabularies, document_start, load_tokenizer, turn_header
 from megatron_npd.log import UserError, get_logger, progress
-from megatron_npd.manifest import Manifest, check_quarantined, read_manifest, seal, writing
+from megatron_npd.manifest import Manifest, check_quarantined, in_words, read_manifest, seal, writing
 from megatron_npd.models.families.base import load_sizes, load_spec
 from megatron_npd.models.hf_checkpoint import model_fingerprint
 from megatron_npd.platform.initialize import initialize_distributed
@@ -238,11 +239,13 @@ def _writes() -> bool:
 
 def _seal_round(waves: RolloutWaves) -> Manifest:
     out_dir, books, reasons = waves.out_dir, waves.books(), waves.reasons()
-    counts = {name: sum(book[name] for book in books) for name in ("in", "kept", "response_tokens")}
+    counts = {name: sum(book[name] for book in books) for name in ("in", "kept", "response_tokens", "in_top_k")}
     if reasons:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        get_logger().warning("%d of %d samples of %s quarantined: %s", reasons.total(), counts["in"], out_dir, dropped)
+        get_logger().warning(
+            "%d of %d samples kept in %s; %s", counts["kept"], counts["in"], out_dir, in_words(reasons)
+        )
     if not counts["kept"]:
         raise UserError(f"{out_dir} must hold a scored sample, got none; see {QUARANTINE_FILE} in its shards")
+    warn_of_few_in_top_k(counts, out_dir)
     counts |= {"quarantined": dict(sorted(reasons.items())), "pending": 0}
     return seal(out_dir, kind=STORE_KIND, provenance=waves.provenance(waves.path), counts=counts)

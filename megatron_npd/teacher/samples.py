@@ -18,7 +18,7 @@ from megatron_npd.data.scores import Ids
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.models.families.base import ModelSpec
-from megatron_npd.records import LOGPROB_ROUNDING, ROLLOUT_SCHEMA, ROLLOUTS_FILE
+from megatron_npd.records import ROLLOUT_SCHEMA, ROLLOUTS_FILE, defined_logprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def read_samples(source: Path, setting: Setting) -> Samples:
         ("token_outside_vocabulary", outside_N, f"teacher and student both know the ids 0..{ids_end - 1}"),
         (
             "undefined_logprob",
-            logprobs.any(~(np.isfinite(logprobs.values) & (logprobs.values <= LOGPROB_ROUNDING))),
+            logprobs.any(~defined_logprobs(logprobs.values)),
             "of the generator, for a response token: it must be finite and <= 0",
         ),
     )

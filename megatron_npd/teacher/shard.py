@@ -17,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_npd.data.scores import Scores, mean_loss
-from megatron_npd.data.store import RECORD_RULES, SHARD_KIND, StoreShardWriter, broken_records
+from megatron_npd.data.store import SHARD_KIND, StoreShardWriter
+from megatron_npd.data.teacher_records import RECORD_RULES, broken_records, count_in_top_k
 from megatron_npd.manifest import Manifest, seal, writing
 from megatron_npd.records import (
-    LOGPROB_ROUNDING,
     QUARANTINE_FILE,
     SAMPLE_SCHEMA,
     SAMPLES_FILE,
+    defined_logprobs,
     teacher_record_dtype,
 )
 from megatron_npd.teacher.samples import Samples
@@ -51,7 +52,8 @@ def write_shard(
         provenance: What made it.
 
     Returns:
-        Its manifest (counts: ``in`` = ``kept`` + sum of ``quarantined``, and ``response_tokens``).
+        Its manifest (counts: ``in`` = ``kept`` + sum of ``quarantined``, ``response_tokens``, and how many of
+        these are ``in_top_k``).
     """
     assert len(student_loss_alone) == len(samples.responses)
     losses = {
@@ -70,6 +72,10 @@ def write_shard(
         "quarantined": dict(sorted(reasons.items())),
         "pending": 0,
         "response_tokens": int(np.diff(teacher.starts_N)[kept].sum()),
+        "in_top_k": sum(
+            count_in_top_k(records_R[slice(*teacher.starts_N[index : index + 2])], samples.responses[index])
+            for index in kept.tolist()
+        ),
     }
     with writing(out) as directory:
         _write_files(directory, samples, teacher, records_R, losses, kept, vocab_size)
@@ -101,7 +107,7 @@ def _checked(
     """The samples whose scores a model can have given, and those set aside."""
     sampled_R = teacher.sampled_logprobs_R
     reasons = ["", *(reason for reason, _ in RECORD_RULES), "sampled_logprob_undefined"]
-    undefined_R = ~(np.isfinite(sampled_R) & (sampled_R <= LOGPROB_ROUNDING))
+    undefined_R = ~defined_logprobs(sampled_R)
     codes_R = np.where(undefined_R, len(reasons) - 1, broken_records(records_R, vocab_size))
     worst_N = np.maximum.reduceat(codes_R, teacher.starts_N[:-1]) if len(codes_R) else codes_R
     ids = samples.table["sample_id"]

@@ -22,7 +22,7 @@ from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.preprocess import preprocess
 from megatron_npd.data.store import AnnotationStore
-from megatron_npd.log import UserError
+from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest
 from megatron_npd.records import QUARANTINE_FILE, SAMPLES_FILE
 from megatron_npd.selection.select import select_round
@@ -221,6 +221,14 @@ def set_at(name: str, *places: int, to: Any) -> Callable[[dict[str, Any]], None]
     return change
 
 
+def unlikely_token(value: dict[str, Any]) -> None:
+    """The response's second token, none of the teacher's most likely, has no probability."""
+    position, own = value["choices"][0]["prompt_logprobs"][4], str(value["choices"][0]["prompt_token_ids"][4])
+    if len(position) == K:  # it was among them
+        position[next(name for name in map(str, range(VOCAB_SIZE)) if name not in position)] = {"logprob": -20.0}
+    position[own]["logprob"] = -9999.0
+
+
 BAD: list[tuple[str, Any]] = [
     ("wrong_type", [1, 2]),
     ("missing_field", {"prompt_ids": [1]}),
@@ -245,10 +253,17 @@ BAD: list[tuple[str, Any]] = [
     ("teacher_logprob_undefined", changed(set_at("top_logprobs", 2, 1, to=math.nan), record())),
     ("teacher_logprob_undefined", changed(set_at("top_logprobs", 2, 3, to=-math.inf), record())),
     ("teacher_logprob_undefined", changed(set_at("top_logprobs", 2, 0, to=0.5), record())),
+    ("teacher_logprob_undefined", changed(set_at("top_logprobs", 2, 3, to=-9999.0), record())),  # what vLLM writes
+    ("sampled_logprob_undefined", record(teacher_logprobs=[-1.0] * 5 + [-9999.0])),
+    ("sampled_logprob_undefined", record(teacher_logprobs=[-1.0] * 5 + [-math.inf])),
+    ("sampled_logprob_undefined", record(teacher_logprobs=[-1.0] * 5 + [0.5])),
+    ("sampled_logprob_undefined", changed(unlikely_token, answer("vllm", record()))),
     ("teacher_mass", changed(set_at("top_logprobs", 2, 0, to=0.0), record())),
     ("teacher_mass", record(log_tail=[-9.0] * 6)),
     ("length_mismatch", record(log_tail=[-1.0] * 5)),
     ("generator_logprob_undefined", record(generator_logprobs=[0.5] * 6)),
+    ("generator_logprob_undefined", record(generator_logprobs=[-1.0] * 5 + [-9999.0])),
+    ("generator_logprob_undefined", record(generator_logprobs=[-1.0] * 5 + [-math.inf], on_distribution=False)),
     ("wrong_type", record(generator_logprobs=["a"] * 6)),
     ("wrong_type", record(on_distribution="yes")),
     ("wrong_type", record(path=-1)),
@@ -298,6 +313,27 @@ def write_jsonl(path: Path, values: list[Any]) -> Path:
     lines = [value if isinstance(value, bytes) else json.dumps(value).encode() for value in values]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
+
+
+def test_records_shifted_by_a_token_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a tool leaves that writes the distribution *after* a token in place of the one that predicts it."""
+    caplog.set_level("INFO")
+    get_logger().addHandler(caplog.handler)
+    try:
+        for name in ("right", "shifted"):
+            values = [record(seed=seed) for seed in range(8)]
+            for value in values if name == "shifted" else ():
+                for field in ("top_ids", "top_logprobs"):
+                    value[field] = [*value[field][1:], value[field][0]]
+            source = write_jsonl(tmp_path / f"{name}.jsonl", [*values, values[0]])
+            manifest = preprocess([source], tmp_path / name, top_k=K, vocab_size=VOCAB_SIZE)
+            assert manifest.counts["response_tokens"] == 48
+    finally:
+        get_logger().removeHandler(caplog.handler)
+    (warning,) = [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
+    assert f"{tmp_path / 'shifted'}: only" in warning and "shifted by a token" in warning
+    logged = [line.getMessage() for line in caplog.records if line.levelname == "INFO"]
+    assert all("8 of 9 records in" in line and "; duplicates merged: 1 (see" in line for line in logged)
 
 
 def test_bad_lines_are_set_aside_by_number_and_repeated_ones_merged(tmp_path: Path) -> None:

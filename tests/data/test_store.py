@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_npd.data.store import AnnotationStore, StoreShardWriter, check_teacher_records
+from megatron_npd.data.store import AnnotationStore, StoreShardWriter
+from megatron_npd.data.teacher_records import check_teacher_records
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, seal, writing
 from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLES_FILE, teacher_record_dtype
@@ -128,6 +129,8 @@ BROKEN = {
     "mass above 1": (_set("log_tail", 1, -1e-3), "mass"),
     "mass below 1": (_set("log_tail", 1, LOG_TAIL_FLOOR), "mass"),
     "generator above 0": (_set("generator_logprob", 1, 0.5), "generator"),
+    "vLLM's word for -inf": (_set("logprobs", (1, 3), -9999.0), "above -9999"),
+    "generator vLLM's -inf": (_set("generator_logprob", 1, -9999.0), "above -9999"),
     "generator -inf": (_set("generator_logprob", 1, -np.inf), "generator"),
 }
 

@@ -315,6 +315,8 @@ def test_bad_prompts_and_answers_are_set_aside_by_reason(tmp_path: Path) -> None
         ({"token_ids": [5, 2**31]}, "token_outside_vocabulary"),
         ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": 0.1}]}}, "undefined_logprob"),
         ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": float("nan")}]}}, "undefined_logprob"),
+        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]}}, "undefined_logprob"),
+        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": float("-inf")}]}}, "undefined_logprob"),
         ({"logprobs": {"content": [{"logprob": -1.0}]}}, "undefined_logprob"),
     ],
 )
@@ -366,7 +368,7 @@ def test_nothing_kept_is_an_error_and_not_sealed(prompts: Path, tmp_path: Path) 
     with FakeServer() as server:
         server.trouble = lambda body: 400 if body["sampling_params"]["max_tokens"] > 1 else None
         cfg = RolloutConfig(**vars(CFG) | {"max_quarantined": 1.0})
-        with pytest.raises(UserError, match=r"keep at least one answer, got none of 36 .*request_failed.*36"):
+        with pytest.raises(UserError, match=r"at least one answer, got none of 36 \(set aside: 36 request_failed\)"):
             generate(prompts, tmp_path / "out", server, cfg=cfg)
     assert not is_sealed(tmp_path / "out")
 

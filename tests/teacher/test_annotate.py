@@ -71,19 +71,20 @@ def test_the_store_holds_what_transformers_says(tmp_path: Path, models: dict[str
 
     make_rollouts(tmp_path / "rollouts", LENGTHS)
     manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models)
+    rows, store = rollout_rows(tmp_path / "rollouts"), AnnotationStore(tmp_path / "out")
+    own = [np.array(row["response_ids"])[:, None] == store.teacher(index)["ids"] for index, row in enumerate(rows)]
     assert manifest.counts == {
         "in": 8,
         "kept": 8,
         "quarantined": {},
         "pending": 0,
         "response_tokens": sum(response for _, response in LENGTHS),
+        "in_top_k": int(sum(hits.any(axis=1).sum() for hits in own)),
     }
     assert manifest.provenance["vocab_size"] == VOCAB_SIZE and manifest.provenance["top_k"] == 4
     assert manifest.provenance["round"] == 3 and manifest.provenance["policy_version"] == "v0003"
-    store = AnnotationStore(tmp_path / "out")
     teacher = TransformersModel(models["teacher_dir"], VOCAB_SIZE)
     student = TransformersModel(models["student_dir"])
-    rows = rollout_rows(tmp_path / "rollouts")
     for index, (rollout, sample) in enumerate(zip(rows, samples(tmp_path / "out"), strict=True)):
         prompt, response = rollout["prompt_ids"], rollout["response_ids"]
         expected = teacher(prompt, response)
@@ -134,7 +135,7 @@ def test_the_teacher_reads_its_own_prompt(tmp_path: Path, models: dict[str, Path
 
 
 def test_samples_that_cannot_be_scored_are_counted(tmp_path: Path, models: dict[str, Path]) -> None:
-    lengths = [(10, 5), (10, 0), (100, 29), (100, 28), *6 * [(6, 6)], (0, 4)]
+    lengths = [(10, 5), (10, 0), (100, 29), (100, 28), *7 * [(6, 6)], (0, 4)]
     make_rollouts(tmp_path / "plain", lengths)
     rows = rollout_rows(tmp_path / "plain")
     prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
@@ -144,16 +145,17 @@ def test_samples_that_cannot_be_scored_are_counted(tmp_path: Path, models: dict[
     logprobs[6][3] = float("-inf")
     logprobs[7][0] = 0.1
     logprobs[8] = logprobs[8][1:]
+    logprobs[10][1] = -9999.0  # what vLLM writes in place of -inf
     columns = {"prompt_ids": prompts, "response_ids": responses, "logprobs": logprobs}
-    columns["policy_version"] = ["v0003"] * 9 + ["v0002", "v0003"]
+    columns["policy_version"] = ["v0003"] * 9 + ["v0002", "v0003", "v0003"]
     make_rollouts(tmp_path / "rollouts", lengths, **columns)
-    with pytest.raises(UserError, match=r"usable but for 10 %, got 4 of 11 set aside \(.*max_quarantined"):
+    with pytest.raises(UserError, match=r"usable but for 10 %, got 4 of 12 set aside \(.*max_quarantined"):
         annotate(tmp_path / "rollouts", tmp_path / "strict", models)
     assert not is_sealed(tmp_path / "strict")
     cfg = AnnotateConfig(**vars(CFG) | {"max_quarantined": 0.85})
     manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg)
     assert annotate(tmp_path / "rollouts", tmp_path / "strict", models, cfg).counts == manifest.counts
-    assert manifest.counts["in"] == 11 and manifest.counts["kept"] == 2
+    assert manifest.counts["in"] == 12 and manifest.counts["kept"] == 2
     assert manifest.counts["quarantined"] == {
         "empty_prompt": 1,
         "empty_response": 1,
@@ -161,11 +163,11 @@ def test_samples_that_cannot_be_scored_are_counted(tmp_path: Path, models: dict[
         "other_policy": 1,
         "too_long": 1,
         "token_outside_vocabulary": 2,
-        "undefined_logprob": 2,
+        "undefined_logprob": 3,
     }
     assert [row["sample_id"] for row in samples(tmp_path / "out")] == [f"{0:016x}", f"{3:016x}"]
     lines = "".join(file.read_text() for file in sorted((tmp_path / "out").glob("*/quarantine.jsonl"))).splitlines()
-    assert [int(json.loads(line)["sample_id"], 16) for line in lines] == [1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert [int(json.loads(line)["sample_id"], 16) for line in lines] == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
 def test_scores_that_no_model_gives_set_their_sample_aside(
