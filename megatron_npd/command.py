@@ -91,8 +91,9 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
     """
     hints = dict(_hints(cls))
     flags = {name for name, hint in hints.items() if hint is bool}
-    lists = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
+    lists = {name: typing.get_args(hint)[0] is str for name, hint in hints.items() if typing.get_origin(hint) is tuple}
     result: list[str] = []
+    name = ""
     items: list[str] | None = None  # of the list whose flag came last
     for position, argument in enumerate(argv):
         if not argument.startswith("--"):
@@ -100,23 +101,24 @@ def _normalise(cls: type, argv: list[str]) -> list[str]:
                 result.append(argument)
             else:
                 items.append(argument)
-                result[-1] = f"{result[-1].partition('=')[0]}={_list(items)}"
+                result[-1] = f"--{name}={_list(items, texts=lists[name])}"
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
         items = ([value] if equals else []) if name in lists else None
-        result.append(f"--{name}={_list(items)}" if items else f"--{name}{equals}{value}")
+        result.append(f"--{name}={_list(items, texts=lists[name])}" if items else f"--{name}{equals}{value}")
         following = argv[position + 1].lower() if position + 1 < len(argv) else ""
         if name in flags and not equals and following not in ("true", "false"):
             result.append("true")
     return result
 
 
-def _list(items: Sequence[str]) -> str:
-    """A list as YAML reads it; one that is written with brackets stands for itself."""
-    return (
-        items[0] if len(items) == 1 and items[0].startswith("[") else f"[{','.join(item.strip(',') for item in items)}]"
-    )
+def _list(items: Sequence[str], *, texts: bool) -> str:
+    """A list as YAML reads it; in one of texts, 2 is a text too. One with quotes in it stands for itself."""
+    if items[0].startswith("[") and any(mark in items[0] for mark in "\"'"):
+        return items[0]
+    parts = [part.strip() for item in items for part in item.strip("[]").split(",") if part.strip()]
+    return json.dumps(parts) if texts else f"[{','.join(parts)}]"
 
 
 def _checked_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -138,14 +140,16 @@ def _values(argv: Sequence[str], name: str) -> list[str]:
 
 def _rules(cls: type) -> dict[str, str]:
     """Dotted name of each field and what it must be."""
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     rules = {}
     for name, hint in _hints(cls):
         origin, choices = typing.get_origin(hint), typing.get_args(hint)
         if origin is typing.Literal:
             rules[name] = f"one of {', '.join(choices)}"
+        elif origin is tuple:
+            rules[name] = "a list of texts, numbers in quotes" if choices[0] is str else "a list of numbers"
         else:
-            rules[name] = words[tuple if origin is tuple else choices[0] if choices else hint]  # of "float | None"
+            rules[name] = words[choices[0] if choices else hint]  # the first of "float | None"
     return rules
 
 

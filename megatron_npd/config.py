@@ -77,6 +77,14 @@ class RolloutConfig:
         for name in ("num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size"):
             _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
         _require_share("max_quarantined", self.max_quarantined)
+        own = {"max-model-len": "max_model_len", "max-num-seqs": "concurrency", "dtype": "dtype", "seed": "seed"}
+        own |= dict.fromkeys(("model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode"), "")
+        for argument in self.server_args:
+            name = argument.partition("=")[0].lstrip("-").replace("_", "-")
+            remedy = f"give {own[name]}" if own.get(name) else "the servers are started with their own"
+            _require(
+                not argument.startswith("--") or name not in own, "server_args", f"without --{name}", argument, remedy
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,3 +376,13 @@ class NPDConfig:
             "a round needs a training step",
         )
         _require(self.nproc_per_node > 0, "nproc_per_node", "at least 1", self.nproc_per_node, "1 is a laptop")
+        for name in ("hf_model", "data_path", "save", "load", "exit_at_iteration", "metrics_path"):
+            given = getattr(self.train, name)
+            _require(not given, f"train.{name}", "left to the run", given, "drop it; run_dir says where all of it lies")
+        _require(
+            self.annotate.backend == "megatron" or self.nproc_per_node == 1 or bool(self.annotate.urls),
+            "annotate.urls",
+            "given with backend vllm and several processes",
+            "none",
+            "start the teacher's servers with tools/serve.py",
+        )

@@ -151,3 +151,16 @@ def test_no_command_answers_a_mistake_with_its_usage(tool: str) -> None:
     )
     assert done.stderr == f"error: unknown option --nonsense ({tool} --help lists all)\n"
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--server-args=--tensor-parallel-size,2"],
+        ["--server-args=[--tensor-parallel-size, 2]"],
+        ['--server-args=["--tensor-parallel-size", "2"]'],
+        ["--server-args=--tensor-parallel-size", "2"],
+    ],
+)
+def test_items_of_a_list_of_texts_may_look_like_numbers(argv: list[str]) -> None:
+    assert parse_config(RolloutConfig, argv).server_args == ("--tensor-parallel-size", "2")

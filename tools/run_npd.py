@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from megatron_npd.command import parse_config
 from megatron_npd.config import NPDConfig
 from megatron_npd.log import run_main
+from megatron_npd.loop.preflight import check_paths
 from megatron_npd.platform import get_platform
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the configuration, run the loop and print the report's table."""
     cfg = parse_config(NPDConfig, argv)
+    check_paths(cfg)  # before anything heavy is imported
     get_platform(cfg.platform)
     from megatron_npd.loop.controller import run_npd  # after the platform is chosen
 

@@ -29,6 +29,7 @@ from megatron_npd.lifeline import child_environment
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.environment import record_environment
 from megatron_npd.loop.evaluation import HELD_OUT, Accuracies, measure_settings, prepare_measure
+from megatron_npd.loop.preflight import check_prompts, check_run
 from megatron_npd.loop.report import write_report
 from megatron_npd.loop.resume import keep_config
 from megatron_npd.loop.schedule import append_entry, round_boundaries
@@ -53,14 +54,7 @@ def run_npd(cfg: NPDConfig) -> str:
     Raises:
         UserError: The configuration, the models or the prompts cannot be used, or results depend on what was changed.
     """
-    for name in ("teacher", "student"):
-        if not (Path(getattr(cfg, name)) / "config.json").is_file():
-            raise UserError(
-                f"--{name} must be a Hugging Face model directory, got {getattr(cfg, name)!r} without config.json; "
-                "give a directory with config.json, weights and tokenizer"
-            )
-    if not Path(cfg.prompts).exists() or not cfg.prompts:
-        raise UserError(f"--prompts must be a JSONL or Parquet file, got {cfg.prompts!r}; check the path")
+    check_run(cfg)
     run = Path(cfg.run_dir)
     run.mkdir(parents=True, exist_ok=True)
     with _run_lock(run):
@@ -145,18 +139,18 @@ class _Loop:
     def _prepare(self) -> None:
         student, teacher = load_model_tokens(self.cfg.student), load_tokenizer(self.cfg.teacher)
         check_vocabularies(student.tokenizer, teacher)
-        for source, name in ((self.cfg.prompts, "prompts"), (self.cfg.eval.prompts, "eval_prompts")):
-            out = self.run_dir / name
-            if source and not is_sealed(out):
+        for source, name in ((self.cfg.eval.prompts, "eval_prompts"), (self.cfg.prompts, "prompts")):
+            if source:  # where they are sealed, this insists on the same file
                 prepare_prompts(
                     source,
-                    out,
+                    self.run_dir / name,
                     model=student,
                     teacher_tokenizer=teacher,
                     max_prompt_len=self.cfg.rollout.max_model_len - 1,
                     max_quarantined=self.cfg.rollout.max_quarantined,
                     held_out=0 if self.cfg.eval.prompts else self.cfg.eval.held_out,
                 )
+        check_prompts(self.run_dir, self.cfg)
         prepare_measure(self.run_dir, self.cfg)
 
     def _rollout(self, index: int, out: Path) -> None:

@@ -46,6 +46,7 @@ _FREE = {
     "rollout.": "urls num_servers server_args concurrency request_timeout start_timeout max_quarantined",
     "annotate.": "urls concurrency max_quarantined follow_seconds micro_batch_size tensor_model_parallel_size "
     "pipeline_model_parallel_size",
+    "eval.": "teacher",
     "train.": "save_interval save_interval_in_mins log_interval log_entropy tensorboard_dir wandb_project "
     "wandb_exp_name platform micro_batch_size balance_attention tensor_model_parallel_size "
     "pipeline_model_parallel_size sequence_parallel fused_linear_loss loss_impl",

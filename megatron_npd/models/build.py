@@ -25,9 +25,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_npd.log import UserError
 from megatron_npd.models.attention import PackedAttention, Rotary, packed_params
 from megatron_npd.models.families.base import ModelSpec, load_spec
+from megatron_npd.models.layout import check_layout
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
 
@@ -81,7 +81,7 @@ def build_model(
     """
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
-    _check_layout(spec, tensor_size, pipeline_size)
+    check_layout(spec, tensor_size, pipeline_size)
     config = _transformer_config(
         spec,
         tensor_size,
@@ -124,25 +124,6 @@ def head_weight(model: GPTModel) -> Tensor:
         return model.shared_embedding_or_output_weight()
     assert model.output_layer.weight is not None
     return model.output_layer.weight
-
-
-def _check_layout(spec: ModelSpec, tensor_size: int, pipeline_size: int) -> None:
-    def must(holds: bool, what: str, size: str, got: int) -> None:
-        if not holds:
-            raise UserError(
-                f"{what} of {spec.path} must be a multiple of {size}, got {got}; choose a parallel size that divides it"
-            )
-
-    tensor, pipeline = f"tensor_model_parallel_size ({tensor_size})", f"pipeline_model_parallel_size ({pipeline_size})"
-    must(spec.num_heads % tensor_size == 0, "attention heads", tensor, spec.num_heads)
-    must(spec.ffn_hidden_size % tensor_size == 0, "MLP width", tensor, spec.ffn_hidden_size)
-    must(spec.hidden_size % tensor_size == 0, "hidden size", tensor, spec.hidden_size)
-    must(spec.num_layers % pipeline_size == 0, "layers", pipeline, spec.num_layers)
-    if spec.num_kv_heads % tensor_size and tensor_size % spec.num_kv_heads:
-        raise UserError(
-            f"key-value heads of {spec.path} must divide {tensor} or be a multiple of it, got {spec.num_kv_heads}; "
-            "choose another tensor-parallel size"
-        )
 
 
 def _transformer_config(

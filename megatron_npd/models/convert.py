@@ -59,7 +59,7 @@ def load_hf_weights(model: nn.Module, spec: ModelSpec) -> None:
     Raises:
         UserError: No weights, a damaged file, or a tensor that is missing, unexpected or of another shape or type.
     """
-    checkpoint = _open_checkpoint(spec)
+    checkpoint = open_checkpoint(spec)
     rank, size = _tensor_parallel()
     rules = parameter_rules(spec)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def hf_to_megatron(hf_dir: str | Path, out_dir: str | Path) -> Path:
     """
     _single_process()
     spec = load_spec(hf_dir)
-    checkpoint = _open_checkpoint(spec)
+    checkpoint = open_checkpoint(spec)
     model = build_model(spec, bf16=set(checkpoint.dtypes.values()) == {torch.bfloat16})
     load_hf_weights(model, spec)
     path = save_checkpoint(out_dir, 0, model=model, state={"iteration": 0})
@@ -181,7 +181,12 @@ def _refusal(path: Path) -> str | None:
     return None
 
 
-def _open_checkpoint(spec: ModelSpec) -> HFCheckpoint:
+def open_checkpoint(spec: ModelSpec) -> HFCheckpoint:
+    """The weights of ``spec.path``, their headers compared with the model that ``config.json`` describes.
+
+    Raises:
+        UserError: As for ``HFCheckpoint``, or a tensor is missing, unexpected or of another shape.
+    """
     checkpoint = HFCheckpoint(spec.path)
     if spec.tied:
         embedding, _, head = (next(iter(rule.hf)) for rule in spec.family.outer_rules)
@@ -191,7 +196,7 @@ def _open_checkpoint(spec: ModelSpec) -> HFCheckpoint:
 
 
 def _export_dtypes(spec: ModelSpec) -> Mapping[str, torch.dtype]:
-    return _open_checkpoint(spec).dtypes if has_weights(spec.path) else dict.fromkeys(hf_shapes(spec), spec.dtype)
+    return open_checkpoint(spec).dtypes if has_weights(spec.path) else dict.fromkeys(hf_shapes(spec), spec.dtype)
 
 
 def _tensor_parallel() -> tuple[int, int]:

@@ -39,13 +39,7 @@ def initialize_distributed(
     if not dist.is_initialized():
         platform.set_device(local_rank())
         _join(platform.distributed_backend)
-    world, model_size = dist.get_world_size(), tensor_model_parallel_size * pipeline_model_parallel_size
-    if world % model_size:
-        raise UserError(
-            f"number of processes must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size = "
-            f"{tensor_model_parallel_size} x {pipeline_model_parallel_size}, got {world}; "
-            "start another number of processes or change the sizes"
-        )
+    check_world_size(dist.get_world_size(), tensor_model_parallel_size, pipeline_model_parallel_size)
     if parallel_state.model_parallel_is_initialized():
         current = (
             parallel_state.get_tensor_model_parallel_world_size(),
@@ -60,6 +54,20 @@ def initialize_distributed(
         )
     platform.seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def check_world_size(world: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:
+    """Refuse a number of processes that copies of a model so cut cannot share.
+
+    Raises:
+        UserError: It is no multiple of the two sizes' product.
+    """
+    if world % (tensor_model_parallel_size * pipeline_model_parallel_size):
+        raise UserError(
+            f"number of processes must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size = "
+            f"{tensor_model_parallel_size} x {pipeline_model_parallel_size}, got {world}; "
+            "start another number of processes or change the sizes"
+        )
 
 
 def _join(backend: str) -> None:

@@ -63,13 +63,9 @@ def exact_match(
     Raises:
         UserError: A reference without an answer, a regex without a group, or a server that died.
     """
-    pattern = _compile(answer_regex)
+    pattern = compile_regex(answer_regex)
     stop_ids = read_manifest(prompts_dir, kind="prompts").provenance["stop_ids"]
-    batches = PromptRows(prompts_dir).batches("prompt_id", "prompt_ids", "response")
-    problems = [problem for batch in batches for problem in batch.to_pylist()]
-    if not problems:
-        raise UserError(f"{prompts_dir} must hold at least one problem, got none; prepare it from another file")
-    expected = [_reference(problem, pattern, prompts_dir) for problem in problems]
+    problems, expected = read_problems(prompts_dir, answer_regex)
     responses: dict[int, str] = {}
     tokens = 0
 
@@ -118,7 +114,26 @@ def find_answer(text: str, pattern: re.Pattern[str]) -> str | None:
     return matches[-1].group(1).replace(",", "").strip().rstrip(".")
 
 
-def _compile(answer_regex: str) -> re.Pattern[str]:
+def read_problems(prompts_dir: str | Path, answer_regex: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The problems of a prompts directory, and the reference's answer to each.
+
+    Raises:
+        UserError: There are none, or a response has no answer.
+    """
+    pattern = compile_regex(answer_regex)
+    batches = PromptRows(prompts_dir).batches("prompt_id", "prompt_ids", "response")
+    problems = [problem for batch in batches for problem in batch.to_pylist()]
+    if not problems:
+        raise UserError(f"{prompts_dir} must hold at least one problem, got none; prepare it from another file")
+    return problems, [_reference(problem, pattern, prompts_dir) for problem in problems]
+
+
+def compile_regex(answer_regex: str) -> re.Pattern[str]:
+    """An answer's regular expression, with a group for the answer.
+
+    Raises:
+        UserError: It is none, or has no group.
+    """
     try:
         pattern = re.compile(answer_regex)
     except re.error as error:

@@ -271,6 +271,16 @@ def _check_head_size(model_dir: Path, hf_config: dict[str, Any]) -> None:
         )
 
 
+def check_servable(model_dir: str | Path) -> None:
+    """Refuse a model for which no server could be started here, before one is.
+
+    Raises:
+        UserError: No vLLM, or one for CPUs, whose attention does not have the model's head size.
+    """
+    if _vllm_is_for_cpu():
+        _check_head_size(Path(model_dir), _read_config(Path(model_dir)))
+
+
 def _cpu_arguments(cfg: RolloutConfig, hf_config: dict[str, Any]) -> list[str]:
     """What makes a CPU server start fast and stay small."""
     kv_heads = hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]

@@ -75,7 +75,7 @@ def annotate_round(
     rollouts_dir, out_dir = Path(rollouts_dir), Path(out_dir)
     initialize_distributed(**_layout(cfg))
     rank = dist.get_rank()
-    setting = _setting(teacher_dir, student_dir, cfg)
+    setting = check_setting(teacher_dir, student_dir, cfg)
 
     def load_teacher() -> TokenScorer:
         return servers or Scorer(teacher_dir, vocab_size=setting.student.vocab_size, **_scorer_settings(cfg))
@@ -107,7 +107,8 @@ def _layout(cfg: AnnotateConfig) -> dict[str, int]:
     }
 
 
-def _setting(teacher_dir: str | Path, student_dir: str | Path, cfg: AnnotateConfig) -> Setting:
+def check_setting(teacher_dir: str | Path, student_dir: str | Path, cfg: AnnotateConfig) -> Setting:
+    """What two models and a configuration have in common, checked; arguments and errors as for ``annotate_round``."""
     student = load_spec(student_dir)
     if cfg.backend == "megatron":
         load_spec(teacher_dir)  # refuses what no family covers

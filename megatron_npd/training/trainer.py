@@ -88,8 +88,8 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         return _result(cfg, state)
     spec = load_spec(cfg.hf_model)
     data = _open_data(cfg, spec)
-    rows_per_step = _rows_per_step(cfg, data.seq_length)
     dp_size = parallel_state.get_data_parallel_world_size()
+    rows_per_step = check_batch(cfg, data.seq_length, dp_size)
     model = build_model(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel)
     if checkpoint is None:
         load_hf_weights(model, spec)
@@ -209,17 +209,23 @@ def _open_data(cfg: TrainConfig, spec: ModelSpec) -> PackedDataset:
         )
     if cfg.kd_alpha > 0 and not data.top_k:
         raise UserError(f"{cfg.data_path} must hold teacher rows for kd_alpha {cfg.kd_alpha}, got none; 0 trains SFT")
-    tp_size = cfg.tensor_model_parallel_size
-    if cfg.sequence_parallel and cfg.micro_batch_size * data.seq_length % tp_size:
-        raise UserError(
-            f"seq_length x micro_batch_size must be a multiple of tensor_model_parallel_size ({tp_size}) with "
-            f"sequence_parallel, got {data.seq_length} x {cfg.micro_batch_size}; pack rows of another length"
-        )
     return data
 
 
-def _rows_per_step(cfg: TrainConfig, seq_length: int) -> int:
-    """Rows of a global batch, checked against the layout."""
+def check_batch(cfg: TrainConfig, seq_length: int, dp_size: int) -> int:
+    """Check a global batch against row length and layout.
+
+    Args:
+        cfg: Batch and layout.
+        seq_length: Tokens of a packed row.
+        dp_size: Data-parallel ranks.
+
+    Returns:
+        Rows of a global batch.
+
+    Raises:
+        UserError: They do not go together.
+    """
     rows = cfg.global_batch_size
     if cfg.global_batch_tokens:
         rows, rest = divmod(cfg.global_batch_tokens, seq_length)
@@ -228,8 +234,13 @@ def _rows_per_step(cfg: TrainConfig, seq_length: int) -> int:
                 f"global_batch_tokens must be a multiple of the packs' row length {seq_length}, got "
                 f"{cfg.global_batch_tokens}; give {max(rows, 1) * seq_length}"
             )
-    dp_size = parallel_state.get_data_parallel_world_size()
     microbatch_positions(0, global_batch_size=rows, micro_batch_size=cfg.micro_batch_size, dp_rank=0, dp_size=dp_size)
+    tp_size = cfg.tensor_model_parallel_size
+    if cfg.sequence_parallel and cfg.micro_batch_size * seq_length % tp_size:
+        raise UserError(
+            f"seq_length x micro_batch_size must be a multiple of tensor_model_parallel_size ({tp_size}) with "
+            f"sequence_parallel, got {seq_length} x {cfg.micro_batch_size}; pack rows of another length"
+        )
     return rows
 
 

@@ -51,7 +51,9 @@ class Readers:
         here = self.run / "rounds/0000"
         initialize_distributed()
         model = build_model(load_spec(inputs / "student"), bf16=False)
-        setting = annotate._setting(inputs / "teacher", inputs / "student", AnnotateConfig(top_k=4, seq_length=128))
+        setting = annotate.check_setting(
+            inputs / "teacher", inputs / "student", AnnotateConfig(top_k=4, seq_length=128)
+        )
         cfg = PackConfig(seq_length=64, segment_align=8)
 
         def rollouts() -> None:
