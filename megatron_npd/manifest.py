@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_npd.links import link_in_words, refuse_links_beside
 from megatron_npd.lock import LOCK, check_lock, hold_lock
 from megatron_npd.log import UserError
 
@@ -324,12 +325,14 @@ def seal(
         counts: The books.
 
     Raises:
-        UserError: Another process has taken the directory over.
+        UserError: Another process has taken the directory over, or a file of it is a link.
     """
     path = Path(path)
     out = path.parent if path.name == PART else path
     files: dict[str, dict[str, Any]] = {}
     for file in sorted(_content(path, path)):
+        if file.is_symlink():
+            raise UserError(link_in_words(file))
         fsync_path(file)
         files[str(file.relative_to(path))] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
     for directory in {(path / name).parent for name in files} | {path}:
@@ -374,9 +377,10 @@ def writing(path: str | Path, *, resume: bool = False) -> Iterator[Path]:
         Where to write: a hidden directory, whose content ``seal`` puts in place; with ``resume`` the directory itself.
 
     Raises:
-        UserError: Another process is writing it, or it is sealed already.
+        UserError: Another process is writing it, it is sealed already, or a part of its run is a link.
     """
     path = Path(path)
+    refuse_links_beside(path)
     path.mkdir(parents=True, exist_ok=True)
     with hold_lock(path):
         if is_sealed(path):

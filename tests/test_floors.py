@@ -18,6 +18,7 @@ FLOORS = {
     "records": 0,
     "manifest": 0,
     "lifeline": 0,
+    "links": 0,
     "lock": 0,
     "log": 0,
     "data": 1,

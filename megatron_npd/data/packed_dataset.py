@@ -20,6 +20,7 @@ from megatron_npd.data.batch import HostBatch
 from megatron_npd.data.decode import as_items, check_records, empty_records, filler_record
 from megatron_npd.data.order import PACKS_KIND, RowSchedule, load_schedule
 from megatron_npd.data.store import AnnotationStore, check_token_ids
+from megatron_npd.links import refuse_links
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest, verified_file
 from megatron_npd.records import PACK_SCHEMA, PACKS_FILE
@@ -248,13 +249,16 @@ class PackedDataset:
         schedule: Position -> (entry, row).
 
     Raises:
-        UserError: An entry cannot be read, or its rows have another shape than the first entry's.
+        UserError: An entry cannot be read, its rows have another shape than the first entry's, or the schedule's run
+            holds a link.
     """
 
     def __init__(self, data_path: str | Path, *, seed: int, streams: Streams, verify: bool = True) -> None:
         path = Path(data_path)
         self.entries = load_schedule(path)
         base, root = (path, None) if path.is_dir() else (path.parent, path.parent)
+        if root is not None and verify:
+            refuse_links(root)
         self._packs = [
             PackedRows(base / entry.packs, streams=streams, verify=verify, root=root) for entry in self.entries
         ]

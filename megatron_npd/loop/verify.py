@@ -19,6 +19,7 @@ from megatron_npd.data.order import PACKS_KIND, load_schedule
 from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore
 from megatron_npd.data.teacher_records import broken_records
+from megatron_npd.links import link_in_words, links_of
 from megatron_npd.lock import LOCK
 from megatron_npd.log import UserError, progress
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, unlisted
@@ -113,8 +114,9 @@ def verify_run(run: str | Path, *, full: bool = False) -> Verification:
     """
     run, started = Path(run), time.monotonic()
     audit = _Audit(run, full)
+    audit.result.problems += map(link_in_words, links_of(run))
     stages = [path for path in _directories(run) if not path.name.startswith("shard-")]
-    if not stages:
+    if not stages and not audit.result.problems:
         raise UserError(f"{run} must hold sealed directories, got none; give the directory of a run")
     with progress(len(stages), "verify", "stage") as bar:
         for path in sorted(stages, key=_order):
