@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_npd.config import RolloutConfig
+from megatron_npd.limits import allow_connections
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.records import NO_LOGPROB
@@ -226,8 +227,9 @@ class ServerPool:
             read: What is made of the JSON object that comes back.
 
         Raises:
-            UserError: As for ``run``.
+            UserError: As for ``run``, or the system allows too few open files for that many requests in flight.
         """
+        allow_connections(len(self.urls) * self.cfg.concurrency)
         asyncio.run(self._run(iter(requests), on_result, body, read))
 
     async def _run(
