@@ -29,7 +29,14 @@ from megatron_npd.lifeline import child_environment
 from megatron_npd.links import refuse_links
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.environment import record_environment
-from megatron_npd.loop.evaluation import HELD_OUT, Accuracies, measure_settings, prepare_measure
+from megatron_npd.loop.evaluation import (
+    HELD_OUT,
+    Accuracies,
+    measure_line,
+    measure_settings,
+    prepare_measure,
+    read_measures,
+)
 from megatron_npd.loop.preflight import check_prompts, check_run
 from megatron_npd.loop.report import write_report
 from megatron_npd.loop.resume import keep_config
@@ -227,9 +234,11 @@ class _Loop:
             pool = self._serve(index)
             with timed(self.run_dir, "evaluate", index):
                 accuracies.add(index, pool)
-        if is_sealed(self.run_dir / HELD_OUT / "prompts"):
-            annotations = self.run_dir / HELD_OUT / "rounds" / f"{index:04d}" / "annotations"
+        annotations = self.run_dir / HELD_OUT / "rounds" / f"{index:04d}" / "annotations"
+        if is_sealed(self.run_dir / HELD_OUT / "prompts") and not is_sealed(annotations):
+            self._serve(index)  # before the stage's clock starts
             self._stage("measure", index, annotations, lambda: self._measure(index, annotations))
+            get_logger().info("%s", measure_line(read_measures(self.run_dir)[-1]))
 
     def _measure(self, index: int, annotations: Path) -> None:
         rollouts = annotations.with_name("rollouts")

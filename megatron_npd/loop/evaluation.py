@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,16 @@ def read_measures(run: Path) -> list[dict[str, Any]]:
         by length); None where too few responses were scored.
     """
     return [{"policy": int(path.parent.name)} | _measure(path) for path in _measured(run)]
+
+
+def measure_line(entry: Mapping[str, Any]) -> str:
+    """One entry of ``read_measures`` in words."""
+    parts = [f"v{entry['policy']:04d} on {entry['prompts']} held-out prompts:"]
+    if entry["kl"] is not None:
+        parts.append(f"KL to the teacher {entry['kl']:.3f} +- {entry['kl_error']:.3f} nats a token,")
+    if entry["top1_agreement"] is not None:
+        parts.append(f"top-1 agreement {100 * entry['top1_agreement']:.1f} %,")
+    return " ".join([*parts, f"{entry['response_tokens']:.1f} response tokens"])
 
 
 def read_samples(run: Path, student: str, number: int = 3) -> list[dict[str, Any]]:
