@@ -91,16 +91,12 @@ class _Loop:
             self._evaluate(0)
             for index in range(self.cfg.updates + 1):
                 if index and not is_sealed(self._policy(index + 1)):
-                    self._report()  # what the rounds before left
+                    write_report(self.run_dir)  # what the rounds before left
                 self._round(index)
                 self._evaluate(index + 1)
         finally:
             if self.pool is not None:
                 self.pool.close()
-        return self._report()
-
-    def _report(self) -> str:
-        record_environment(self.run_dir)
         return write_report(self.run_dir)
 
     def _round(self, index: int) -> None:
@@ -310,8 +306,12 @@ def _check_exit(script: str, code: int) -> None:
 
 @contextmanager
 def timed(run_dir: str | Path, stage: str, round_index: int | None = None) -> Iterator[None]:
-    """Append the wall seconds of a stage, finished or interrupted, to ``report/seconds.jsonl`` of a run."""
+    """Append the wall seconds of a stage, finished or interrupted, to ``report/seconds.jsonl`` of a run.
+
+    What it is computed with is kept too, beside it.
+    """
     start = time.monotonic()
+    record_environment(Path(run_dir))
     try:
         yield
     finally:
@@ -322,6 +322,7 @@ def timed(run_dir: str | Path, stage: str, round_index: int | None = None) -> It
             stream.seek(0)
             stream.truncate(stream.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut short
             stream.write(json.dumps(record).encode() + b"\n")
+        record_environment(Path(run_dir))  # with the highest memory by now
 
 
 def _version(index: int) -> str:

@@ -28,6 +28,7 @@ from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer
 from megatron_npd.log import get_logger
+from megatron_npd.loop.environment import read_json
 from megatron_npd.manifest import is_sealed, verified_file, write_atomic
 from megatron_npd.records import PROMPTS_FILE, ROLLOUTS_FILE
 from megatron_npd.rollout.evaluate import Accuracy, exact_match
@@ -49,9 +50,7 @@ class Accuracies:
 
     def __init__(self, run: Path, cfg: NPDConfig) -> None:
         self.cfg, self.run, self.path = cfg, run, run / "report" / "accuracy.json"
-        self.known: dict[str, Any] = {"start": None, "rounds": []}
-        if self.path.exists():
-            self.known |= json.loads(self.path.read_text())
+        self.known: dict[str, Any] = {"start": None, "rounds": []} | read_json(self.path, {})
 
     def lack(self, index: int | None) -> bool:
         """Whether policy ``index`` (0: before the run; None: the teacher) is still to be evaluated."""
