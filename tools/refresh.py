@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import RolloutConfig
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.manifest import is_sealed
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.refresh import refresh
@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         megatron_to_hf(command.checkpoint, command.hf_model, command.policy)
     pool = ServerPool(command.urls, RolloutConfig(request_timeout=command.request_timeout))
     refresh(pool, command.policy, command.version)
+    urls = ",".join(command.urls)
+    wrote(
+        f"{command.policy} into {len(command.urls)} servers as {command.version}",
+        f"tools/rollout.py --urls {urls} --policy-version {command.version} --prompts PROMPTS --out ROLLOUTS",
+    )
 
 
 if __name__ == "__main__":

@@ -71,6 +71,12 @@ def run_npd(cfg: NPDConfig) -> str:
         return _Loop(run, cfg).run()
 
 
+def results(cfg: NPDConfig) -> str:
+    """Where a finished run left its policy and its report, as two lines."""
+    run = Path(cfg.run_dir)
+    return f"policy  {run / 'policies' / _version(cfg.updates + 1)}\nreport  {run / 'report' / 'report.html'}"
+
+
 class _Loop:
     """One run: the paths of its stages and the servers that it started."""
 

@@ -79,6 +79,8 @@ def weights(run: Path, version: str) -> dict[str, torch.Tensor]:
 def test_two_rounds_and_a_report(recipe: NPDConfig) -> None:
     table = controller.run_npd(recipe)
     run = Path(recipe.run_dir)
+    for line, name in zip(controller.results(recipe).splitlines(), ("policy", "report"), strict=True):
+        assert line.split()[0] == name and Path(line.split()[1]).exists()
     for index in (0, 1):
         for stage in ("rollouts", "annotations", "selection", "packs"):
             manifest = read_manifest(run / "rounds" / f"{index:04d}" / stage)
