@@ -30,6 +30,8 @@ class RolloutConfig:
 
     urls: tuple[str, ...] = ()
     """Base URLs of running vLLM servers; empty: servers are launched on this machine."""
+    token_file: str = ""
+    """File with the token of the servers behind urls, as tools/serve.py keeps it; its owner alone may read it."""
     num_servers: int = 1
     """Number of servers to launch where no URLs are given."""
     greedy_paths: int = 1
@@ -78,7 +80,9 @@ class RolloutConfig:
             _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
         _require_share("max_quarantined", self.max_quarantined)
         own = {"max-model-len": "max_model_len", "max-num-seqs": "concurrency", "dtype": "dtype", "seed": "seed"}
-        own |= dict.fromkeys(("model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode"), "")
+        own |= dict.fromkeys(
+            ("model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode", "load-format"), ""
+        )
         for argument in self.server_args:
             name = argument.partition("=")[0].lstrip("-").replace("_", "-")
             remedy = f"give {own[name]}" if own.get(name) else "the servers are started with their own"
@@ -112,6 +116,8 @@ class AnnotateConfig:
     """What runs the teacher: megatron-core, or vLLM servers (prompt_logprobs) for teachers that no family covers."""
     urls: tuple[str, ...] = ()
     """Base URLs of running vLLM servers of the teacher, for backend vllm; empty: one is launched on this machine."""
+    token_file: str = ""
+    """File with the token of the servers behind urls, as tools/serve.py keeps it; its owner alone may read it."""
     concurrency: int = 32
     """Requests in flight a server of the teacher."""
 

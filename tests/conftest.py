@@ -27,3 +27,12 @@ def served_pool(tiny_model_dir: Path) -> Iterator[ServerPool]:
     cfg = RolloutConfig(max_model_len=256, max_tokens=24, concurrency=32, start_timeout=550.0)
     with ServerPool.open(tiny_model_dir, cfg, version="v0000") as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def token_file(served_pool: ServerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that opens ``served_pool`` to other commands."""
+    path = tmp_path_factory.mktemp("token") / "token"
+    path.touch(0o600)
+    path.write_text(served_pool.token)
+    return path

@@ -9,10 +9,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import AnnotateConfig, PlatformName
-from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.log import UserError, run_main
 from megatron_npd.platform import get_platform
 
 
@@ -49,14 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if cfg.backend == "megatron":
         annotate()
-    elif not cfg.urls and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    if not cfg.urls and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("urls must name the teacher's servers under torchrun, got none; start them with tools/serve.py")
-    else:
-        from megatron_npd.rollout.score import ServerScorer
+    from megatron_npd.rollout.score import ServerScorer
 
-        with ServerScorer(command.teacher, cfg) as servers:
-            annotate(servers=servers)
-    wrote(command.out, f"tools/select.py --annotations {command.out} --out SELECTION")
+    with ServerScorer(command.teacher, cfg, log_dir=Path(command.out).parent / "logs") as servers:
+        annotate(servers=servers)
 
 
 if __name__ == "__main__":

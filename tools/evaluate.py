@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import EvalConfig, RolloutConfig
-from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.log import UserError, run_main
 from megatron_npd.manifest import is_sealed
 from megatron_npd.rollout.pool import ServerPool
 
@@ -31,7 +31,7 @@ class EvaluateCommand(RolloutConfig):
     out: str = ""
     """JSON file for the result; empty: none."""
     log_dir: str = ""
-    """Directory of the logs of servers started here; empty: the system's directory for temporary files."""
+    """Directory of the logs of servers started here; empty: logs/ beside the result, or a private one in /tmp."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,14 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not is_sealed(prompts):
             prompts = Path(scratch) / "prompts"
             prepare_prompts(cfg.prompts, prompts, model=model, max_prompt_len=cfg.max_model_len - 1)
-        with ServerPool.open(cfg.model, cfg, log_dir=cfg.log_dir or None) as pool:
+        log_dir = cfg.log_dir or (Path(cfg.out).parent / "logs" if cfg.out else None)
+        with ServerPool.open(cfg.model, cfg, version="evaluated", log_dir=log_dir) as pool:
             result = exact_match(
                 pool, prompts, answer_regex=cfg.answer_regex, tokenizer=model.tokenizer, max_tokens=cfg.max_tokens
             )
     if cfg.out:
-        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.out).write_text(json.dumps(asdict(result) | {"accuracy": result.accuracy}, indent=1) + "\n")
-        wrote(cfg.out)
     print(f"accuracy {result.accuracy:.2f} % ({result.correct} of {result.total})")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_npd.command import parse_config
-from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.log import UserError, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_prompt_len=config.max_prompt_len,
         max_quarantined=config.max_quarantined,
     )
-    wrote(config.out, f"tools/rollout.py --prompts {config.out} --model {config.student} --out ROLLOUTS")
 
 
 if __name__ == "__main__":

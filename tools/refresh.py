@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import RolloutConfig
-from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.log import UserError, run_main
 from megatron_npd.manifest import is_sealed
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.refresh import refresh
@@ -31,6 +31,8 @@ class RefreshCommand:
     """Megatron checkpoint to export into the policy directory first, unless that is sealed already."""
     hf_model: str = ""
     """With checkpoint: Hugging Face directory that the model started from: configuration, tokenizer, tensor types."""
+    token_file: str = ""
+    """File with the servers' token, as tools/serve.py keeps it."""
     request_timeout: float = 600.0
     """Time that a server may take to finish running answers, and to load, in seconds."""
 
@@ -49,13 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_npd.models.convert import megatron_to_hf
 
         megatron_to_hf(command.checkpoint, command.hf_model, command.policy)
-    pool = ServerPool(command.urls, RolloutConfig(request_timeout=command.request_timeout))
-    refresh(pool, command.policy, command.version)
-    urls = ",".join(command.urls)
-    wrote(
-        f"{command.policy} into {len(command.urls)} servers as {command.version}",
-        f"tools/rollout.py --urls {urls} --policy-version {command.version} --prompts PROMPTS --out ROLLOUTS",
-    )
+    cfg = RolloutConfig(token_file=command.token_file, request_timeout=command.request_timeout)
+    refresh(ServerPool(command.urls, cfg), command.policy, command.version)
 
 
 if __name__ == "__main__":

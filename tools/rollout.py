@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import RolloutConfig
-from megatron_npd.log import UserError, get_logger, run_main, wrote
+from megatron_npd.log import UserError, run_main
 from megatron_npd.rollout.generate import finished_round, generate_round
 from megatron_npd.rollout.pool import ServerPool
 
@@ -30,7 +31,7 @@ class RolloutCommand(RolloutConfig):
     policy_version: str = "v0000"
     """Version of the policy; servers that serve another one are refused."""
     log_dir: str = ""
-    """Directory of the logs of servers started here; empty: the system's directory for temporary files."""
+    """Directory of the logs of servers started here; empty: logs/ beside the rollouts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,12 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(RolloutCommand, argv)
     this_round = {"cfg": cfg, "round_index": cfg.round, "policy_version": cfg.policy_version}
     if finished_round(cfg.prompts, cfg.out, **this_round) is not None:
-        get_logger().info("%s is finished already", cfg.out)  # without starting a server
-        return
-    with ServerPool.open(cfg.model, cfg, version=cfg.policy_version, log_dir=cfg.log_dir or None) as pool:
+        return  # without starting a server
+    log_dir = cfg.log_dir or Path(cfg.out).parent / "logs"
+    with ServerPool.open(cfg.model, cfg, version=cfg.policy_version, log_dir=log_dir) as pool:
         generate_round(cfg.prompts, cfg.out, pool=pool, **this_round)
-    student = cfg.model or "STUDENT"
-    wrote(cfg.out, f"tools/annotate.py --rollouts {cfg.out} --student {student} --teacher TEACHER --out ANNOTATIONS")
 
 
 if __name__ == "__main__":

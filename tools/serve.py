@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import PlatformName, RolloutConfig
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, get_logger, run_main
 from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
-from megatron_npd.rollout.server import VLLMServer
+from megatron_npd.rollout.access import keep_token
+from megatron_npd.rollout.server import VLLMServer, start_servers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,16 @@ class ServeToolConfig(RolloutConfig):
     policy_version: str = "v0000"
     """Version that the servers tag their answers with."""
     host: str = "127.0.0.1"
-    """Name or address under which other nodes reach this one; anything but 127.0.0.1 opens the servers, and their
-    control endpoints, which ask for no password, to the network."""
+    """Name or address of the interface to listen on, under which other nodes reach this one."""
     port: int = 8100
     """Port of the first server; the others follow."""
     urls_file: str = ""
     """File to write the base URLs to, comma-separated, once all servers answer."""
+    token_file: str = "servers.token"
+    """File with the token that every request must carry (clients: --token-file); made, for its owner alone, if there is
+    none. Several nodes may share one."""
+    log_dir: str = ""
+    """Directory of the servers' logs; empty: logs/ beside the token file."""
     platform: PlatformName = "auto"
     """Device platform; auto: cuda, npu or cpu, the first that is there."""
 
@@ -46,19 +51,21 @@ def main() -> None:
     cfg = parse_config(ServeToolConfig, description=__doc__ or "")
     get_platform(cfg.platform)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the exit stack: no server outlives this command
-    if cfg.host != "127.0.0.1":
-        cfg = dataclasses.replace(cfg, server_args=("--host", "0.0.0.0", *cfg.server_args))
+    token = keep_token(cfg.token_file)
+    log_dir = cfg.log_dir or Path(cfg.token_file).parent / "logs"
+    servers = [
+        VLLMServer(cfg.model, cfg, host=cfg.host, port=cfg.port + index, log_dir=log_dir, index=index, token=token)
+        for index in range(cfg.num_servers)
+    ]
     with ExitStack() as stack:
-        servers = [VLLMServer(cfg.model, cfg, port=cfg.port + index, index=index) for index in range(cfg.num_servers)]
+        start_servers(servers, version=cfg.policy_version)
         for server in servers:
             stack.callback(server.stop)
-            server.start()
-        for server in servers:
-            server.wait_ready(version=cfg.policy_version)
-        urls = ",".join(f"http://{cfg.host}:{server.port}" for server in servers)
+        urls = ",".join(server.url for server in servers)
         if cfg.urls_file:
             write_atomic(cfg.urls_file, urls + "\n")
         print(urls, flush=True)
+        get_logger().info("clients give --urls %s --token-file %s", urls, Path(cfg.token_file).resolve())
         while True:
             for server in servers:
                 server.check_alive()

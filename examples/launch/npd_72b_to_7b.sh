@@ -34,7 +34,7 @@ MASTER_PORT=${MASTER_PORT:-29500}
 PLATFORM=${PLATFORM:-auto}
 PYTHON=${PYTHON:-python}
 
-# Rollout servers. Their control endpoints (pause, load weights) have no authentication: keep the network private.
+# Rollout servers: they listen on SERVER_HOST alone, and answer who has read the token under $RUN.
 SERVERS_PER_NODE=${SERVERS_PER_NODE:-8}
 SERVER_HOST=${SERVER_HOST:-$(hostname)}
 SERVER_PORT=${SERVER_PORT:-8100}
@@ -126,7 +126,8 @@ policy() { if [ "$1" = 0 ]; then echo "$STUDENT"; else echo "$RUN/policies/$(pri
 if [ "$NODE_RANK" -ge "$FIRST_SERVER_NODE" ]; then
   run_beside "$PYTHON" "$ROOT/tools/serve.py" --model "$(policy "$newest")" --policy-version "$(printf v%04d "$newest")" \
     --num-servers "$SERVERS_PER_NODE" --host "$SERVER_HOST" --port "$SERVER_PORT" --dtype "$SERVER_DTYPE" \
-    --max-model-len "$MAX_MODEL_LEN" --platform "$PLATFORM" --urls-file "$SERVERS/$NODE_RANK.urls" &
+    --max-model-len "$MAX_MODEL_LEN" --platform "$PLATFORM" --urls-file "$SERVERS/$NODE_RANK.urls" \
+    --token-file "$SERVERS/token" &
   [ "$DRY_RUN" = 0 ] || wait
 fi
 if [ "$NODE_RANK" -ge "$TRAIN_NODES" ]; then  # a server node: its servers run until the run is done
@@ -154,11 +155,11 @@ for round in $(seq 0 "$UPDATES"); do
   [ "$DRY_RUN" = 1 ] || mkdir -p "$dir"
 
   if [ "$NODE_RANK" = 0 ] && [ "$round" -gt "$newest" ] && ! sealed "$dir/rollouts"; then
-    run "$PYTHON" "$ROOT/tools/refresh.py" --urls "$URLS" --policy "$(policy "$round")" --version "$version"
+    run "$PYTHON" "$ROOT/tools/refresh.py" --urls "$URLS" --token-file "$SERVERS/token" --policy "$(policy "$round")" --version "$version"
   fi
   if [ "$NODE_RANK" = 0 ] && ! sealed "$dir/rollouts"; then
     run_beside "$PYTHON" "$ROOT/tools/rollout.py" --prompts "$RUN/prompts" --out "$dir/rollouts" \
-      --round "$round" --policy-version "$version" --urls "$URLS" --greedy-paths "$GREEDY_PATHS" \
+      --round "$round" --policy-version "$version" --urls "$URLS" --token-file "$SERVERS/token" --greedy-paths "$GREEDY_PATHS" \
       --sampled-paths "$SAMPLED_PATHS" --max-tokens "$MAX_TOKENS" --max-model-len "$MAX_MODEL_LEN" &
     rollout=$!
     [ "$DRY_RUN" = 0 ] || wait

@@ -43,9 +43,9 @@ _PATHS = ("run_dir", "teacher", "student", "prompts", "eval.prompts")
 # gives up.
 _FREE = {
     "": "run_dir nproc_per_node platform redo",
-    "rollout.": "urls num_servers server_args concurrency request_timeout start_timeout max_quarantined",
-    "annotate.": "urls concurrency max_quarantined follow_seconds micro_batch_size tensor_model_parallel_size "
-    "pipeline_model_parallel_size",
+    "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout max_quarantined",
+    "annotate.": "urls token_file concurrency max_quarantined follow_seconds micro_batch_size "
+    "tensor_model_parallel_size pipeline_model_parallel_size",
     "eval.": "teacher",
     "train.": "save_interval save_interval_in_mins log_interval log_entropy tensorboard_dir wandb_project "
     "wandb_exp_name platform micro_batch_size balance_attention tensor_model_parallel_size "

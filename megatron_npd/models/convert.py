@@ -18,7 +18,7 @@ from megatron_npd.manifest import config_hash, is_sealed, seal, writing
 from megatron_npd.models.build import build_model
 from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from megatron_npd.models.families.base import ModelSpec, Rule, load_spec
-from megatron_npd.models.hf_checkpoint import HFCheckpoint, ShardWriter, has_weights
+from megatron_npd.models.hf_checkpoint import HFCheckpoint, ShardWriter
 from megatron_npd.models.mapping import (
     global_parameters,
     hf_shapes,
@@ -28,6 +28,7 @@ from megatron_npd.models.mapping import (
     rule_shapes,
 )
 from megatron_npd.platform.initialize import initialize_distributed
+from megatron_npd.weights import has_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
 # What makes a directory a model for transformers and vLLM, beside the weights; copied as they are.
@@ -57,7 +58,8 @@ def load_hf_weights(model: nn.Module, spec: ModelSpec) -> None:
         spec: The model's shape, with the directory to read.
 
     Raises:
-        UserError: No weights, a damaged file, or a tensor that is missing, unexpected or of another shape or type.
+        UserError: No weights, a damaged file, or a tensor that is missing, unexpected, undefined or of another shape
+            or type.
     """
     checkpoint = open_checkpoint(spec)
     rank, size = _tensor_parallel()
@@ -69,6 +71,11 @@ def load_hf_weights(model: nn.Module, spec: ModelSpec) -> None:
             local = torch.zeros(parameter.shape, dtype=_widest(rule, checkpoint.dtypes))
             for piece in pieces(rule, spec, rank, size):
                 local[piece.target] = checkpoint.read(piece.name, piece.source)
+            if not torch.stack(local.aminmax()).isfinite().all():
+                raise UserError(
+                    f"{' and '.join(rule.hf)} in {spec.path} must hold finite numbers, got NaN or infinity; use "
+                    "weights from before they arose"
+                )
             parameter.copy_(local)
 
 
@@ -95,7 +102,7 @@ def export_hf(
         provenance: What the manifest says beside the architecture (policy version, iteration, ...).
 
     Raises:
-        UserError: ``out_dir`` is there already, or another process is writing it.
+        UserError: ``out_dir`` is there already, another process is writing it, or a weight is NaN or infinite.
     """
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
@@ -121,6 +128,7 @@ def export_hf(
         for file in directory.glob("*.safetensors"):  # safetensors makes them private; a server may be another user
             shutil.copymode(directory / "config.json", file)
         about = {"architecture": spec.architecture, "config_hash": config_hash(spec.hf_config)}
+        about["weights"] = writer.content.hexdigest()
         seal(directory, kind="policy", provenance={**about, **(provenance or {})})
         (out / LOCK).unlink()
 
@@ -188,9 +196,6 @@ def open_checkpoint(spec: ModelSpec) -> HFCheckpoint:
         UserError: As for ``HFCheckpoint``, or a tensor is missing, unexpected or of another shape.
     """
     checkpoint = HFCheckpoint(spec.path)
-    if spec.tied:
-        embedding, _, head = (next(iter(rule.hf)) for rule in spec.family.outer_rules)
-        checkpoint.drop_copy(head, embedding)
     checkpoint.check(hf_shapes(spec))
     return checkpoint
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,10 @@ from safetensors.torch import save_file
 
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest, write_atomic
+from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, ContentHash, check_finite, read_weights
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-_FINGERPRINT_BYTES = 2**20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class HFCheckpoint:
@@ -30,64 +28,26 @@ class HFCheckpoint:
     """
 
     def __init__(self, hf_dir: str | Path) -> None:
-        """Open every file and read the headers; where the directory is sealed, the hashes are checked first.
+        """Read the headers; where the directory is sealed, the hashes are checked first.
 
         Raises:
-            UserError: No safetensors, a damaged file, an index that does not fit its files, or a type that is no float.
+            UserError: As for ``read_weights``, or a type that is no float.
         """
         self.path = Path(hf_dir)
         if is_sealed(self.path):  # one of a run's policies
             read_manifest(self.path)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
+        weights = read_weights(self.path)
+        weights.check_tied_copy()
+        self._headers = weights.tensors
+        for name, header in self._headers.items():
+            if header.dtype not in _DTYPES:
+                raise UserError(
+                    f"{name} in {self.path / header.file} must be {' or '.join(_DTYPES)}, got {header.dtype}; use the "
+                    "model's unquantised weights"
+                )
+        self.shapes = {name: header.shape for name, header in self._headers.items()}
+        self.dtypes = {name: _DTYPES[header.dtype] for name, header in self._headers.items()}
         self._readers: dict[str, Any] = {}
-        self._files: dict[str, Path] = {}
-        index = self._read_index()
-        for file in [SINGLE_FILE] if index is None else sorted(set(index.values())):
-            self._open(self.path / file)
-        if index is not None:
-            for name in sorted(index.keys() ^ self._files.keys()):
-                found = self._files.get(name)
-                raise UserError(
-                    f"{self.path / INDEX_FILE} must list the tensors of its files, got {name} only in "
-                    f"{found.name if found else 'the index'}; download the model again"
-                )
-
-    def _read_index(self) -> dict[str, str] | None:
-        file = self.path / INDEX_FILE
-        if not has_weights(self.path):
-            raise UserError(
-                f"{self.path} must hold {SINGLE_FILE} or {INDEX_FILE}, got neither; convert other weight files with "
-                "transformers' save_pretrained"
-            )
-        if (self.path / SINGLE_FILE).is_file():
-            return None  # what transformers prefers too
-        try:
-            index = json.loads(file.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} must be a safetensors index, got {error!r}; download the model again") from error
-        for name, shard in index.items() if isinstance(index, dict) else [("weight_map", index)]:
-            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
-                raise UserError(f"{file} must name files of its directory, got {shard!r} for {name}; do not use it")
-        return index
-
-    def _open(self, file: Path) -> None:
-        try:
-            reader = safe_open(file, framework="pt")
-            names = reader.keys()
-        except (SafetensorError, FileNotFoundError) as error:
-            raise UserError(f"{file} must be a whole safetensors file, got {error}; download it again") from error
-        for name in names:
-            header = reader.get_slice(name)
-            if name in self._files:
-                raise UserError(f"{name} must be in one file, got it in {self._files[name]} and {file}; remove one")
-            if header.get_dtype() not in _DTYPES:
-                raise UserError(
-                    f"{name} in {file} must be {' or '.join(_DTYPES)}, got {header.get_dtype()}; use the model's "
-                    "unquantised weights"
-                )
-            self._files[name], self._readers[name] = file, reader
-            self.shapes[name], self.dtypes[name] = tuple(header.get_shape()), _DTYPES[header.get_dtype()]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Compare the headers with the tensors that the model has.
@@ -100,45 +60,34 @@ class HFCheckpoint:
                 raise UserError(f"{self.path} must hold the tensor {name}, got no such tensor; check its config.json")
             if self.shapes[name] != shape:
                 raise UserError(
-                    f"{name} in {self._files[name]} must have shape {list(shape)} by config.json, got "
+                    f"{name} in {self._file(name)} must have shape {list(shape)} by config.json, got "
                     f"{list(self.shapes[name])}; check config.json"
                 )
         for name in self.shapes.keys() - shapes.keys():
             raise UserError(
-                f"{self._files[name]} must hold the model's tensors only, got {name}; the model that config.json "
+                f"{self._file(name)} must hold the model's tensors only, got {name}; the model that config.json "
                 "describes has none of that name"
             )
 
-    def drop_copy(self, name: str, original: str) -> None:
-        """Forget a tensor that repeats another one (a tied output layer that was saved all the same).
-
-        Raises:
-            UserError: They differ.
-        """
-        if name not in self.shapes:
-            return
-        if not torch.equal(self.read(name), self.read(original)):
-            raise UserError(
-                f"{name} in {self._files[name]} must equal {original}, to which config.json ties it, got other "
-                "numbers; set tie_word_embeddings to false or remove the tensor"
-            )
-        del self.shapes[name], self.dtypes[name]
-
     def read(self, name: str, where: tuple[slice, ...] = ()) -> torch.Tensor:
         """One tensor's rectangle, in its own type, on the CPU; only its bytes are read."""
-        piece = self._readers[name].get_slice(name)
+        file = self._file(name)
+        if file.name not in self._readers:
+            self._readers[file.name] = safe_open(file, framework="pt")
+        piece = self._readers[file.name].get_slice(self._headers[name].name)
         return piece[where] if where else piece[:]
 
-
-def has_weights(hf_dir: str | Path) -> bool:
-    """Whether a Hugging Face directory holds safetensors weights (and not a configuration only)."""
-    return any((Path(hf_dir) / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    def _file(self, name: str) -> Path:
+        return self.path / self._headers[name].file
 
 
 class ShardWriter:
     """Writes tensors, as they come, into safetensors files named as transformers names them.
 
     A shard is written when its last tensor has come, so one shard is what the memory has to hold.
+
+    Attributes:
+        content: The hash of all that has been written, as servers compute it of what they load.
     """
 
     def __init__(
@@ -157,6 +106,7 @@ class ShardWriter:
             max_shard_bytes: Size that no shard exceeds (unless a single tensor does).
         """
         self.out_dir = out_dir
+        self.content = ContentHash()
         sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
         self._total = sum(sizes.values())
         plan: list[list[str]] = []
@@ -175,11 +125,18 @@ class ShardWriter:
         self._waiting: dict[str, dict[str, torch.Tensor]] = {file: {} for file in self._shards}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one whole tensor, and write its shard if it was the last one of it."""
+        """Take one whole tensor, and write its shard if it was the last one of it.
+
+        Raises:
+            UserError: A number of it is NaN or infinite, or the disk is full.
+        """
         file = self._file_of[name]
         waiting = self._waiting[file]
         assert name not in waiting, f"{name} came twice"
-        waiting[name] = tensor.contiguous()
+        waiting[name] = tensor = tensor.contiguous()
+        dtype, data = _NAMES[tensor.dtype], tensor.view(torch.uint8).flatten().numpy()
+        check_finite(f"{name} of the model to export into {self.out_dir.parent}", dtype, data)
+        self.content.add(name, f"{dtype} {list(tensor.shape)}", data)
         if len(waiting) == len(self._shards[file]):
             try:
                 save_file(waiting, self.out_dir / file, metadata={"format": "pt"})
@@ -193,19 +150,3 @@ class ShardWriter:
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._file_of}
             write_atomic(self.out_dir / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def model_fingerprint(hf_dir: str | Path) -> str:
-    """16 hex digits that tell one model from another: configuration, sizes, first and last MiB of each weight file.
-
-    A full hash of a 72B teacher takes minutes; a changed model differs in its headers or in these weights.
-    """
-    digest = hashlib.sha256((Path(hf_dir) / "config.json").read_bytes())
-    for file in sorted(Path(hf_dir).glob("*.safetensors")):
-        with open(file, "rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(f"{file.name} {size}".encode())
-            for start in (0, max(size - _FINGERPRINT_BYTES, 0)):
-                stream.seek(start)
-                digest.update(stream.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]

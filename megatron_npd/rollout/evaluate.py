@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import read_manifest
-from megatron_npd.rollout.pool import Answer, Failure, Request, ServerPool
+from megatron_npd.rollout.answers import Answer, Failure, Request
+from megatron_npd.rollout.pool import ServerPool
 
 _WRONG_KEPT = 5
 
@@ -76,13 +77,18 @@ def exact_match(
             raise UserError(
                 f"every problem must be answered, got {result.reason} for {prompt_id} ({result.detail}); rerun"
             )
+        if result.versions != (served,):
+            raise UserError(
+                f"all answers must come from {served}, got one from {', '.join(result.versions)}; "
+                "evaluate while nobody loads other weights"
+            )
         tokens += len(result.token_ids)
         text_ids = result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids
         responses[request.key] = str(tokenizer.decode(text_ids, skip_special_tokens=True))
         bar.update()
 
     context = pool.cfg.max_model_len
-    pool.check()
+    served = pool.check()
     with progress(len(problems), "evaluate", "problem") as bar:
         pool.run(
             (
@@ -91,7 +97,6 @@ def exact_match(
                 if 0 < len(ids := problem["prompt_ids"]) < context
             ),
             on_result,
-            logprobs=False,
         )
     if missing := len(problems) - len(responses):
         get_logger().warning("%d of %d problems do not fit the context and count as wrong", missing, len(problems))

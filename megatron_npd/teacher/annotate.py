@@ -32,13 +32,13 @@ from megatron_npd.data.tokenizer import check_vocabularies, document_start, load
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, in_words, read_manifest, seal, writing
 from megatron_npd.models.families.base import load_sizes, load_spec
-from megatron_npd.models.hf_checkpoint import model_fingerprint
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.records import QUARANTINE_FILE
 from megatron_npd.teacher.samples import Setting, read_samples
 from megatron_npd.teacher.scorer import Scorer
 from megatron_npd.teacher.shard import write_shard
 from megatron_npd.teacher.waves import RolloutWaves, Wave
+from megatron_npd.weights import model_fingerprint
 
 
 def annotate_round(

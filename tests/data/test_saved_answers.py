@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_npd.records import SAMPLES_FILE
+from megatron_npd.rollout.access import bearer
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.server import GENERATE
 from tests.helpers import VOCAB_SIZE
@@ -44,7 +45,7 @@ def test_a_live_servers_answers_become_the_records_of_transformers(
         for number, (prompt, response) in enumerate(samples):
             tokens = "token_ids" if path == GENERATE else "prompt"
             request = {tokens: prompt + response, "temperature": 0.0, **body}
-            reply = httpx.post(served_pool.urls[0] + path, json=request, timeout=60, trust_env=False)
+            reply = httpx.post(served_pool.urls[0] + path, json=request, headers=bearer(served_pool.token), timeout=60)
             assert reply.status_code == 200, reply.text
             saved = {"id": f"p{number}", "prompt_len": len(prompt), "response": reply.json()}
             if path == GENERATE:  # which does not send them back

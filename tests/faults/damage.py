@@ -22,8 +22,8 @@ from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, read_manifest
 from megatron_npd.rollout import generate
-from megatron_npd.rollout.headers import read_headers
 from megatron_npd.rollout.journal import Journal, Recorded
+from megatron_npd.weights import read_weights
 from tests.faults.world import OUTPUTS, ROLLOUT
 
 HANG_SECONDS = 20
@@ -211,7 +211,7 @@ def _targets(readers: Readers) -> dict[str, tuple[Path, list[bytes], Reader]]:
         "manifest": (manifest, [manifest.read_bytes()], lambda: read_manifest(run / "prompts", kind="prompts")),
         "tokens.idx": (index, [index.read_bytes()], lambda: AnnotationStore(store, verify=False)),
         "schedule.jsonl": (schedule, [schedule.read_bytes()], lambda: load_schedule(schedule)),
-        "safetensors": (weights, [head[: 2**14], head[:900]], lambda: read_headers(bare)),
+        "safetensors": (weights, [head[: 2**14], head[:900]], lambda: read_weights(bare)),
         "journal": (journal, [journal.read_bytes()], journaled),
         "lock": (lock, [b'{"epoch": 3, "pid": 4, "host": "node7", "boot": "x"}\n'], locked),
     }

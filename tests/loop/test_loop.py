@@ -38,7 +38,7 @@ STAGES = ("generate_round", "select_round", "pack_selection")
 
 @pytest.fixture(scope="module")
 def recipe(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, served_pool: ServerPool
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, served_pool: ServerPool, token_file: Path
 ) -> Iterator[NPDConfig]:
     root = tmp_path_factory.mktemp("loop")
     teacher = make_tiny_model(root / "teacher", seed=1, num_hidden_layers=3)
@@ -56,6 +56,7 @@ def recipe(
         "eval.prompts": root / "test.jsonl",
         "eval.max_tokens": 8,
         "rollout.urls": json.dumps(served_pool.urls),
+        "rollout.token_file": token_file,
         "rollout.max_tokens": 12,
         "rollout.max_model_len": 128,
         "rollout.shard_size": 16,
@@ -79,8 +80,6 @@ def weights(run: Path, version: str) -> dict[str, torch.Tensor]:
 def test_two_rounds_and_a_report(recipe: NPDConfig) -> None:
     table = controller.run_npd(recipe)
     run = Path(recipe.run_dir)
-    for line, name in zip(controller.results(recipe).splitlines(), ("policy", "report"), strict=True):
-        assert line.split()[0] == name and Path(line.split()[1]).exists()
     for index in (0, 1):
         for stage in ("rollouts", "annotations", "selection", "packs"):
             manifest = read_manifest(run / "rounds" / f"{index:04d}" / stage)
@@ -112,7 +111,6 @@ def test_a_finished_run_repeats_nothing(recipe: NPDConfig, monkeypatch: pytest.M
     for name in STAGES:
         monkeypatch.setattr(controller, name, forbidden)
     monkeypatch.setattr(evaluation, "exact_match", forbidden)
-    monkeypatch.setattr(controller, "record_environment", forbidden)  # with what it was computed stays as it was
     controller.run_npd(recipe)
 
 

@@ -21,6 +21,8 @@ from megatron_npd.manifest import seal, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE
 
 EOS = 2
+CONTENT = "0123456789abcdef"  # hash of the weights that a new server holds
+VOCAB_SIZE = 304
 Trouble = Callable[[dict[str, Any]], Any]
 
 
@@ -59,12 +61,14 @@ class FakeServer(ThreadingHTTPServer):
     """Starts on construction; a context manager.
 
     Attributes:
+        version: What it marks its answers with: a version and the hash of its weights.
         asked: Bodies of the generate requests with more than one token to generate.
         answered: How many of them got an answer.
         called: Paths of all other POST requests.
-        trouble: Called with each generate body; an int is a status to answer with, a dict replaces fields of the
-            choice, None is no trouble. It may sleep.
-        headers_of: Answers ``npd_describe``.
+        trouble: Called with each generate body; an int is a status to answer with (a pair: with headers), bytes are
+            the whole body of an answer 200, a dict replaces fields of the choice, None is no trouble. It may sleep.
+        headers_of: Answers ``npd_describe``, beside the size of the vocabulary.
+        loads: Answers ``npd_load``.
         load_status: Status that ``npd_load`` answers with.
     """
 
@@ -74,12 +78,13 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, version: str = "v0000") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.version = version
+        self.version = f"{version}-{CONTENT}"
         self.asked: list[dict[str, Any]] = []
         self.answered = 0
         self.called: list[str] = []
         self.trouble: Trouble = lambda body: None
         self.headers_of: Callable[[str], dict[str, Any]] = lambda directory: {}
+        self.loads: Callable[[str], dict[str, Any]] = lambda directory: {"weights": CONTENT}
         self.load_status = 200
         self.max_model_len = 64
         self.dead = False
@@ -103,9 +108,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
-    def _answer(self, status: int, value: Any) -> None:
-        data = json.dumps(value).encode()
+    def _answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -127,9 +134,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/collective_rpc":
             self.server.called[-1] = body["method"]
             if body["method"] == "npd_load":
-                self._answer(self.server.load_status, {"results": [{"seconds": 0.1}]})
+                self._answer(self.server.load_status, {"results": [self.server.loads(*body["args"])]})
+            elif body["method"] == "npd_clear":
+                self._answer(200, {"results": [{}]})
             else:
-                self._answer(200, {"results": [self.server.headers_of(*body.get("args", []) or [""])]})
+                found = {"vocab_size": VOCAB_SIZE, **self.server.headers_of(*body.get("args", []) or [""])}
+                self._answer(200, {"results": [found]})
         else:
             self._answer(200, {"success": True})
 
@@ -139,8 +149,11 @@ class _Handler(BaseHTTPRequestHandler):
         trouble = self.server.trouble(body)
         if self.server.dead:
             self.close_connection = True  # without an answer
-        elif isinstance(trouble, int):
-            self._answer(trouble, {"error": {"message": "as the test wants it"}})
+        elif isinstance(trouble, int | tuple):
+            status, headers = trouble if isinstance(trouble, tuple) else (trouble, {})
+            self._answer(status, {"error": {"message": "as the test wants it"}}, headers)
+        elif isinstance(trouble, bytes):
+            self._answer(200, trouble)
         else:
             choice = fake_answer(body, self.server.version) | (trouble or {})
             self._answer(200, {"choices": [choice], "prompt_logprobs": fake_prompt_logprobs(body)})

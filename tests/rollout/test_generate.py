@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +22,12 @@ from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, is_sealed, read_manifest, seal, writing
 from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
+from megatron_npd.rollout import asking
 from megatron_npd.rollout import shard as shard_module
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.rollout.pool import ServerPool
-from tests.rollout.fake import EOS, FakeServer, die_after, fake_answer, write_prompts
+from tests.rollout.fake import CONTENT, EOS, VOCAB_SIZE, FakeServer, die_after, fake_answer, write_prompts
 
 CFG = RolloutConfig(max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=5.0)
 FIRST_JOURNAL = "answers-00000.journal"
@@ -235,6 +237,7 @@ def rollout_rows(shard: Path) -> list[dict[str, Any]]:
 def test_a_shard_that_no_column_can_hold_is_refused_before_it_is_generated(prompts: Path, tmp_path: Path) -> None:
     cfg = dataclasses.replace(CFG, shard_size=2**17, max_model_len=2**15)
     with FakeServer() as server:
+        server.max_model_len = cfg.max_model_len
         with pytest.raises(UserError, match=r"shard_size x max_model_len must be below 2\*\*31 tokens, got 131070 x"):
             generate(prompts, tmp_path / "out", server, cfg=cfg)
         assert not server.asked
@@ -283,8 +286,12 @@ def test_bad_prompts_and_answers_are_set_aside_by_reason(tmp_path: Path) -> None
     troubles = {
         4: {"token_ids": [2], "finish_reason": "stop", "logprobs": {"content": [{"logprob": -1.0}]}},
         5: 400,
-        6: {"weight_versions": [{"version": "v0000", **span}, {"version": "v0001", **span}]},
-        7: {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]}},
+        6: {"weight_versions": [{"version": f"v0000-{CONTENT}", **span}, {"version": "v0001", **span}]},
+        7: {
+            "token_ids": [5, 6],
+            "finish_reason": "length",
+            "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]},
+        },
     }
     cfg = RolloutConfig(**vars(CFG) | {"sampled_paths": 0, "max_quarantined": 0.75})
     with FakeServer() as server:
@@ -308,24 +315,87 @@ def test_bad_prompts_and_answers_are_set_aside_by_reason(tmp_path: Path) -> None
     assert pq.read_table(shard / ROLLOUTS_FILE)["prompt_id"].to_pylist() == ["p0", "p2"]
 
 
-@pytest.mark.parametrize(
-    ("trouble", "reason"),
-    [
-        ({"token_ids": [5, -6]}, "token_outside_vocabulary"),
-        ({"token_ids": [5, 2**31]}, "token_outside_vocabulary"),
-        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": 0.1}]}}, "undefined_logprob"),
-        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": float("nan")}]}}, "undefined_logprob"),
-        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]}}, "undefined_logprob"),
-        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": float("-inf")}]}}, "undefined_logprob"),
-        ({"logprobs": {"content": [{"logprob": -1.0}]}}, "undefined_logprob"),
-    ],
-)
-def test_answers_that_no_model_gives_are_set_aside(prompts: Path, tmp_path: Path, trouble: dict, reason: str) -> None:
-    good = {"token_ids": [5, 6], "logprobs": {"content": [{"logprob": -1.0}, {"logprob": 0.0}]}}
+TWO = {"token_ids": [5, 6], "finish_reason": "length"}
+NONSENSE = {
+    "garbage": b"<html>busy</html>",
+    "cut": b'{"choices": [{"token_ids": [5',
+    "deep": b"[" * 100_000,
+    "null": b"null",
+    "string": b'"text"',
+    "list": b"[]",
+    "no choices": b'{"choices": []}',
+    "null ids": {"token_ids": None},
+    "no ids": {"token_ids": []},
+    "words": {"token_ids": "text"},
+    "floats": TWO | {"token_ids": [5.0, 6.0]},
+    "below the vocabulary": TWO | {"token_ids": [5, -6]},
+    "above the vocabulary": TWO | {"token_ids": [5, VOCAB_SIZE]},
+    "no int32": TWO | {"token_ids": [5, 2**31]},
+    "too many": {"token_ids": [5] * 21, "logprobs": {"content": [{"logprob": -1.0}] * 21}},
+    "no log-probabilities": {"logprobs": None},
+    "too few log-probabilities": TWO | {"logprobs": {"content": [{"logprob": -1.0}]}},
+    "a log-probability in words": TWO | {"logprobs": {"content": [{"logprob": "x"}, {"logprob": -1.0}]}},
+    "a stop without a stop id": {
+        "token_ids": [EOS, 6],
+        "finish_reason": "stop",
+        "logprobs": {"content": [{"logprob": -1.0}] * 2},
+    },
+    "no versions": {"weight_versions": "v0000"},
+    "busy": (429, {"Retry-After": "0"}),
+    "moved": (307, {"Location": "http://127.0.0.1:9/"}),
+    "early": 425,
+    "failing": 500,
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_asked_for_again_then_set_aside(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(asking, "_RETRY_DELAYS", (0.0, 0.01))
+    first = pq.read_table(prompts / PROMPTS_FILE)["prompt_ids"][0].as_py()
     with FakeServer() as server:
-        server.trouble = lambda body: good | {"finish_reason": "length"} | (trouble if len(server.asked) == 9 else {})
-        manifest = generate(prompts, tmp_path / "out", server, cfg=dataclasses.replace(CFG, merge_identical=False))
-    assert manifest.counts["quarantined"] == {reason: 1} and manifest.counts["kept"] == 35
+        server.trouble = lambda body: NONSENSE[name] if len(server.asked) == 9 else None
+        generate(prompts, tmp_path / "once", server)
+        assert len(server.asked) == 37
+        server.trouble = lambda body: NONSENSE[name] if body["token_ids"] == first else None
+        manifest = generate(prompts, tmp_path / "always", server)
+    assert content(tmp_path / "once") == reference
+    assert manifest.counts["quarantined"] == {"request_failed": 3} and manifest.counts["kept"] == 33
+
+
+@pytest.mark.parametrize("logprob", [-9999.0, -1e9, float("-inf"), float("nan"), None, 0.1])
+def test_undefined_numbers_are_asked_for_again_from_a_cleared_cache(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes], logprob: float | None
+) -> None:
+    undefined = TWO | {"logprobs": {"content": [{"logprob": -1.0}, {"logprob": logprob}]}}
+    first = pq.read_table(prompts / PROMPTS_FILE)["prompt_ids"][0].as_py()
+    clearing = ["/pause?mode=wait", "npd_clear", "/reset_prefix_cache", "/resume"]
+    with FakeServer() as server, FakeServer() as healthy:
+        server.trouble = lambda body: undefined if "npd_clear" not in server.called else None
+        generate(prompts, tmp_path / "cured", server, healthy)
+        assert server.called == ["npd_describe", *clearing] and not healthy.called
+    assert content(tmp_path / "cured") == reference
+    with FakeServer() as server:
+        server.trouble = lambda body: undefined if body["token_ids"] == first else None
+        manifest = generate(prompts, tmp_path / "always", server)
+        assert server.called == ["npd_describe", *clearing]  # once: what is undefined then is the model's
+    assert manifest.counts["quarantined"] == {"undefined_logprob": 3} and manifest.counts["kept"] == 33
+
+
+def test_a_server_of_nonsense_alone_is_named(prompts: Path, tmp_path: Path) -> None:
+    with FakeServer() as server:
+        server.trouble = lambda body: b"{}" if len(server.asked) > 10 else None
+        with pytest.raises(UserError, match=rf"{server.url} must generate, got an answer that is none: no choices"):
+            generate(prompts, tmp_path / "out", server)
+
+
+def test_the_wait_that_a_server_asks_for_is_kept_within_bounds() -> None:
+    def wait(text: str) -> float:
+        return asking._retry_after(httpx.Response(429, headers={"Retry-After": text}))
+
+    assert [wait(text) for text in ("2", "0.5", "1000", "-1", "soon", "nan")] == [2.0, 0.5, 30.0, 0.0, 0.0, 0.0]
+    assert wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0 and wait("Wed, 21 Oct 2115 07:28:00 GMT") == 30.0
 
 
 def test_too_many_failures_stop_the_round_and_are_asked_again(
@@ -385,11 +455,21 @@ def test_other_policy_is_refused_before_and_during_the_round(
 
         def switch(body: dict) -> None:
             if len(server.asked) > 10:
-                server.version = "v0001"
+                server.version = f"v0000-{'f' * 16}"  # the same name for other weights
 
         server.trouble = switch
-        with pytest.raises(UserError, match=r"answers must come from policy v0000, got one from v0001"):
+        with pytest.raises(UserError, match=rf"must come from policy v0000-{CONTENT}, got one from v0000-f+;"):
             generate(prompts, out, server)
+        with pytest.raises(UserError, match=rf"weights must be what .* was begun with \({CONTENT}\), got f+;"):
+            generate(prompts, out, server)
+    with FakeServer() as server, FakeServer() as other:
+        other.version = f"v0000-{'f' * 16}"
+        with pytest.raises(UserError, match=rf"all servers must hold the same weights, got v0000-f+ on {other.url} "):
+            generate(prompts, out, server, other)
+        other.version = "v0000"
+        with pytest.raises(UserError, match=rf"{other.url} must say which weights it holds, got v0000;"):
+            generate(prompts, out, server, other)
+        assert not server.asked + other.asked
     with FakeServer() as server:
         generate(prompts, out, server)
         assert len(server.asked) < 36

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError
-from megatron_npd.rollout.headers import read_headers
 from megatron_npd.rollout.pool import UNUSABLE, ServerPool
 from megatron_npd.rollout.refresh import refresh
-from tests.rollout.fake import FakeServer
+from megatron_npd.rollout.server import tag
+from megatron_npd.weights import read_weights
+from tests.rollout.fake import CONTENT, FakeServer
 
 CFG = RolloutConfig(max_model_len=64)
 
 
 def serve(model_dir: Path) -> FakeServer:
     server = FakeServer()
-    server.headers_of = lambda directory: asdict(read_headers(directory or model_dir))
+    server.headers_of = lambda directory: read_weights(directory or model_dir).describe()
+    server.loads = lambda directory: {"weights": read_weights(directory).content_hash()}
     return server
 
 
@@ -35,7 +36,7 @@ def test_order_of_calls(tiny_model_dir: Path) -> None:
             "/update_weight_version",
             "/resume",
         ]
-        assert server.version == "v0001"
+        assert server.version == tag("v0001", read_weights(tiny_model_dir).content_hash())
 
 
 def test_a_failure_while_loading_marks_that_server_and_resumes_it(tiny_model_dir: Path) -> None:
@@ -46,7 +47,7 @@ def test_a_failure_while_loading_marks_that_server_and_resumes_it(tiny_model_dir
             UserError, match=rf"(?s){bad.url} must accept /collective_rpc, got 500.*is tagged 'unusable'"
         ):
             refresh(pool, tiny_model_dir, "v0001")
-        assert (good.version, bad.version) == ("v0001", UNUSABLE)
+        assert good.version.startswith("v0001-") and bad.version == UNUSABLE
         assert good.called[-1] == bad.called[-1] == "/resume"
         with pytest.raises(UserError, match=f"{bad.url} must serve policy v0001, got unusable"):
             pool.check(version="v0001")
@@ -79,7 +80,7 @@ def test_one_server_of_another_model_stops_all_before_anything_is_loaded(tiny_mo
     with serve(tiny_model_dir) as first, serve(other) as second:
         with pytest.raises(UserError, match=f"must match what {second.url} serves, got tensor model.layers.1"):
             refresh(ServerPool([first.url, second.url], CFG), tiny_model_dir, "v0001")
-        assert first.version == second.version == "v0000"
+        assert first.version == second.version == tag("v0000", CONTENT)
         assert set(first.called + second.called) == {"npd_describe"}
 
 

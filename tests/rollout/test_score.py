@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from megatron_npd.config import AnnotateConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.models.families import FAMILIES
+from megatron_npd.rollout import asking
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.score import ServerScorer
+from megatron_npd.weights import model_fingerprint
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
 from tests.rollout.fake import FakeServer
@@ -33,9 +36,17 @@ def settings(*urls: str, **fields: Any) -> AnnotateConfig:
     return AnnotateConfig(**{"top_k": TOP_K, "seq_length": 128, "backend": "vllm", "urls": urls, **fields})
 
 
+def teacher_server(teacher_dir: Path) -> FakeServer:
+    server = FakeServer()
+    server.max_model_len = 256
+    server.headers_of = lambda directory: {"fingerprint": model_fingerprint(teacher_dir)}
+    return server
+
+
 @pytest.mark.server
 def test_servers_leave_the_records_of_megatron_core(
     served_pool: ServerPool,
+    token_file: Path,
     tiny_model_dir: Path,
     student_dir: Path,
     tmp_path: Path,
@@ -53,7 +64,14 @@ def test_servers_leave_the_records_of_megatron_core(
         "teacher": tiny_model_dir,
         "student": student_dir,
     }
-    flags |= {"top-k": TOP_K, "seq-length": 128, "backend": "vllm", "urls": served_pool.urls[0], "platform": "cpu"}
+    flags |= {
+        "top-k": TOP_K,
+        "seq-length": 128,
+        "backend": "vllm",
+        "urls": served_pool.urls[0],
+        "token-file": token_file,
+        "platform": "cpu",
+    }
     arguments = [f"--{name}={value}" for name, value in flags.items()]
     monkeypatch.delitem(FAMILIES, "Qwen2ForCausalLM")
     with pytest.raises(UserError, match="must be one of LlamaForCausalLM"):
@@ -76,18 +94,17 @@ def test_servers_leave_the_records_of_megatron_core(
 
 
 @pytest.mark.server
-def test_a_server_of_another_model_is_refused(served_pool: ServerPool, student_dir: Path) -> None:
+def test_a_server_of_another_model_is_refused(served_pool: ServerPool, token_file: Path, student_dir: Path) -> None:
     with (
-        ServerScorer(student_dir, settings(served_pool.urls[0])) as scorer,
-        pytest.raises(UserError, match=r"must serve the teacher .*student, got .*model with other files"),
+        ServerScorer(student_dir, settings(served_pool.urls[0], token_file=str(token_file))) as scorer,
+        pytest.raises(UserError, match=r"must serve the teacher .*student, got a model with other files"),
     ):
         scorer.score([np.array([5])], [np.array([6, 7])], top_k=TOP_K)
 
 
 def test_a_server_that_gives_too_few_logprobs_is_refused(student_dir: Path, tmp_path: Path) -> None:
     make_rollouts(tmp_path / "rollouts", LENGTHS)
-    with FakeServer() as server:
-        server.max_model_len = 256
+    with teacher_server(student_dir) as server:
         server.trouble = lambda body: 400 if body["sampling_params"].get("prompt_logprobs", 0) > 4 else None
         with (
             ServerScorer(student_dir, settings(server.url)) as scorer,
@@ -101,8 +118,7 @@ def test_a_sequence_that_a_server_refuses_is_set_aside(student_dir: Path, tmp_pa
 
     make_rollouts(tmp_path / "rollouts", LENGTHS)
     longest = max(prompt + response for prompt, response in LENGTHS)
-    with FakeServer() as server:
-        server.max_model_len = 256
+    with teacher_server(student_dir) as server:
         server.trouble = lambda body: 400 if len(body["token_ids"]) == longest else None
         cfg = settings(server.url, max_quarantined=0.2)
         with ServerScorer(student_dir, cfg) as servers:
@@ -110,6 +126,49 @@ def test_a_sequence_that_a_server_refuses_is_set_aside(student_dir: Path, tmp_pa
             manifest = annotate_round(tmp_path / "rollouts", tmp_path / "out", **models, cfg=cfg, servers=servers)
     assert manifest is not None
     assert manifest.counts["quarantined"] == {"sampled_logprob_undefined": 1} and manifest.counts["kept"] == 7
+
+
+GOOD = [None, {"6": {"logprob": -0.7}, "3": {"logprob": -1.7}}, {"7": {"logprob": -0.7}, "3": {"logprob": -1.7}}]
+NONSENSE = {
+    "none": None,
+    "a string": "text",
+    "too short": GOOD[:2],
+    "a null position": [None, GOOD[1], None],
+    "another token": [None, GOOD[1], GOOD[1]],
+    "too few": [None, GOOD[1], {"7": {"logprob": -0.7}}],
+    "words": [None, GOOD[1], {"7": {"logprob": -0.7}, "x": {"logprob": -1.7}}],
+    "outside the vocabulary": [None, GOOD[1], {"7": {"logprob": -0.7}, "304": {"logprob": -1.7}}],
+    "no number": [None, GOOD[1], {"7": {"logprob": "x"}, "3": {"logprob": -1.7}}],
+    "undefined": [None, GOOD[1], {"7": {"logprob": -9999.0}, "3": {"logprob": -1.7}}],
+}
+
+
+@pytest.mark.parametrize("name", NONSENSE)
+def test_nonsense_is_asked_for_again_then_set_aside(
+    student_dir: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(asking, "_RETRY_DELAYS", (0.0, 0.0))
+
+    def send(positions: object) -> bytes:
+        return json.dumps({"choices": [{"token_ids": [3]}], "prompt_logprobs": positions}).encode()
+
+    asked: list[list[int]] = []
+
+    def trouble(body: dict[str, Any]) -> bytes | None:
+        if body["token_ids"] not in ([5, 6, 7], [9, 6, 7]):
+            return None
+        asked.append(body["token_ids"])
+        always = body["token_ids"][0] == 9
+        return send(NONSENSE[name] if always or asked.count(body["token_ids"]) == 1 else GOOD)
+
+    with teacher_server(student_dir) as server:
+        server.trouble = trouble
+        with ServerScorer(student_dir, settings(server.url, top_k=2)) as scorer:
+            prefixes, responses = [np.array([5]), np.array([9])], [np.array([6, 7])] * 2
+            scores = scorer.score(prefixes, responses, top_k=2)
+    assert scores.sampled_logprobs_R.tolist()[:2] == pytest.approx([-0.7, -0.7])
+    assert scores.ids_RK is not None and scores.ids_RK.tolist() == [[6, 3], [7, 3], [0, 0], [0, 0]]
+    assert np.isnan(scores.sampled_logprobs_R[2:]).all()
 
 
 def _annotate_rank(rank: int, world_size: int, rollouts: Path, out: Path, student_dir: Path, url: str) -> None:
@@ -122,8 +181,7 @@ def _annotate_rank(rank: int, world_size: int, rollouts: Path, out: Path, studen
 
 def test_ranks_share_the_shards(student_dir: Path, tmp_path: Path) -> None:
     make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
-    with FakeServer() as server:
-        server.max_model_len = 256
+    with teacher_server(student_dir) as server:
         for world_size, name in ((1, "one"), (2, "two")):
             run_distributed(_annotate_rank, world_size, tmp_path / "rollouts", tmp_path / name, student_dir, server.url)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

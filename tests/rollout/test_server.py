@@ -9,13 +9,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError
-from megatron_npd.rollout.server import VLLMServer
+from megatron_npd.rollout.server import VLLMServer, start_servers
 from tests.helpers import make_tiny_model
+
+
+def launch(model_dir: Path, cfg: RolloutConfig = RolloutConfig(), **arguments: Any) -> None:  # noqa: B008
+    start_servers([VLLMServer(model_dir, cfg, **arguments)], version="v0000")
 
 
 def group_exists(group: int) -> bool:
@@ -40,15 +45,15 @@ def wait_for(condition, seconds: float = 60.0) -> bool:
 def test_head_size_that_dies_in_use_is_refused_before_the_start(tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model", num_attention_heads=4, num_key_value_heads=2)  # heads of 16
     with pytest.raises(UserError, match=r"head size of .* must be one of 32, 64, .* on a CPU, got 16"):
-        VLLMServer.launch(model, RolloutConfig())
+        launch(model)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must be a Hugging Face model directory, got no config\.json"):
-        VLLMServer.launch(tmp_path, RolloutConfig())
+        launch(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="must be JSON"):
-        VLLMServer.launch(tmp_path, RolloutConfig())
+    with pytest.raises(UserError, match="must be a JSON file"):
+        launch(tmp_path)
 
 
 def test_a_server_that_dies_at_the_start_shows_its_log(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -56,7 +61,7 @@ def test_a_server_that_dies_at_the_start_shows_its_log(tiny_model_dir: Path, tmp
     with pytest.raises(
         UserError, match=r"(?s)got an end with exit code 2; its log .*unrecognized arguments: --no-such-"
     ):
-        VLLMServer.launch(tiny_model_dir, cfg, log_dir=tmp_path)
+        launch(tiny_model_dir, cfg, log_dir=tmp_path)
 
 
 def test_a_server_that_is_late_is_stopped(
@@ -69,7 +74,7 @@ def test_a_server_that_is_late_is_stopped(
     assert server.process is not None
     group = server.process.pid
     with pytest.raises(UserError, match=r"must answer within start_timeout \(0 s\)"):
-        server.wait_ready()
+        server.wait_ready(version="v0000", weights="")
     assert not group_exists(group)
     assert not list((tmp_path / "tmp").iterdir())
     server.stop()  # once more is harmless

@@ -50,19 +50,22 @@ def test_rollout_needs_a_model_or_urls(tmp_path: Path, flags: list[str]) -> None
 
 
 @pytest.mark.server
-def test_refresh_and_evaluate_a_real_server(served_pool: ServerPool, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_refresh_and_evaluate_a_real_server(
+    served_pool: ServerPool, token_file: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     url = served_pool.urls[0]
+    door = ["--urls", url, "--token-file", token_file]
     problems = tmp_path / "problems.jsonl"
     problems.write_text(
         "".join(json.dumps({"prompt": f"{i} + 1?", "response": f"#### {i + 1}"}) + "\n" for i in range(4))
     )
     bad = make_tiny_model(tmp_path / "bad", num_hidden_layers=1)
-    refused = call("refresh", "--urls", url, "--policy", bad, "--version", "v0001")
+    refused = call("refresh", *door, "--policy", bad, "--version", "v0001")
     assert refused.returncode == 2 and "nothing was loaded" in refused.stderr
     assert served_pool.version(url) == "v0000"
-    done = call("refresh", "--urls", url, "--policy", tiny_model_dir, "--version", "v0000")
+    done = call("refresh", *door, "--policy", tiny_model_dir, "--version", "v0000")
     assert done.returncode == 0, done.stderr
-    flags = ["--urls", url, "--max-model-len", "128", "--max-tokens", "8", "--out", tmp_path / "result.json"]
+    flags = [*door, "--max-model-len", "128", "--max-tokens", "8", "--out", tmp_path / "result.json"]
     evaluated = call("evaluate", "--prompts", problems, "--model", tiny_model_dir, *flags)
     assert evaluated.returncode == 0, evaluated.stderr
     assert evaluated.stdout == "accuracy 0.00 % (0 of 4)\n"

@@ -1,0 +1,159 @@
+"""What is asked of a server and what comes back: requests, answers, and the checks that an answer must pass.
+
+A server is another program, on another machine, of another release: whatever it sends is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_npd.records import LOGPROB_ROUNDING, NO_LOGPROB
+
+UNDEFINED = "undefined_logprob"  # the reason of a failure after which a server's cache is cleared
+
+
+class Malformed(Exception):
+    """An answer is not what was asked for; it is worth asking again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one answer is asked for with.
+
+    Attributes:
+        key: The caller's own mark; it is not sent.
+        token_ids: The prompt.
+        max_tokens: Longest answer, in tokens.
+        stop_ids: Ids that end it; the server's own are among them.
+        temperature: 0 is greedy.
+        top_p: Nucleus probability.
+        seed: Seed of the sampling.
+    """
+
+    key: int
+    token_ids: Sequence[int]
+    max_tokens: int
+    stop_ids: Sequence[int]
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One finished answer.
+
+    Attributes:
+        token_ids: n ids; the stop token is the last one exactly when ``finish_reason`` is ``stop``.
+        logprobs: n log-probabilities of the raw, full-vocabulary distribution at temperature 1; empty where not asked.
+        finish_reason: ``stop`` or ``length``.
+        versions: The policy versions that generated it, in order: one, unless weights changed half-way.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    versions: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a request has no answer: a reason to count by, and what was seen."""
+
+    reason: str
+    detail: str
+
+
+def generate_body(request: Request) -> dict[str, Any]:
+    """The JSON object that asks for an answer, with the log-probabilities of the sampled tokens alone."""
+    sampling = {
+        "max_tokens": request.max_tokens,
+        "stop_token_ids": list(request.stop_ids),
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
+        "detokenize": False,
+        "logprobs": 0,
+    }
+    return {"token_ids": request.token_ids, "sampling_params": sampling}
+
+
+def read_answer(request: Request, body: Any, vocab_size: int) -> Answer | Failure:
+    """The answer to a request, or why there is none.
+
+    Args:
+        request: What was asked.
+        body: The JSON value that came back.
+        vocab_size: Of the served model.
+
+    Raises:
+        Malformed: It is no answer to the request.
+    """
+    choice = first_of(field(body, "choices"), "choices")
+    ids, reason = field(choice, "token_ids"), field(choice, "finish_reason")
+    if reason not in ("stop", "length"):
+        return Failure(reason="request_failed", detail=f"finish reason {str(reason)[:100]}")
+    check_ids(ids, vocab_size)
+    if not 0 < len(ids) <= request.max_tokens:
+        raise Malformed(f"{len(ids)} tokens where 1 to {request.max_tokens} were asked for")
+    if reason == "stop" and ids[-1] not in request.stop_ids:
+        raise Malformed(f"a stop at {ids[-1]}, which is none of the stop ids {list(request.stop_ids)}")
+    content = field(field(choice, "logprobs"), "content")
+    if not isinstance(content, list) or len(content) != len(ids):
+        raise Malformed(f"no log-probability for each of {len(ids)} tokens")
+    logprobs = [field(entry, "logprob") for entry in content]
+    if not all(map(is_defined, logprobs)):
+        return Failure(reason=UNDEFINED, detail=f"log-probabilities {logprobs[:8]}")
+    first_of(spans := field(choice, "weight_versions"), "weight_versions")
+    versions = tuple(str(field(span, "version")) for span in spans)
+    return Answer(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=versions)
+
+
+def json_of(content: bytes) -> Any:
+    """The JSON value of a server's answer.
+
+    Raises:
+        Malformed: It is none.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"no JSON: {error}") from error
+
+
+def field(value: Any, name: str) -> Any:
+    """A field of a JSON object.
+
+    Raises:
+        Malformed: It is no object, or has no such field.
+    """
+    if not isinstance(value, dict) or name not in value:
+        raise Malformed(f"no {name} in {str(value)[:100]}")
+    return value[name]
+
+
+def first_of(value: Any, what: str) -> Any:
+    """The first item of a JSON list.
+
+    Raises:
+        Malformed: It is no list, or empty.
+    """
+    if not isinstance(value, list) or not value:
+        raise Malformed(f"{what} {str(value)[:100]} in place of a list of one or more")
+    return value[0]
+
+
+def check_ids(ids: Any, vocab_size: int) -> None:
+    """Raise Malformed unless ``ids`` is a list of token ids of the vocabulary."""
+    if not isinstance(ids, list) or not all(type(item) is int and 0 <= item < vocab_size for item in ids):
+        raise Malformed(f"token ids {str(ids)[:100]} in place of integers from 0 to {vocab_size - 1}")
+
+
+def is_defined(logprob: Any) -> bool:
+    """Whether a log-probability is one: neither NaN nor what stands for it, and not above 0 but for rounding."""
+    if logprob is not None and type(logprob) not in (int, float):
+        raise Malformed(f"log-probability {str(logprob)[:100]} in place of a number")
+    return logprob is not None and NO_LOGPROB < logprob <= LOGPROB_ROUNDING
