@@ -350,6 +350,8 @@ class NPDConfig:
     """Hugging Face directory of the student to start from."""
     prompts: str = ""
     """JSONL or Parquet of prompts (messages or prompt, optional response)."""
+    special_tokens_in_text: bool = False
+    """Take special tokens that users' texts spell (<|im_end|>) for control tokens rather than for text."""
     updates: int = 1
     """Refreshes of the rollout servers, spread evenly over the run; there are updates + 1 rounds."""
     redo: bool = False

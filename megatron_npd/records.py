@@ -115,6 +115,14 @@ def defined_logprobs(values: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
     return np.isfinite(values) & (values > NO_LOGPROB) & (values <= LOGPROB_ROUNDING)
 
 
+class BadRecord(Exception):
+    """A record of a user that is set aside: its reason, and what was seen."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 def teacher_record_dtype(top_k: int) -> np.dtype:
     """The fixed record of one response token: ``6 k + 4`` bytes (64 at k = 10), little-endian.
 

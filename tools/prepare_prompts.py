@@ -25,6 +25,8 @@ class PreparePromptsConfig:
     """Longest prompt, in tokens; longer ones are quarantined."""
     max_quarantined: float = 0.1
     """Share of the records that may be quarantined before nothing is sealed."""
+    special_tokens_in_text: bool = False
+    """Take special tokens that users' texts spell (<|im_end|>) for control tokens rather than for text."""
 
     def __post_init__(self) -> None:
         if self.max_prompt_len <= 0:
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         teacher_tokenizer=load_tokenizer(config.teacher) if config.teacher else None,
         max_prompt_len=config.max_prompt_len,
         max_quarantined=config.max_quarantined,
+        special_tokens_in_text=config.special_tokens_in_text,
     )
 
 

@@ -20,17 +20,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_npd.data.teacher_records import RECORD_RULES, broken_records
-from megatron_npd.records import LOG_TAIL_FLOOR, NO_LOGPROB, defined_logprobs, sample_id, teacher_record_dtype
+from megatron_npd.records import (
+    LOG_TAIL_FLOOR,
+    NO_LOGPROB,
+    BadRecord,
+    defined_logprobs,
+    sample_id,
+    teacher_record_dtype,
+)
 
 LOSSES = ("teacher_loss", "teacher_loss_alone", "student_loss", "student_loss_alone")
-
-
-class BadRecord(Exception):
-    """A record that is set aside: its reason, and what was seen."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)

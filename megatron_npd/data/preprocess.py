@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.data.foreign import BadRecord, parse_sample
+from megatron_npd.data.foreign import parse_sample
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, StoreShardWriter
 from megatron_npd.data.teacher_records import count_in_top_k, warn_of_few_in_top_k
 from megatron_npd.lifeline import end_with
@@ -43,7 +43,7 @@ from megatron_npd.manifest import (
     sealed_from,
     writing,
 )
-from megatron_npd.records import QUARANTINE_FILE, SAMPLE_SCHEMA, SAMPLES_FILE, teacher_record_dtype
+from megatron_npd.records import QUARANTINE_FILE, SAMPLE_SCHEMA, SAMPLES_FILE, BadRecord, teacher_record_dtype
 
 _LINE_BYTES = 2**30  # a longer line is no record: an answer for 32768 tokens with 10 alternatives has some 40 MB
 _PARQUET_ROWS = 16  # read at a time

@@ -11,62 +11,38 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from megatron_npd.data.conversation import Codec, Conversation, more_than_content
 from megatron_npd.data.held_out import REASON, hold_out
+from megatron_npd.data.prompt_files import Source, read_batches
+from megatron_npd.data.template import limits
 from megatron_npd.data.tokenizer import (
     ModelTokens,
     check_vocabularies,
-    encode,
-    render,
-    suffix_after,
     tokenizer_hash,
     turn_header,
 )
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, config_hash, file_sha256, seal, sealed_from, writing
-from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE
+from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE, BadRecord
 
 __all__ = ["check_vocabularies", "prepare_prompts"]
-
-_BATCH = 1024  # records tokenised at a time
-_LONGEST_LINE = 2**25  # bytes; longer ones are passed over without being held in memory
-
-
-class _BadRecord(Exception):
-    """A record that is set aside: its reason, and what was seen."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """One record of the file. ``line`` counts lines (JSONL) or rows (Parquet) from 1; Parquet has no byte offset."""
-
-    line: int
-    byte_offset: int | None
-    value: Any = None
-    bad: _BadRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Prompt:
     """A checked record: a conversation, or a plain text for a tokenizer without a chat template."""
 
-    source: _Source
+    source: Source
     prompt_id: str
     content_hash: str
-    messages: list[dict[str, str]] | str
-    response: str | None
+    conversation: Conversation
     extras: str
 
 
@@ -79,6 +55,7 @@ def prepare_prompts(
     max_prompt_len: int,
     max_quarantined: float = 0.1,
     held_out: int = 0,
+    special_tokens_in_text: bool = False,
 ) -> Manifest:
     """Read prompts, apply the chat template once and seal ``out_dir`` with the token ids (``records.PROMPT_SCHEMA``).
 
@@ -98,6 +75,7 @@ def prepare_prompts(
         max_prompt_len: Longest prompt, in tokens.
         max_quarantined: Share of the records that may be set aside; repeated ones do not count.
         held_out: Prompts to keep from training, to measure on (``data/held_out.py``).
+        special_tokens_in_text: Take special tokens that users' texts spell for control tokens.
 
     Returns:
         The manifest; counts: ``in`` = ``kept`` + sum of ``quarantined`` (repeated records under ``duplicate``, those
@@ -125,11 +103,14 @@ def prepare_prompts(
         "teacher_tokenizer_hash": tokenizer_hash(teacher_tokenizer) if teacher_tokenizer else None,
         "max_prompt_len": max_prompt_len,
         "held_out": held_out,
+        "special_tokens_in_text": special_tokens_in_text,
     }
     if manifest := sealed_from(out_dir, kind="prompts", provenance=provenance):
         return manifest
+    tokenizers = [tokenizer, *([teacher_tokenizer] if teacher_tokenizer else [])]
+    sides = [Codec(side, model.stop_ids, spelled=special_tokens_in_text) for side in tokenizers]
     with writing(out_dir) as directory:
-        counts = _write(source, directory, model, teacher_tokenizer, max_prompt_len)
+        counts = _write(source, directory, model, sides, max_prompt_len)
         dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["quarantined"].items()))
         if not counts["kept"]:
             raise UserError(
@@ -154,30 +135,28 @@ def _write(
     source: Path,
     out_dir: Path,
     model: ModelTokens,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    sides: list[Codec],
     max_prompt_len: int,
 ) -> dict[str, Any]:
     seen: dict[str, tuple[str, int]] = {}  # id -> content hash, line
     reasons: Counter[str] = Counter()
     kept = total = 0
-    read = _read_jsonl if source.suffix == ".jsonl" else _read_parquet
     with (
         pq.ParquetWriter(out_dir / PROMPTS_FILE, PROMPT_SCHEMA) as table,
         open(out_dir / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine,
         progress(None, "prompts", "prompt") as bar,
     ):
-        sources = read(source)
-        while batch := list(islice(sources, _BATCH)):
+        for batch in read_batches(source):
             prompts: list[_Prompt] = []
-            bad: list[tuple[_Source, _BadRecord]] = []
+            bad: list[tuple[Source, BadRecord]] = []
             for item in batch:
                 try:
                     prompts.append(_admit(item, seen))
-                except _BadRecord as problem:
+                except BadRecord as problem:
                     bad.append((item, problem))
             rows = []
-            for prompt, row in _tokenise(prompts, model, teacher_tokenizer, max_prompt_len):
-                if isinstance(row, _BadRecord):
+            for prompt, row in _tokenise(prompts, model, sides, max_prompt_len):
+                if isinstance(row, BadRecord):
                     bad.append((prompt.source, row))
                 else:
                     rows.append(row)
@@ -191,47 +170,7 @@ def _write(
     return {"in": total, "kept": kept, "quarantined": dict(reasons)}
 
 
-def _read_jsonl(path: Path) -> Iterator[_Source]:
-    offset = 0
-    with open(path, "rb") as stream:
-        for line in count(1):
-            raw = stream.readline(_LONGEST_LINE)
-            if not raw:
-                return
-            start, offset = offset, offset + len(raw)
-            if len(raw) == _LONGEST_LINE and raw[-1:] != b"\n":
-                while (rest := stream.readline(_LONGEST_LINE)) and rest[-1:] != b"\n":
-                    offset += len(rest)
-                offset += len(rest)
-                bad = _BadRecord("line_too_long", f"{offset - start} bytes, at most {_LONGEST_LINE} are read")
-                yield _Source(line=line, byte_offset=start, bad=bad)
-                continue
-            text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
-            if not text.strip():
-                continue
-            value, bad = None, None
-            try:
-                value = json.loads(text.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                bad = _BadRecord("not_utf8", str(error))
-            except (ValueError, RecursionError) as error:
-                bad = _BadRecord("bad_json", str(error))
-            yield _Source(line=line, byte_offset=start, value=value, bad=bad)
-
-
-def _read_parquet(path: Path) -> Iterator[_Source]:
-    try:
-        with pq.ParquetFile(path) as file:
-            line = 0
-            for batch in file.iter_batches(batch_size=_BATCH):
-                for value in batch.to_pylist():
-                    line += 1
-                    yield _Source(line=line, byte_offset=None, value=value)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} must be a readable Parquet file, got: {error}; write it again") from error
-
-
-def _admit(source: _Source, seen: dict[str, tuple[str, int]]) -> _Prompt:
+def _admit(source: Source, seen: dict[str, tuple[str, int]]) -> _Prompt:
     """Check one record's types and its id against those ``seen``, which it joins."""
     if source.bad:
         raise source.bad
@@ -243,125 +182,135 @@ def _admit(source: _Source, seen: dict[str, tuple[str, int]]) -> _Prompt:
             f"{source.line}; rename one or leave the id column out"
         )
     if line != source.line:
-        raise _BadRecord("duplicate", f"the same record as on line {line}")
+        raise BadRecord("duplicate", f"the same record as on line {line}")
     return prompt
 
 
-def _parse(source: _Source) -> _Prompt:
+def _parse(source: Source) -> _Prompt:
     if not isinstance(source.value, dict):
-        raise _BadRecord("wrong_type", f"a record must be an object, got {type(source.value).__name__}")
+        raise BadRecord("wrong_type", f"a record must be an object, got {type(source.value).__name__}")
     columns = dict(source.value)
     messages, response = columns.pop("messages", None), columns.pop("response", None)
-    given_id = columns.pop("id", None)
+    given_id, tools = columns.pop("id", None), _tools(columns.pop("tools", None))
     if messages is None:
         messages = columns.pop("prompt", None)
         if not isinstance(messages, str | None):
-            raise _BadRecord("wrong_type", f"prompt must be a string, got {type(messages).__name__}")
+            raise BadRecord("wrong_type", f"prompt must be a string, got {type(messages).__name__}")
     else:
         messages = _messages(messages)
     if not messages:
-        raise _BadRecord("no_prompt", "neither messages nor prompt holds anything")
+        raise BadRecord("no_prompt", "neither messages nor prompt holds anything")
+    trained = None
     if isinstance(messages, list) and messages[-1]["role"] == "assistant":
         if response is not None:
-            raise _BadRecord("two_responses", "the last message is the assistant's and there is a response too")
-        response = messages.pop()["content"]
+            raise BadRecord("two_responses", "the last message is the assistant's and there is a response too")
+        trained = messages.pop()
         if not messages:
-            raise _BadRecord("no_prompt", "messages hold an answer only")
+            raise BadRecord("no_prompt", "messages hold an answer only")
+        if not more_than_content(trained):
+            response, trained = trained["content"], None
     if not isinstance(response, str | None):
-        raise _BadRecord("wrong_type", f"response must be a string, got {type(response).__name__}")
+        raise BadRecord("wrong_type", f"response must be a string, got {type(response).__name__}")
     if response == "":
-        raise _BadRecord("empty_response", "response must hold text where it is given")
+        raise BadRecord("empty_response", "response must hold text where it is given")
     if not isinstance(given_id, str | int | None) or isinstance(given_id, bool) or given_id == "":
-        raise _BadRecord("wrong_type", f"id must be a string or an integer, got {given_id!r}")
-    content = [messages, response]
+        raise BadRecord("wrong_type", f"id must be a string or an integer, got {given_id!r}")
+    content = [messages, response, *([tools, trained] if tools or trained else [])]
     try:
         json.dumps([*content, given_id], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise _BadRecord("not_utf8", str(error)) from error
+        raise BadRecord("not_utf8", str(error)) from error
+    except TypeError as error:  # Parquet has types that JSON has not: times, decimals, bytes
+        raise BadRecord("wrong_type", f"messages and tools must hold JSON values, got another: {error}") from error
     content_hash = config_hash(content)
     return _Prompt(
         source=source,
         prompt_id=content_hash if given_id is None else str(given_id),
         content_hash=content_hash,
-        messages=messages,
-        response=response,
+        conversation=Conversation(messages=messages, tools=tools, response=response, trained=trained),
         extras=json.dumps(columns, default=str),
     )
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise _BadRecord("wrong_type", f"messages must be a list, got {type(value).__name__}")
+        raise BadRecord("wrong_type", f"messages must be a list, got {type(value).__name__}")
     messages = []
-    for message in value:
+    for message in map(_without_nulls, value):
+        if isinstance(message, dict) and more_than_content(message):
+            message.setdefault("content", "")
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise _BadRecord("wrong_type", f"a message must have role and content as strings, got {message!r}")
-        messages.append({key: part for key, part in message.items() if part is not None})
+            raise BadRecord("wrong_type", f"a message must have role and content as strings, got {message!r}")
+        messages.append(message)
     return messages
 
 
-def _tokenise(
-    prompts: list[_Prompt],
-    model: ModelTokens,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
-    max_prompt_len: int,
-) -> Iterator[tuple[_Prompt, dict[str, Any] | _BadRecord]]:
-    """Each prompt with its row of ``PROMPT_SCHEMA`` or with why it has none."""
-    rendered = [_prompt_ids(prompts, model.tokenizer)]
-    if teacher_tokenizer is not None:
-        rendered.append(_prompt_ids(prompts, teacher_tokenizer))
-    answers = [prompt.response for prompt in prompts if prompt.response is not None]
-    answer_ids = iter(encode(model.tokenizer, answers, special=False))
-    for prompt, *sides in zip(prompts, *rendered, strict=True):
-        response_ids = None if prompt.response is None else [*next(answer_ids), model.stop_ids[0]]
-        bad = next((side for side in sides if isinstance(side, _BadRecord)), None)
-        if bad is None and max(len(ids) for ids, _ in sides) > max_prompt_len:
-            longest = max(len(ids) for ids, _ in sides)
-            bad = _BadRecord("prompt_too_long", f"{longest} tokens, max_prompt_len is {max_prompt_len}")
-        if bad is not None:
-            yield prompt, bad
-            continue
-        (prompt_ids, header_len), teacher_ids = sides[0], sides[-1][0]
-        yield (
-            prompt,
-            {
-                "prompt_id": prompt.prompt_id,
-                "prompt_ids": prompt_ids,
-                "header_len": header_len,
-                "teacher_prompt_ids": None if teacher_ids == prompt_ids else teacher_ids,
-                "response": prompt.response,
-                "response_ids": response_ids,
-                "extras": prompt.extras,
-            },
-        )
-
-
-def _prompt_ids(prompts: list[_Prompt], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], int] | _BadRecord]:
-    """Token ids and header length of each prompt."""
-    texts: list[str] = []  # with the generation prompt, then without, for each that could be rendered
-    bad: dict[int, _BadRecord] = {}
-    for index, prompt in enumerate(prompts):
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """Schemas of functions, as a list or as its JSON text, which fits a column of a table."""
+    if isinstance(value, str):
         try:
-            texts.extend(_texts(prompt.messages, tokenizer))
-        except (TemplateError, _BadRecord) as error:
-            bad[index] = error if isinstance(error, _BadRecord) else _BadRecord("chat_template", str(error))
-    ids = iter(encode(tokenizer, texts, special=tokenizer.chat_template is None))
-    result: list[tuple[list[int], int] | _BadRecord] = []
-    for index in range(len(prompts)):
-        if index in bad:
-            result.append(bad[index])
-            continue
-        with_header, without = next(ids), next(ids)
-        empty = _BadRecord("no_prompt", "the prompt gives no tokens")
-        result.append((with_header, len(suffix_after(with_header, without))) if with_header else empty)
-    return result
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRecord("wrong_type", f"tools must be a list of objects, or its JSON text: {error}") from error
+    value = _without_nulls(value)
+    if value is not None and (not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value)):
+        raise BadRecord("wrong_type", f"tools must be a list of objects, or its JSON text, got {value!r}")
+    return value or None
 
 
-def _texts(messages: list[dict[str, str]] | str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The prompt as text with the header of the answer's turn, and without it."""
-    if tokenizer.chat_template is None:
-        if not isinstance(messages, str):
-            raise _BadRecord("no_chat_template", "messages need a tokenizer with a chat template; write prompt instead")
-        return messages, messages
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    return render(tokenizer, turns), render(tokenizer, turns, add_generation_prompt=False)
+def _without_nulls(value: Any) -> Any:
+    """A copy without the keys that hold null: a Parquet file has every row's keys in each row."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _tokenise(
+    prompts: list[_Prompt], model: ModelTokens, sides: list[Codec], max_prompt_len: int
+) -> Iterator[tuple[_Prompt, dict[str, Any] | BadRecord]]:
+    """Each prompt with its row of ``PROMPT_SCHEMA`` or with why it has none; the first side is the student's."""
+    texts: list[tuple[str, str]] = []  # with and without header, of each prompt for each side
+    responses: list[str | None] = []
+    good: list[_Prompt] = []
+    bad: list[tuple[_Prompt, BadRecord]] = []
+    with limits():
+        for prompt in prompts:
+            try:
+                both = [side.prompt(prompt.conversation) for side in sides]
+                responses.append(sides[0].response(prompt.conversation, both[0][0]))
+                texts += both
+                good.append(prompt)
+            except BadRecord as problem:
+                bad.append((prompt, problem))
+    yield from bad
+    encoded = [side.prompt_ids(texts[number :: len(sides)]) for number, side in enumerate(sides)]
+    response_ids = iter(sides[0].encode([text for text in responses if text is not None]))
+    for prompt, response, *ids in zip(good, responses, *encoded, strict=True):
+        (prompt_ids, header_len), teacher_ids = ids[0], ids[-1][0]
+        answer = None if response is None else [*next(response_ids), model.stop_ids[0]]
+        longest = max(len(prompt_ids), len(teacher_ids))
+        if not prompt_ids or not teacher_ids:
+            yield prompt, BadRecord("no_prompt", "the prompt gives no tokens")
+        elif longest > max_prompt_len:
+            yield prompt, BadRecord("prompt_too_long", f"{longest} tokens, max_prompt_len is {max_prompt_len}")
+        elif (unknown := max([*prompt_ids, *(answer or [])])) >= model.vocab_size:
+            token = model.tokenizer.convert_ids_to_tokens(unknown)
+            detail = (
+                f"token {unknown} ({token!r}) of the {'prompt' if unknown in prompt_ids else 'response'} has no row in "
+                f"the embedding, whose vocab_size is {model.vocab_size}; resize the embedding of the model (and of the "
+                "teacher), or use the tokenizer that it was trained with"
+            )
+            yield prompt, BadRecord("token_outside_vocabulary", detail)
+        else:
+            yield (
+                prompt,
+                {
+                    "prompt_id": prompt.prompt_id,
+                    "prompt_ids": prompt_ids,
+                    "header_len": header_len,
+                    "teacher_prompt_ids": None if teacher_ids == prompt_ids else teacher_ids,
+                    "response": prompt.conversation.response or (response and sides[0].text(response)),
+                    "response_ids": answer,
+                    "extras": prompt.extras,
+                },
+            )

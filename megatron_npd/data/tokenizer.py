@@ -11,8 +11,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_npd.data.template import check_template, limits, render
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import config_hash
+from megatron_npd.records import BadRecord
 
 _PROBE = "q7probe"  # a word that no chat template holds by itself
 
@@ -85,27 +87,29 @@ def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerBase:
     if not Path(hf_dir).is_dir():
         raise UserError(f"{hf_dir} must be a Hugging Face directory, got nothing there; check the path")
     try:
-        return AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises it bare where tokenizer.json is malformed
         raise UserError(
             f"{hf_dir} must hold a tokenizer that transformers loads, got: {error}; copy the tokenizer files there"
         ) from error
+    check_template(tokenizer)
+    return tokenizer
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
-) -> str:
-    """A conversation as the text of the tokenizer's chat template."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    assert isinstance(text, str)
-    return text
+def _probe(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, header: bool) -> str:
+    """A conversation that every chat template has to write, as text."""
+    try:
+        with limits():
+            return render(tokenizer, messages, add_generation_prompt=header)
+    except BadRecord as error:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} must write a user's message and the response to it, got "
+            f"{error}; mend the template"
+        ) from error
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[list[int]]:
-    """Token ids of texts; ``special`` adds the tokenizer's own BOS (or EOS), which a chat template writes itself."""
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]  # type: ignore[return-value]
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[return-value]
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -123,8 +127,9 @@ def turn_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that open an answer: the chat template's turn header, else ``[document_start]``."""
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": _PROBE}]
-        texts = [render(tokenizer, messages), render(tokenizer, messages, add_generation_prompt=False)]
-        header = suffix_after(*encode(tokenizer, texts, special=False))
+        header = suffix_after(
+            *(_ids(tokenizer, _probe(tokenizer, messages, header=header)) for header in (True, False))
+        )
         if header:
             return header
     return [document_start(tokenizer)]
@@ -154,8 +159,8 @@ def _end(tokenizer: PreTrainedTokenizerBase, *, eos_first: bool) -> int:
         return eos
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}]
-        after = render(tokenizer, turns, add_generation_prompt=False).rpartition(_PROBE)[2]
-        for token_id in encode(tokenizer, [after], special=False)[0] if after else []:
+        after = _probe(tokenizer, turns, header=False).rpartition(_PROBE)[2]
+        for token_id in _ids(tokenizer, after):
             if token_id in tokenizer.all_special_ids or token_id in tokenizer.added_tokens_decoder:
                 return token_id
     if eos is not None:

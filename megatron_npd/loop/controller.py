@@ -150,6 +150,7 @@ class _Loop:
                     teacher_tokenizer=teacher,
                     max_prompt_len=self.cfg.rollout.max_model_len - 1,
                     max_quarantined=self.cfg.rollout.max_quarantined,
+                    special_tokens_in_text=self.cfg.special_tokens_in_text,
                     held_out=0 if self.cfg.eval.prompts else self.cfg.eval.held_out,
                 )
         check_prompts(self.run_dir, self.cfg)

@@ -79,6 +79,7 @@ class Accuracies:
                 model=load_model_tokens(self.cfg.teacher),
                 max_prompt_len=self.cfg.rollout.max_model_len - 1,
                 max_quarantined=self.cfg.rollout.max_quarantined,
+                special_tokens_in_text=self.cfg.special_tokens_in_text,
             )
         given = {"urls": self.cfg.annotate.urls, "token_file": self.cfg.annotate.token_file}
         cfg = dataclasses.replace(self.cfg.rollout, num_servers=1, **given)

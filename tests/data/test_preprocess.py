@@ -17,14 +17,14 @@ import pytest
 from megatron_npd.config import PackConfig, SelectConfig
 from megatron_npd.data import preprocess as preprocess_module
 from megatron_npd.data.export import export_store
-from megatron_npd.data.foreign import BadRecord, parse_sample
+from megatron_npd.data.foreign import parse_sample
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.preprocess import preprocess
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest
-from megatron_npd.records import QUARANTINE_FILE, SAMPLES_FILE
+from megatron_npd.records import QUARANTINE_FILE, SAMPLES_FILE, BadRecord
 from megatron_npd.selection.select import select_round
 from tests.data.make_store import VOCAB_SIZE, make_store
 from tools import inspect as inspect_tool

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_npd.data import prompts
+from megatron_npd.data import prompt_files
 from megatron_npd.data.prompts import check_vocabularies, prepare_prompts
 from megatron_npd.data.tokenizer import (
     ModelTokens,
@@ -191,7 +191,7 @@ def test_bad_records_are_set_aside_with_line_and_offset(tmp_path: Path, tokenize
 
 
 def test_a_line_that_never_ends_is_passed_over(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_LONGEST_LINE", 64)
+    monkeypatch.setattr(prompt_files, "_LONGEST", 64)
     good = {"prompt": "good"}
     source = write_lines(tmp_path / "in.jsonl", good, b"x" * 1000, good | {"id": 1}, b"y" * 64, good | {"id": 2})
     rows, quarantine, _ = prepare(source, tokenizer)

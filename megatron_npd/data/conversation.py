@@ -1,0 +1,265 @@
+"""A conversation as token ids: no part of it dropped in silence, and what users spell like a control token is text.
+
+Both are seen by rendering once more with marks in the users' texts, words that nobody can guess: a part whose mark the
+chat template does not write would be lost, and the template's own control tokens are those that no user's text holds.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from megatron_npd.data.template import render
+from megatron_npd.data.tokenizer import suffix_after
+from megatron_npd.log import UserError
+from megatron_npd.records import BadRecord
+
+# What a message says. In turns before the trained one templates leave reasoning out on purpose (Qwen3), and what else
+# a message holds (name, ids of calls) is for the template to use or not.
+_SAID = ("content", "tool_calls", "function_call")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXTS = ("content", *_REASONING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A checked record.
+
+    Attributes:
+        messages: The prompt; a string is one user message, or the plain text for a tokenizer without chat template.
+        tools: JSON schemas of the functions that may be called.
+        response: What the assistant answers, as text.
+        trained: In its place, the assistant's message where it has more than content.
+    """
+
+    messages: list[dict[str, Any]] | str
+    tools: list[dict[str, Any]] | None = None
+    response: str | None = None
+    trained: dict[str, Any] | None = None
+
+    @property
+    def turns(self) -> list[dict[str, Any]]:
+        """The prompt's messages."""
+        return [{"role": "user", "content": self.messages}] if isinstance(self.messages, str) else self.messages
+
+
+def more_than_content(message: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message holds calls or reasoning."""
+    return any(message.get(name) for name in (*_SAID[1:], *_REASONING))
+
+
+class Codec:
+    """Conversations and texts of users as ids of one tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        stop_ids: Of the model; what ends a response is a control token even where the tokenizer does not say so.
+        spelled: Take special tokens that users' texts spell for control tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], *, spelled: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self._ends = [tokenizer.decode([token_id]) for token_id in stop_ids]
+        self._nonce = f"q7{secrets.token_hex(8)}"
+        added = tokenizer.added_tokens_decoder.items()
+        self._specials = {token.content: i for i, token in added if token.special or i in stop_ids}
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._guard = re.compile("(?!)" if spelled else self._special.pattern)
+        self._backend: Tokenizer | None = None
+        self._own_ids: dict[int, int] = {}  # of the backend's aliases -> the tokenizer's
+        self._headers: dict[str, list[int]] = {}
+        self._before: list[int] | None = None
+
+    # -- conversations as text ---------------------------------------------------------------------------------
+
+    def prompt(self, conversation: Conversation) -> tuple[str, str]:
+        """The prompt as guarded text, with the header that opens the response and without; call it within ``limits``.
+
+        Raises:
+            BadRecord: The template raised, or would lose a part.
+        """
+        turns, tools = conversation.turns, conversation.tools
+        if self.tokenizer.chat_template is None:
+            if not isinstance(conversation.messages, str) or tools:
+                detail = "messages and tools need a tokenizer with a chat template; write prompt instead"
+                raise BadRecord("no_chat_template", detail)
+            return (self._guarded(conversation.messages),) * 2
+        prompt = self._render(turns, tools, add_generation_prompt=True)
+        without = self._render_marked(turns, tools)
+        if not prompt.startswith(without):  # the marks changed more than they should
+            without = self._render(turns, tools, add_generation_prompt=False)
+        return prompt, without
+
+    def response(self, conversation: Conversation, prompt: str) -> str | None:
+        """The response to a rendered prompt as guarded text, without a stop token; as ``prompt``."""
+        if conversation.trained is None:
+            text = conversation.response
+            if text is not None and (end := next(filter(text.rstrip().endswith, self._ends), "")):
+                text = text.rstrip().removesuffix(end)  # it ends in the stop token already
+                if not text:
+                    raise BadRecord("empty_response", "response must hold text before the stop token")
+            return text and self._guarded(text)
+        turns = [*conversation.turns, conversation.trained]
+        text = self._render(turns, conversation.tools, add_generation_prompt=False)
+        self._render_marked(turns, conversation.tools, trained=True)
+        if not text.startswith(prompt) or self._ends[0] not in text[len(prompt) :]:
+            detail = "the chat template must write the prompt, then the trained turn and its end, got another text"
+            raise BadRecord("not_in_template", detail)
+        return text[len(prompt) :].rpartition(self._ends[0])[0]
+
+    def _render(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: Any) -> str:
+        """With placeholders where users' texts spell special tokens, if the template writes such texts unchanged."""
+        text = render(self.tokenizer, turns, tools=tools, **options)
+        guarded_turns, guarded_tools = self._guarded(turns), self._guarded(tools)
+        if guarded_turns == turns and guarded_tools == tools:
+            return text
+        guarded = render(self.tokenizer, guarded_turns, tools=guarded_tools, **options)
+        if self.text(guarded) != text:
+            detail = "the chat template treats a text that spells a special token in a way of its own; change the text"
+            raise BadRecord("special_token_in_text", detail)
+        return guarded
+
+    def _render_marked(
+        self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, *, trained: bool = False
+    ) -> str:
+        """The text without generation prompt, after a look whether every part of the conversation is in it.
+
+        ``trained``: the last turn trains.
+        """
+        marks: dict[str, str] = {}
+        marked = []
+        for index, turn in enumerate(turns):
+            names = (*_SAID, *_REASONING) if trained and index == len(turns) - 1 else _SAID
+            said = {
+                name: self._marked(self._guarded(turn[name]), f"messages[{index}].{name}", marks, name in _TEXTS)
+                for name in names
+                if turn.get(name)
+            }
+            marked.append(turn | said)
+        marked_tools = self._marked(self._guarded(tools), "tools", marks)
+        text = render(self.tokenizer, marked, tools=marked_tools, add_generation_prompt=False)
+        if lost := next((where for mark, where in marks.items() if mark not in text), ""):
+            roles = ", ".join(turn["role"] for turn in turns)
+            detail = f"the chat template does not write {lost} (roles: {roles}); change the record or the template"
+            raise BadRecord("not_in_template", detail)
+        return re.sub(f"{self._nonce}m[0-9]+z", "", text)
+
+    def _marked(self, value: Any, where: str, marks: dict[str, str], inside: bool = False, names: bool = False) -> Any:
+        """A copy with a mark in each text that counts: all ``inside``, else names, descriptions and arguments.
+
+        ``names``: the keys of this object are a user's, too.
+        """
+        if isinstance(value, str):
+            return self._mark(value, where, marks) if inside and value.strip() else value
+        if isinstance(value, list):
+            return [self._marked(item, f"{where}[{n}]", marks, inside) for n, item in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        copy = {}
+        for key, item in value.items():
+            text = isinstance(item, str) and key in ("name", "description")
+            below, there = inside or text or key == "arguments", f"{where}.{key}"
+            new_key = self._mark(key, there, marks) if names or inside else key
+            copy[new_key] = self._marked(item, there, marks, below, key == "properties")
+        return copy
+
+    def _mark(self, text: str, where: str, marks: dict[str, str]) -> str:
+        """The text with a mark at its end, before white space, which templates may strip."""
+        mark = f"{self._nonce}m{len(marks)}z"
+        marks[mark] = where
+        end = len(text.rstrip())
+        return text[:end] + mark + text[end:]
+
+    def _guarded(self, value: Any) -> Any:
+        """A copy with placeholders where texts spell special tokens."""
+        if isinstance(value, str):
+            return self._guard.sub(lambda found: f"{self._nonce}s{self._specials[found[0]]}z", value)
+        if isinstance(value, list):
+            return [self._guarded(item) for item in value]
+        if isinstance(value, dict):
+            return {self._guarded(key): self._guarded(item) for key, item in value.items()}
+        return value
+
+    def text(self, text: str) -> str:
+        """A guarded text as users read it."""
+        names = {str(token_id): name for name, token_id in self._specials.items()}
+        return re.sub(f"{self._nonce}s([0-9]+)z", lambda found: names[found[1]], text)
+
+    # -- text as ids -------------------------------------------------------------------------------------------
+
+    def prompt_ids(self, prompts: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+        """Ids of rendered prompts, and how many of the last of each open the response."""
+        encoded = self.encode([text for text, _ in prompts])
+        if self.tokenizer.chat_template is None:
+            return [([*self._start(), *ids], 0) for ids in encoded]
+        return [
+            (ids, self._header_len(text, without, ids)) for (text, without), ids in zip(prompts, encoded, strict=True)
+        ]
+
+    def _header_len(self, text: str, without: str, ids: list[int]) -> int:
+        if text.startswith(without):
+            header = text[len(without) :]
+            if header not in self._headers:
+                self._headers[header] = self.encode([header])[0]
+            if ids[len(ids) - len(self._headers[header]) :] == self._headers[header]:
+                return len(self._headers[header])
+        return len(suffix_after(ids, self.encode([without])[0]))
+
+    def _start(self) -> list[int]:
+        """What the tokenizer puts before a text (BOS); what it puts behind one (EOS) ends no prompt."""
+        if self._before is None:
+            alone, whole = (self.tokenizer("q", add_special_tokens=special)["input_ids"] for special in (False, True))
+            starts = [n for n in range(len(whole)) if whole[n : n + len(alone)] == alone]
+            if not starts:
+                raise UserError(
+                    f"the tokenizer {self.tokenizer.name_or_path} must put special tokens around a text, got {whole} "
+                    f"for {alone}; give it a chat template"
+                )
+            self._before = whole[: starts[0]]
+        return self._before
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of guarded texts, without tokens that the tokenizer adds by itself."""
+        result: list[list[int]] = [[]] * len(texts)
+        plain = [n for n, text in enumerate(texts) if self._nonce not in text]
+        if plain:
+            encoded = self.tokenizer([texts[n] for n in plain], add_special_tokens=False, return_attention_mask=False)
+            for n, ids in zip(plain, encoded["input_ids"], strict=True):
+                result[n] = ids
+        for n, text in enumerate(texts):
+            if self._nonce in text:
+                result[n] = self._encode_guarded(text)
+        return result
+
+    def _encode_guarded(self, text: str) -> list[int]:
+        """Special tokens outside the placeholders are given other names, so that those inside are none."""
+        if self._backend is None:
+            self._backend = self._other_backend()
+        own = self._special.sub(lambda found: f"{self._nonce}a{self._specials[found[0]]}z", text)
+        ids = self._backend.encode(self.text(own), add_special_tokens=False).ids
+        return [self._own_ids.get(token_id, token_id) for token_id in ids]
+
+    def _other_backend(self) -> Tokenizer:
+        """The tokenizer with the special tokens under other names."""
+        if not self.tokenizer.is_fast:
+            raise BadRecord("special_token_in_text", "this tokenizer cannot encode a special token as text; change it")
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        added = self.tokenizer.added_tokens_decoder
+        tokens = {i: added[i] for i in self._specials.values()}
+        backend.add_special_tokens([AddedToken(name, special=True) for name in self._specials])
+        backend.encode_special_tokens = True  # that is: as text
+        for i, token in tokens.items():
+            name = f"{self._nonce}a{i}z"
+            sides = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
+            backend.add_tokens([AddedToken(name, special=False, normalized=False, **sides)])
+            self._own_ids[backend.token_to_id(name)] = i
+        return backend

@@ -1,0 +1,124 @@
+"""The records of a JSONL or Parquet file of prompts, read with bounds on what a line or a row may take in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_npd.log import UserError
+from megatron_npd.records import BadRecord
+
+_BATCH = 1024  # records handed on together
+_BATCH_BYTES = 2**26  # of them, or one record
+_LONGEST = 2**25  # bytes of a record; longer ones are passed over without being held in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One record of the file. ``line`` counts lines (JSONL) or rows (Parquet) from 1; Parquet has no byte offset."""
+
+    line: int
+    byte_offset: int | None
+    size: int
+    value: Any = None
+    bad: BadRecord | None = None
+
+
+def read_batches(path: Path) -> Iterator[list[Source]]:
+    """The records of a file, 1024 or 64 MiB of them at a time.
+
+    Raises:
+        UserError: A Parquet file cannot be read.
+    """
+    batch: list[Source] = []
+    size = 0
+    for source in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+        if batch and (len(batch) == _BATCH or size + source.size > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(source)
+        size += source.size
+    if batch:
+        yield batch
+
+
+def _read_jsonl(path: Path) -> Iterator[Source]:
+    offset = 0
+    with open(path, "rb") as stream:
+        for line in count(1):
+            raw = stream.readline(_LONGEST)
+            if not raw:
+                return
+            start, offset = offset, offset + len(raw)
+            if len(raw) == _LONGEST and raw[-1:] != b"\n":
+                while (rest := stream.readline(_LONGEST)) and rest[-1:] != b"\n":
+                    offset += len(rest)
+                offset += len(rest)
+                bad = BadRecord("line_too_long", f"{offset - start} bytes, at most {_LONGEST} are read")
+                yield Source(line=line, byte_offset=start, size=0, bad=bad)
+                continue
+            text = raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
+            if not text.strip():
+                continue
+            value, bad = None, None
+            try:
+                value = json.loads(text.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                bad = BadRecord("not_utf8", str(error))
+            except (ValueError, RecursionError) as error:
+                bad = BadRecord("bad_json", str(error))
+            yield Source(line=line, byte_offset=start, size=len(raw), value=value, bad=bad)
+
+
+def _read_parquet(path: Path) -> Iterator[Source]:
+    """Strings stay in Parquet's dictionaries until their row's turn comes: repeated, they take no room in the file."""
+    line = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            names = [file.schema.column(index).path for index in range(len(file.schema))]
+        with pq.ParquetFile(path, read_dictionary=names) as file:
+            for batch in file.iter_batches(batch_size=_rows_at_a_time(file)):
+                whole = _expanded_bytes(batch) <= _BATCH_BYTES
+                rows = range(batch.num_rows)
+                for part in [batch] if whole else (batch.slice(index, 1) for index in rows):
+                    size = _expanded_bytes(part) // max(part.num_rows, 1)
+                    bad = BadRecord("row_too_large", f"{size} bytes, at most {_LONGEST} are read")
+                    small = size <= _LONGEST
+                    for value in part.cast(schema).to_pylist() if small else [None]:
+                        line += 1
+                        yield Source(line=line, byte_offset=None, size=size, value=value, bad=None if small else bad)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} must be a readable Parquet file, got: {error}; write it again") from error
+
+
+def _rows_at_a_time(file: pq.ParquetFile) -> int:
+    """By the bytes that are unpacked for a row; one where a value is written as what it shares with the one before."""
+    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+    if any("DELTA_BYTE_ARRAY" in column.encodings for column in columns):
+        return 1
+    largest = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1.0)
+    return int(min(max(_BATCH_BYTES / max(largest, 1.0), 1), _BATCH))
+
+
+def _expanded_bytes(values: pa.RecordBatch | pa.Array) -> int:
+    """What the values take once every string of a dictionary is written out."""
+    if isinstance(values, pa.RecordBatch):
+        return sum(_expanded_bytes(column) for column in values.columns)
+    if isinstance(values, pa.DictionaryArray):
+        lengths = pc.binary_length(values.dictionary).take(values.indices)
+        return values.indices.nbytes + (pc.sum(lengths).as_py() or 0)
+    if isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        return 4 * len(values) + _expanded_bytes(values.flatten())
+    if isinstance(values, pa.StructArray):
+        return sum(_expanded_bytes(column) for column in values.flatten())
+    return values.nbytes
