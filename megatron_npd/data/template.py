@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_npd.log import UserError
 from megatron_npd.records import BadRecord
 
-SECONDS = 10.0  # a rendering may take; usual ones take some 20 us
+SECONDS = 10.0  # of CPU time that a rendering may take; usual ones take some 20 us
 _MEMORY = 2**30  # bytes that a process may grow by while it renders
 _LONGEST = 2**25  # characters of a rendered conversation
 
@@ -52,15 +52,15 @@ def limits() -> Iterator[None]:
         used = int(statm.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     ours = min(limit for limit in (used + _MEMORY, soft, hard) if limit != resource.RLIM_INFINITY)
-    handler = signal.signal(signal.SIGALRM, _too_slow)
-    timer = signal.setitimer(signal.ITIMER_REAL, 0.0)
+    handler = signal.signal(signal.SIGPROF, _too_slow)
+    timer = signal.setitimer(signal.ITIMER_PROF, 0.0)
     resource.setrlimit(resource.RLIMIT_AS, (ours, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, handler)
-        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGPROF, handler)
+        signal.setitimer(signal.ITIMER_PROF, *timer)
 
 
 def render(
@@ -77,18 +77,18 @@ def render(
     """
     text, problem = None, ""
     try:
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         text = tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # a template is a program of somebody else's, and fails on a record as programs do
         problem = f"{type(error).__name__}: {error}"  # the error itself would keep alive what filled the memory
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
     if isinstance(text, str) and len(text) <= _LONGEST:
         return text
     raise BadRecord("chat_template", problem or f"it must write text of at most {_LONGEST} characters")
 
 
 def _too_slow(*_: object) -> None:
-    raise TimeoutError(f"it took more than {SECONDS:.0f} s")
+    raise TimeoutError(f"it took more than {SECONDS:g} s of CPU time")
