@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import TrainConfig
-from megatron_npd.log import run_main
+from megatron_npd.log import run_main, wrote
 from megatron_npd.platform import get_platform
 
 
@@ -16,7 +16,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     get_platform(cfg.platform)  # before megatron.core is imported
     from megatron_npd.training.trainer import train
 
-    train(cfg)
+    result = train(cfg)
+    if cfg.save:
+        checkpoint = f"{cfg.save}/iter_{result.iteration:07d}"
+        convert = "tools/convert_checkpoint.py --direction megatron-to-hf"
+        wrote(checkpoint, f"{convert} --checkpoint {checkpoint} --hf-model {cfg.hf_model} --out POLICY")
 
 
 def _main() -> None:

@@ -27,6 +27,11 @@ def child_environment() -> dict[str, str]:
     return os.environ | {_STARTER: str(os.getpid())}
 
 
+def has_starter() -> bool:
+    """Whether one of our programs started this process, rather than a user."""
+    return _STARTER in os.environ
+
+
 def end_with_starter() -> None:
     """Tie this process to the one that the environment names and, under torchrun, to its agent; at once if it is gone.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from megatron_npd.lifeline import end_with_starter
+from megatron_npd.lifeline import end_with_starter, has_starter
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
@@ -42,6 +42,17 @@ def get_logger() -> logging.Logger:
         logger.propagate = False
         logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     return logger
+
+
+def wrote(what: object, next_command: str = "") -> None:
+    """Say at the end of a command what it wrote and, where a user runs the stages one by one, which comes next.
+
+    Args:
+        what: Directory, file or state that is there now.
+        next_command: The command that takes it, as far as it is known.
+    """
+    note = f"; next: {next_command}" if next_command and not has_starter() else ""
+    get_logger().info("wrote %s%s", what, note)
 
 
 def progress(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:

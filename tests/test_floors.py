@@ -19,6 +19,7 @@ FLOORS = {
     "manifest": 0,
     "lifeline": 0,
     "links": 0,
+    "limits": 0,
     "lock": 0,
     "weights": 0,
     "log": 0,

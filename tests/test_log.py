@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, get_logger, run_main, wrote
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def failing(error: BaseException):
@@ -38,6 +41,29 @@ def test_the_user_gets_words(capsys: pytest.CaptureFixture[str], error: BaseExce
 def test_our_own_mistakes_keep_their_traceback(error: BaseException) -> None:
     with pytest.raises(type(error)):
         run_main(failing(error))
+
+
+def test_a_command_says_what_it_wrote_and_to_a_user_what_comes_next(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEGATRON_NPD_STARTER", raising=False)
+    get_logger().addHandler(caplog.handler)
+    try:
+        wrote("out", "tools/pack.py --annotations out")
+        monkeypatch.setenv("MEGATRON_NPD_STARTER", "1")  # of a run, which goes on by itself
+        wrote("out", "tools/pack.py --annotations out")
+    finally:
+        get_logger().removeHandler(caplog.handler)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["wrote out; next: tools/pack.py --annotations out", "wrote out"]
+
+
+@pytest.mark.parametrize("tool", sorted(ROOT.glob("tools/[a-z]*.py")), ids=lambda path: path.name)
+def test_every_tool_that_writes_says_so(tool: Path) -> None:
+    """serve.py prints its URLs, verify.py its table, run_npd.py where policy and report are."""
+    source = tool.read_text()
+    ends = {"serve.py": "print(urls", "verify.py": "print(result.table())", "run_npd.py": "results(cfg)"}
+    assert ends.get(tool.name, "wrote(") in source
 
 
 @pytest.mark.parametrize("code", [None, 0, 1])

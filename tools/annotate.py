@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import AnnotateConfig, PlatformName
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.platform import get_platform
 
 
@@ -50,13 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if cfg.backend == "megatron":
         annotate()
-        return
-    if not cfg.urls and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    elif not cfg.urls and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("urls must name the teacher's servers under torchrun, got none; start them with tools/serve.py")
-    from megatron_npd.rollout.score import ServerScorer
+    else:
+        from megatron_npd.rollout.score import ServerScorer
 
-    with ServerScorer(command.teacher, cfg, log_dir=Path(command.out).parent / "logs") as servers:
-        annotate(servers=servers)
+        with ServerScorer(command.teacher, cfg, log_dir=Path(command.out).parent / "logs") as servers:
+            annotate(servers=servers)
+    wrote(command.out, f"tools/select.py --annotations {command.out} --out SELECTION")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_npd.command import parse_config
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.platform import get_platform
 
 
@@ -45,9 +45,11 @@ def main() -> None:
     from megatron_npd.models.convert import hf_to_megatron, megatron_to_hf
 
     if config.direction == "hf-to-megatron":
-        hf_to_megatron(config.hf_model, config.out)
+        path = hf_to_megatron(config.hf_model, config.out)
+        wrote(path, f"pretrain_npd.py --load {config.out} --hf-model {config.hf_model} --data-path PACKS --save NEW")
     else:
         megatron_to_hf(config.checkpoint, config.hf_model, config.out)
+        wrote(config.out, f"tools/evaluate.py --model {config.out} --prompts PROBLEMS")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import EvalConfig, RolloutConfig
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.manifest import is_sealed
 from megatron_npd.rollout.pool import ServerPool
 
@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 pool, prompts, answer_regex=cfg.answer_regex, tokenizer=model.tokenizer, max_tokens=cfg.max_tokens
             )
     if cfg.out:
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         Path(cfg.out).write_text(json.dumps(asdict(result) | {"accuracy": result.accuracy}, indent=1) + "\n")
+        wrote(cfg.out)
     print(f"accuracy {result.accuracy:.2f} % ({result.correct} of {result.total})")
 
 

@@ -16,7 +16,8 @@ else:
     from pathlib import Path
 
     from megatron_npd.command import CommandParser
-    from megatron_npd.log import run_main
+    from megatron_npd.log import UserError, run_main, wrote
+    from megatron_npd.manifest import read_manifest
     from megatron_npd.platform import get_platform
 
     def main(argv: Sequence[str] | None = None) -> None:
@@ -36,8 +37,12 @@ else:
         if arguments.export:
             from megatron_npd.data.export import export_store, find_annotations
 
-            number = export_store(find_annotations(arguments.run, arguments.round), arguments.export)
-            print(f"{number} samples in {arguments.export}")
+            annotations = find_annotations(arguments.run, arguments.round)
+            Path(arguments.export).parent.mkdir(parents=True, exist_ok=True)
+            number = export_store(annotations, arguments.export)
+            which = read_manifest(annotations, verify=False).provenance["round"]
+            print(f"{number} samples of round {which} ({annotations}) in {arguments.export}")
+            wrote(arguments.export, f"tools/preprocess_data.py --input {arguments.export} --hf-model STUDENT --out DIR")
             return
         from megatron_npd.loop.sample import describe_sample  # after the platform is chosen
 
@@ -52,7 +57,10 @@ else:
     def _student(run: Path) -> str:
         """The student that the run began with, where it is still there; its tokenizer is every policy's."""
         config = run / "config.json"
-        student = json.loads(config.read_text()).get("student", "") if config.is_file() else ""
+        try:
+            student = json.loads(config.read_text())["student"] if config.is_file() else ""
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{config} must name the run's student, got {error!r}; give --tokenizer") from error
         return student if student and Path(student).is_dir() else ""
 
     if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import PackConfig, PlatformName
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.manifest import is_sealed
 from megatron_npd.platform import get_platform
 
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if config.annotations:
         pack_selection(config.annotations, config.selection or None, config.out, config)
+        wrote(config.out, f"pretrain_npd.py --data-path {config.out} --hf-model STUDENT --save CHECKPOINTS")
         return
     from megatron_npd.data.prompts import prepare_prompts
     from megatron_npd.data.tokenizer import load_model_tokens
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_model_tokens(config.hf_model)
         prepare_prompts(config.prompts, prompts, model=model, max_prompt_len=config.seq_length - 1)
     pack_prompts(prompts, config.out, config, vocab_size=load_spec(config.hf_model).vocab_size)
+    packs = Path(config.out) / "packs"
+    wrote(packs, f"pretrain_npd.py --data-path {packs} --hf-model {config.hf_model} --kd-alpha 0 --save CHECKPOINTS")
 
 
 if __name__ == "__main__":

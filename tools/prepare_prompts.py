@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_npd.command import parse_config
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_quarantined=config.max_quarantined,
         special_tokens_in_text=config.special_tokens_in_text,
     )
+    wrote(config.out, f"tools/rollout.py --prompts {config.out} --model {config.student} --out ROLLOUTS")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import PlatformName
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.platform import get_platform
 
 
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             max_quarantined=config.max_quarantined,
         )
         store_prompts(prompts, config.out, vocab_size=vocab_size)
+        wrote(config.out, f"tools/pack.py --annotations {config.out} --out PACKS")
         return
     from megatron_npd.data.preprocess import preprocess
 
@@ -96,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers=config.workers,
         max_quarantined=config.max_quarantined,
     )
+    select_or_pack = "select.py --out SELECTION" if config.top_k else "pack.py --out PACKS"
+    wrote(config.out, f"tools/{select_or_pack} --annotations {config.out}")
 
 
 if __name__ == "__main__":

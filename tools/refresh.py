@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import RolloutConfig
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.manifest import is_sealed
 from megatron_npd.rollout.pool import ServerPool
 from megatron_npd.rollout.refresh import refresh
@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         megatron_to_hf(command.checkpoint, command.hf_model, command.policy)
     cfg = RolloutConfig(token_file=command.token_file, request_timeout=command.request_timeout)
     refresh(ServerPool(command.urls, cfg), command.policy, command.version)
+    urls = ",".join(command.urls)
+    door = f" --token-file {command.token_file}" if command.token_file else ""
+    wrote(
+        f"{command.policy} into {len(command.urls)} servers as {command.version}",
+        f"tools/rollout.py --urls {urls}{door} --policy-version {command.version} --prompts PROMPTS --out ROLLOUTS",
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import RolloutConfig
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, get_logger, run_main, wrote
 from megatron_npd.rollout.generate import finished_round, generate_round
 from megatron_npd.rollout.pool import ServerPool
 
@@ -47,10 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(RolloutCommand, argv)
     this_round = {"cfg": cfg, "round_index": cfg.round, "policy_version": cfg.policy_version}
     if finished_round(cfg.prompts, cfg.out, **this_round) is not None:
-        return  # without starting a server
+        get_logger().info("%s is finished already", cfg.out)  # without starting a server
+        return
     log_dir = cfg.log_dir or Path(cfg.out).parent / "logs"
     with ServerPool.open(cfg.model, cfg, version=cfg.policy_version, log_dir=log_dir) as pool:
         generate_round(cfg.prompts, cfg.out, pool=pool, **this_round)
+    student = cfg.model or "STUDENT"
+    wrote(cfg.out, f"tools/annotate.py --rollouts {cfg.out} --student {student} --teacher TEACHER --out ANNOTATIONS")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The whole loop in one command: rollouts, annotation, selection, packing, training, sparse update, report.
 
-``python tools/run_npd.py --config examples/quickstart/npd.yaml --teacher DIR --student DIR --prompts FILE``
+``python tools/run_npd.py --config examples/recipes/pretrained.yaml --teacher DIR --student DIR --prompts FILE``
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from megatron_npd.platform import get_platform
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the configuration, run the loop and print the report's table."""
+    """Parse the configuration, run the loop, print the report's table and where the results are."""
     cfg = parse_config(NPDConfig, argv)
     check_paths(cfg)  # before anything heavy is imported
     get_platform(cfg.platform)
-    from megatron_npd.loop.controller import run_npd  # after the platform is chosen
+    from megatron_npd.loop.controller import results, run_npd  # after the platform is chosen
 
     print(run_npd(cfg))
+    print(f"\n{results(cfg)}")
 
 
 if __name__ == "__main__":

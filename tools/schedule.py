@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import PlatformName
-from megatron_npd.log import run_main
+from megatron_npd.log import run_main, wrote
 from megatron_npd.manifest import read_manifest
 from megatron_npd.platform import get_platform
 
@@ -42,6 +42,8 @@ def main() -> None:
     packs = os.path.relpath(cfg.packs, Path(cfg.schedule).parent)
     entry = ScheduleEntry(from_row=cfg.from_row, packs=packs, round=cfg.round, policy_version=cfg.policy_version)
     append_entry(cfg.schedule, entry)
+    next_command = f"pretrain_npd.py --data-path {cfg.schedule} --hf-model STUDENT --save CHECKPOINTS"
+    wrote(f"round {cfg.round} into {cfg.schedule}", next_command)
 
 
 if __name__ == "__main__":

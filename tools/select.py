@@ -12,7 +12,7 @@ else:
 
     from megatron_npd.command import parse_config
     from megatron_npd.config import PlatformName, SelectConfig
-    from megatron_npd.log import UserError, run_main
+    from megatron_npd.log import UserError, run_main, wrote
     from megatron_npd.platform import get_platform
 
     @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,7 @@ else:
         for domain, tau in counts["taus"].items():
             if domain:
                 print(f"tau of {domain}: {tau:.9g}")
+        wrote(config.out, f"tools/pack.py --annotations {config.annotations} --selection {config.out} --out PACKS")
 
     if __name__ == "__main__":
         run_main(main)

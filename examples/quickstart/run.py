@@ -37,7 +37,7 @@ get_platform("cpu")  # before anything imports megatron.core
 from megatron_npd.data.packing import pack_prompts  # noqa: E402
 from megatron_npd.data.prompts import prepare_prompts  # noqa: E402
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer  # noqa: E402
-from megatron_npd.loop.controller import run_npd, timed  # noqa: E402
+from megatron_npd.loop.controller import results, run_npd, timed  # noqa: E402
 from megatron_npd.loop.report import write_report  # noqa: E402
 from megatron_npd.models.convert import megatron_to_hf  # noqa: E402
 from megatron_npd.models.families import load_spec  # noqa: E402
@@ -73,7 +73,7 @@ class Quickstart:
         self.pool: ServerPool | None = None
 
     def run(self) -> str:
-        """Do what is left to do and return the report's table."""
+        """Do what is left to do and return the report's table and where policy and report are."""
         try:
             with timed(self.npd_dir, "problems and models"):
                 write_splits(self.work / "data")
@@ -100,7 +100,7 @@ class Quickstart:
         finally:
             if self.pool is not None:
                 self.pool.close()
-        return write_report(self.npd_dir)
+        return f"{write_report(self.npd_dir)}\n\n{results(dataclasses.replace(self.npd, run_dir=str(self.npd_dir)))}"
 
     # -- steps -------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,14 @@ from megatron_npd.lifeline import child_environment
 from megatron_npd.links import refuse_links
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.environment import record_environment
-from megatron_npd.loop.evaluation import HELD_OUT, Accuracies, measure_settings, prepare_measure
+from megatron_npd.loop.evaluation import (
+    HELD_OUT,
+    Accuracies,
+    measure_line,
+    measure_settings,
+    prepare_measure,
+    read_measures,
+)
 from megatron_npd.loop.preflight import check_prompts, check_run
 from megatron_npd.loop.report import write_report
 from megatron_npd.loop.resume import keep_config
@@ -64,6 +71,12 @@ def run_npd(cfg: NPDConfig) -> str:
         return _Loop(run, cfg).run()
 
 
+def results(cfg: NPDConfig) -> str:
+    """Where a finished run left its policy and its report, as two lines."""
+    run = Path(cfg.run_dir)
+    return f"policy  {run / 'policies' / _version(cfg.updates + 1)}\nreport  {run / 'report' / 'report.html'}"
+
+
 class _Loop:
     """One run: the paths of its stages and the servers that it started."""
 
@@ -84,16 +97,12 @@ class _Loop:
             self._evaluate(0)
             for index in range(self.cfg.updates + 1):
                 if index and not is_sealed(self._policy(index + 1)):
-                    self._report()  # what the rounds before left
+                    write_report(self.run_dir)  # what the rounds before left
                 self._round(index)
                 self._evaluate(index + 1)
         finally:
             if self.pool is not None:
                 self.pool.close()
-        return self._report()
-
-    def _report(self) -> str:
-        record_environment(self.run_dir)
         return write_report(self.run_dir)
 
     def _round(self, index: int) -> None:
@@ -228,9 +237,11 @@ class _Loop:
             pool = self._serve(index)
             with timed(self.run_dir, "evaluate", index):
                 accuracies.add(index, pool)
-        if is_sealed(self.run_dir / HELD_OUT / "prompts"):
-            annotations = self.run_dir / HELD_OUT / "rounds" / f"{index:04d}" / "annotations"
+        annotations = self.run_dir / HELD_OUT / "rounds" / f"{index:04d}" / "annotations"
+        if is_sealed(self.run_dir / HELD_OUT / "prompts") and not is_sealed(annotations):
+            self._serve(index)  # before the stage's clock starts
             self._stage("measure", index, annotations, lambda: self._measure(index, annotations))
+            get_logger().info("%s", measure_line(read_measures(self.run_dir)[-1]))
 
     def _measure(self, index: int, annotations: Path) -> None:
         rollouts = annotations.with_name("rollouts")
@@ -303,8 +314,12 @@ def _check_exit(script: str, code: int) -> None:
 
 @contextmanager
 def timed(run_dir: str | Path, stage: str, round_index: int | None = None) -> Iterator[None]:
-    """Append the wall seconds of a stage, finished or interrupted, to ``report/seconds.jsonl`` of a run."""
+    """Append the wall seconds of a stage, finished or interrupted, to ``report/seconds.jsonl`` of a run.
+
+    What it is computed with is kept too, beside it.
+    """
     start = time.monotonic()
+    record_environment(Path(run_dir))
     try:
         yield
     finally:
@@ -315,6 +330,7 @@ def timed(run_dir: str | Path, stage: str, round_index: int | None = None) -> It
             stream.seek(0)
             stream.truncate(stream.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut short
             stream.write(json.dumps(record).encode() + b"\n")
+        record_environment(Path(run_dir))  # with the highest memory by now
 
 
 def _version(index: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from megatron_npd.log import UserError
 from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import resident_bytes
@@ -24,6 +26,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _STARTED = datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def read_json(path: Path, missing: Any) -> Any:
+    """What a file of a report directory holds; ``missing`` where there is none.
+
+    Raises:
+        UserError: It is not JSON.
+    """
+    if not path.is_file():
+        return missing
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} must hold JSON, got {error}; remove it and run the stage again") from error
+
+
 def record_environment(run: Path) -> None:
     """Keep what this process computes with in ``report/environment.json``: one entry a process, in order.
 
@@ -32,7 +48,7 @@ def record_environment(run: Path) -> None:
     ``commit``; what is not known is left out.
     """
     path = run / "report" / ENVIRONMENT_FILE
-    known = json.loads(path.read_text()) if path.is_file() else []
+    known = read_json(path, [])
     entry = {name: value for name, value in _environment().items() if value not in (None, "", [], {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     others = [other for other in known if other["started"] != _STARTED]
@@ -83,8 +99,9 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue
 
 
+@functools.cache
 def _commit() -> str | None:
-    """The commit of the source tree, with a note where files differ from it; None where it is no clone of ours."""
+    """The commit of the source tree at the first call, with a note where files differ; None where it is no clone."""
 
     def git(*arguments: str) -> str | None:
         try:

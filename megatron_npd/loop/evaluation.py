@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer
 from megatron_npd.log import get_logger
+from megatron_npd.loop.environment import read_json
 from megatron_npd.manifest import is_sealed, verified_file, write_atomic
 from megatron_npd.records import PROMPTS_FILE, ROLLOUTS_FILE
 from megatron_npd.rollout.evaluate import Accuracy, exact_match
@@ -48,9 +50,7 @@ class Accuracies:
 
     def __init__(self, run: Path, cfg: NPDConfig) -> None:
         self.cfg, self.run, self.path = cfg, run, run / "report" / "accuracy.json"
-        self.known: dict[str, Any] = {"start": None, "rounds": []}
-        if self.path.exists():
-            self.known |= json.loads(self.path.read_text())
+        self.known: dict[str, Any] = {"start": None, "rounds": []} | read_json(self.path, {})
 
     def lack(self, index: int | None) -> bool:
         """Whether policy ``index`` (0: before the run; None: the teacher) is still to be evaluated."""
@@ -131,6 +131,16 @@ def read_measures(run: Path) -> list[dict[str, Any]]:
         by length); None where too few responses were scored.
     """
     return [{"policy": int(path.parent.name)} | _measure(path) for path in _measured(run)]
+
+
+def measure_line(entry: Mapping[str, Any]) -> str:
+    """One entry of ``read_measures`` in words."""
+    parts = [f"v{entry['policy']:04d} on {entry['prompts']} held-out prompts:"]
+    if entry["kl"] is not None:
+        parts.append(f"KL to the teacher {entry['kl']:.3f} +- {entry['kl_error']:.3f} nats a token,")
+    if entry["top1_agreement"] is not None:
+        parts.append(f"top-1 agreement {100 * entry['top1_agreement']:.1f} %,")
+    return " ".join([*parts, f"{entry['response_tokens']:.1f} response tokens"])
 
 
 def read_samples(run: Path, student: str, number: int = 3) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def _distances(ax: Axes, measures: Sequence[Mapping[str, Any]]) -> None:
 
 def _name_bars(ax: Axes, labels: Sequence[str]) -> None:
     """Names under bars, on two lines where there are many."""
-    crowded = len(labels) > 5
+    crowded = len(labels) > 4
     names = [label.replace(" ", "\n") if crowded else label for label in labels]
     if len(labels) > 9:
         names = [label.replace("round ", "") for label in labels]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.log import UserError
-from megatron_npd.loop.environment import ENVIRONMENT_FILE
+from megatron_npd.loop.environment import ENVIRONMENT_FILE, read_json
 from megatron_npd.loop.evaluation import EVAL_PROMPTS, HELD_OUT, read_measures, read_samples
 from megatron_npd.manifest import is_sealed, read_manifest
 
@@ -45,7 +45,7 @@ def summarise(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         and ``total_seconds``; ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned)
         and ``written``.
     """
-    config = _json_file(run / "config.json", {})
+    config = read_json(run / "config.json", {})
     timed = _json_lines(run / "report" / "seconds.jsonl")
     seconds: dict[str, float] = {}
     for record in timed:
@@ -63,7 +63,7 @@ def summarise(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "seconds": seconds,
         "distillation_seconds": sum(line["seconds"] for line in timed if line["round"] is not None),
         "total_seconds": sum(line["seconds"] for line in timed),
-        "environment": _json_file(run / "report" / ENVIRONMENT_FILE, []),
+        "environment": read_json(run / "report" / ENVIRONMENT_FILE, []),
         "config": _essentials(config),
         "rounds": config["updates"] + 1 if "updates" in config else None,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -117,15 +117,6 @@ def headline(summary: Mapping[str, Any]) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def _json_file(path: Path, missing: Any) -> Any:
-    if not path.is_file():
-        return missing
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} must hold JSON, got {error}; remove it and run the stage again") from error
-
-
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file, none where it is missing; a last line cut short by a kill is left out."""
     if not path.is_file():
@@ -143,7 +134,7 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _accuracy(run: Path) -> dict[str, Any]:
-    known = _json_file(run / "report" / "accuracy.json", {})
+    known = read_json(run / "report" / "accuracy.json", {})
     accuracy = {name: known.get(name) for name in ("start", "further_sft", "teacher")}
     problems, held_out = (
         read_manifest(path, verify=False).counts if is_sealed(path) else {}

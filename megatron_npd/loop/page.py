@@ -276,7 +276,8 @@ def _machine(summary: Mapping[str, Any]) -> str:
         facts.append(("peak memory", f"{max(call['peak_gb'] for call in calls):.1f} GB, of the largest process"))
         if "peak_device_gb" in last:
             facts.append(("peak on the device", f"{last['peak_device_gb']:.1f} GB"))
-        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in last["versions"].items())))
-        if "commit" in last:
-            facts.append(("commit", last["commit"]))
+        versions = [", ".join(f"{name} {version}" for name, version in call["versions"].items()) for call in calls]
+        facts.append(("versions", "; then ".join(dict.fromkeys(versions))))
+        if commits := dict.fromkeys(call["commit"] for call in calls if "commit" in call):
+            facts.append(("commit", "; then ".join(commits)))
     return _facts(facts)

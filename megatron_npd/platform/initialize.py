@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,6 +15,7 @@ from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
 
 _STORE_PATIENCE = timedelta(minutes=10)
+_layouts: dict[tuple[int, int] | None, dict[str, Any]] = {}  # megatron-core's private names in each; None: in none
 
 
 def initialize_distributed(
@@ -22,7 +25,7 @@ def initialize_distributed(
 
     Under torchrun the process joins its peers; without torchrun's environment it is a world of its own. The
     data-parallel size is what remains of the world size. Stages of one process may ask for different sizes one after
-    another: the groups are made anew when the sizes change, and models built before must not be used afterwards.
+    another; each layout's groups are made once. Models are used in the layout that they were built in.
 
     Args:
         tensor_model_parallel_size: Ranks that share a layer.
@@ -33,27 +36,41 @@ def initialize_distributed(
         UserError: The world size is not a multiple of the two sizes' product.
     """
     platform = get_platform()
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
         platform.set_device(local_rank())
         _join(platform.distributed_backend)
     check_world_size(dist.get_world_size(), tensor_model_parallel_size, pipeline_model_parallel_size)
+    _lay_out((tensor_model_parallel_size, pipeline_model_parallel_size))
+    platform.seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _lay_out(sizes: tuple[int, int]) -> None:
+    """Make the groups of a layout (tensor, pipeline), or take up those that it had before.
+
+    megatron-core keeps one layout, in its module's private names, and forgets most groups of the one before without
+    destroying them: a round annotated in waves, student and teacher by turns, would make new ones until none are left.
+    """
+    from megatron.core import parallel_state
+
+    current = None
     if parallel_state.model_parallel_is_initialized():
         current = (
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_pipeline_model_parallel_world_size(),
         )
-        if current != (tensor_model_parallel_size, pipeline_model_parallel_size):
-            parallel_state.destroy_model_parallel()
+        if current == sizes:
+            return
+        parallel_state.get_global_memory_buffer().buffer.clear()  # as large as activations
+    names = vars(parallel_state)
+    _layouts[current] = {name: value for name, value in names.items() if re.match("_[^_]", name)}
+    names.update(_layouts.get(sizes, _layouts[None]))
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1]
         )
-    platform.seed(seed)
-    model_parallel_cuda_manual_seed(seed)
 
 
 def check_world_size(world: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:
@@ -96,5 +113,6 @@ def shutdown() -> None:
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    _layouts.clear()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_npd.config import RolloutConfig
+from megatron_npd.limits import allow_connections
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.rollout.access import bearer, make_token, read_token
@@ -242,8 +243,9 @@ class ServerPool:
                 Malformed for what should be asked again.
 
         Raises:
-            UserError: As for ``run``.
+            UserError: As for ``run``, or the system allows too few open files for that many requests in flight.
         """
+        allow_connections(len(self.urls) * self.cfg.concurrency)
         Asking(self, on_result, body, read).run(requests)
 
     def clear(self, url: str) -> None:

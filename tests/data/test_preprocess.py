@@ -86,7 +86,10 @@ def test_the_tool_exports_a_round_of_a_run_or_a_store(tmp_path: Path, capsys: py
     ):
         inspect_tool.main([str(tmp_path / source), "--export", str(tmp_path / "out.parquet"), *options])
         assert pq.read_metadata(tmp_path / "out.parquet").num_rows == number
-    assert "3 samples in" in capsys.readouterr().out
+    exported = capsys.readouterr().out.splitlines()
+    rounds = [f"{number} samples of round" for number in (4, 3, 3)]
+    assert len(exported) == 3 and all(map(str.startswith, exported, rounds))
+    assert f"({tmp_path / 'run/rounds/0001/annotations'})" in exported[0]
     with pytest.raises(UserError, match="annotations of round 2"):
         inspect_tool.main([str(tmp_path / "run"), "--export", str(tmp_path / "out.parquet"), "--round", "2"])
     with pytest.raises(UserError, match="one of --sample and --export"):

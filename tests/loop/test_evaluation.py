@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_npd.config import AnnotateConfig, EvalConfig, NPDConfig, RolloutConfig
-from megatron_npd.loop.evaluation import Accuracies
+from megatron_npd.loop.evaluation import Accuracies, measure_line
 from tests.helpers import make_tiny_tokenizer
 from tests.rollout.fake import EOS, FakeServer
 
@@ -51,3 +51,11 @@ def test_without_problems_or_regex_nothing_is_lacking(tmp_path: Path) -> None:
     for settings in (EvalConfig(teacher=True), EvalConfig(prompts="test.jsonl", answer_regex="", teacher=True)):
         accuracies = Accuracies(tmp_path, NPDConfig(eval=settings))
         assert not accuracies.lack(None) and not accuracies.lack(0)
+
+
+def test_a_measure_in_words_leaves_out_what_is_undefined() -> None:
+    entry = {"policy": 1, "prompts": 64, "kl": 0.66, "kl_error": 0.0123, "top1_agreement": 0.7, "response_tokens": 60}
+    words = "v0001 on 64 held-out prompts: KL to the teacher 0.660 +- 0.012 nats a token, top-1 agreement 70.0 %, "
+    assert measure_line(entry) == words + "60.0 response tokens"
+    undefined = entry | {"kl": None, "kl_error": None, "top1_agreement": None}
+    assert measure_line(undefined) == "v0001 on 64 held-out prompts: 60.0 response tokens"

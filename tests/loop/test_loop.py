@@ -80,6 +80,8 @@ def weights(run: Path, version: str) -> dict[str, torch.Tensor]:
 def test_two_rounds_and_a_report(recipe: NPDConfig) -> None:
     table = controller.run_npd(recipe)
     run = Path(recipe.run_dir)
+    for line, name in zip(controller.results(recipe).splitlines(), ("policy", "report"), strict=True):
+        assert line.split()[0] == name and Path(line.split()[1]).exists()
     for index in (0, 1):
         for stage in ("rollouts", "annotations", "selection", "packs"):
             manifest = read_manifest(run / "rounds" / f"{index:04d}" / stage)
@@ -111,6 +113,7 @@ def test_a_finished_run_repeats_nothing(recipe: NPDConfig, monkeypatch: pytest.M
     for name in STAGES:
         monkeypatch.setattr(controller, name, forbidden)
     monkeypatch.setattr(evaluation, "exact_match", forbidden)
+    monkeypatch.setattr(controller, "record_environment", forbidden)  # with what it was computed stays as it was
     controller.run_npd(recipe)
 
 

@@ -25,7 +25,7 @@ from tests.helpers import make_tiny_model
 get_platform("cpu")
 
 from megatron_npd.loop import controller  # noqa: E402
-from megatron_npd.loop.preflight import check_prompts, check_run  # noqa: E402
+from megatron_npd.loop.preflight import HIGH_LR_TIMES_WIDTH, check_prompts, check_run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +93,17 @@ def drop_norm(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, model / "model.safetensors")
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("examples/recipes/*.yaml")), ids=lambda file: file.stem)
+def test_the_recipes_fit_and_their_rates_suit_the_widths_that_they_name(inputs: Path, file: Path) -> None:
+    cfg = config(inputs, "--config", str(file), "--rollout.max-model-len=512", "--train.train-iters=20")
+    check_run(cfg)
+    shipped = parse_config(NPDConfig, ["--config", str(file)])
+    assert min(shipped.annotate.seq_length, shipped.pack.seq_length) >= shipped.rollout.max_model_len
+    for lr, width in ((3e-4, 576), (1e-4, 896), (5e-5, 1536), (2e-5, 2048), (1e-5, 4096), (1e-5, 8192)):
+        assert lr * width < HIGH_LR_TIMES_WIDTH
+    assert shipped.train.lr * 896 < HIGH_LR_TIMES_WIDTH < 2e-3 * 576
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])

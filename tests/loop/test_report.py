@@ -355,6 +355,7 @@ def test_the_environment_is_that_of_this_process(run: Path, monkeypatch: pytest.
     assert before == ENVIRONMENT
     assert entry["versions"]["torch"] == torch.__version__ and "vllm" in " ".join(entry["versions"])
     assert entry["cores"] > 0 and 0.05 < entry["peak_gb"] < entry["memory_gb"]
+    environment._commit.cache_clear()
     monkeypatch.setattr(environment, "REPOSITORY", Path(__file__).parent)  # inside a clone, but none itself
     record_environment(run)
     *_, entry = json.loads((run / "report" / "environment.json").read_text())

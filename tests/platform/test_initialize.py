@@ -34,6 +34,30 @@ def _sizes_change(rank: int, world_size: int) -> list[tuple[int, int, int]]:
     return seen
 
 
+def _sizes_return(rank: int, world_size: int) -> list[int]:
+    from megatron.core import parallel_state
+
+    counts = []
+    for round_index in range(3):
+        for tensor, pipeline in ((2, 1), (1, 1), (1, 2)):
+            initialize_distributed(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+            assert parallel_state.get_pipeline_model_parallel_rank() == (rank if pipeline == 2 else 0)
+            for group, size in (
+                (parallel_state.get_tensor_model_parallel_group(), tensor),
+                (parallel_state.get_data_parallel_group_gloo(), 2 // (tensor * pipeline)),
+            ):
+                total = torch.ones(1)
+                dist.all_reduce(total, group=group)
+                assert total.item() == size, round_index
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+def test_sizes_that_return_make_no_new_groups() -> None:
+    for first, *later in run_distributed(_sizes_return, 2):
+        assert later == [first, first]
+
+
 def test_sizes_may_change_in_one_process() -> None:
     assert run_distributed(_sizes_change, 2) == [[(1, 1, 2), (1, 1, 2), (2, 1, 1), (1, 2, 1), (1, 1, 2)]] * 2
 

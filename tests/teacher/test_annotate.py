@@ -359,12 +359,34 @@ def test_data_parallel_ranks_share_the_shards(tmp_path: Path, models: dict[str, 
     assert contents(tmp_path / "two") == contents(tmp_path / "alone")
 
 
+def _count_groups(rank: int, world_size: int, *args: Any) -> list[int]:
+    """How many process groups there are after each wave."""
+    from torch.distributed import distributed_c10d
+
+    from megatron_npd.teacher import annotate as stage
+
+    counts = []
+    real = stage._annotate_wave
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            stage, "_annotate_wave", lambda *wave: (real(*wave), counts.append(len(distributed_c10d._world.pg_map)))
+        )
+        annotate(*args)
+    return counts
+
+
 @pytest.mark.parametrize("layout", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
 def test_model_parallel_layouts_leave_the_same_store(tmp_path: Path, models: dict[str, Path], layout: str) -> None:
-    """The student has one kv head: under tensor parallelism it runs data-parallel."""
+    """The student has one kv head: under tensor parallelism it runs data-parallel, in a layout of its own.
+
+    A round in three waves takes up the groups of both layouts again and again, and makes none anew.
+    """
     make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
     annotate(tmp_path / "rollouts", tmp_path / "alone", models)
-    cfg = AnnotateConfig(top_k=CFG.top_k, seq_length=CFG.seq_length, **{layout: 2})
-    run_distributed(_annotate_rank, 2, tmp_path / "rollouts", tmp_path / "two", models, cfg)
+    cfg = AnnotateConfig(**vars(FOLLOWING) | {layout: 2})
+    thread = unseal_and_give_back(tmp_path / "rollouts", tmp_path / "two")
+    counts = run_distributed(_count_groups, 2, tmp_path / "rollouts", tmp_path / "two", models, cfg)
+    thread.join()
+    assert all(of_rank == 3 * of_rank[:1] for of_rank in counts)
     read_manifest(tmp_path / "two", kind="annotations")
     assert_samples_close(tmp_path / "two", tmp_path / "alone")
