@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from megatron_npd.command import parse_config
 from megatron_npd.config import TrainConfig
 from megatron_npd.log import run_main, wrote
+from megatron_npd.paths import check_training
 from megatron_npd.platform import get_platform
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; ``argv`` without the program's name, default: the process's."""
     cfg = parse_config(TrainConfig, argv, description=__doc__ or "")
+    check_training(cfg)  # before anything is imported that takes seconds
+    from megatron_npd.ops.arguments import check_objective
+    from megatron_npd.platform.initialize import check_world_size
+
+    check_objective(**cfg.kd_settings())
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world_size(world, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size)
     get_platform(cfg.platform)  # before megatron.core is imported
     from megatron_npd.training.trainer import train
 

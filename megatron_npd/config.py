@@ -6,7 +6,7 @@ Names are Megatron's where Megatron has the thing.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_npd.log import UserError
 
@@ -313,6 +313,11 @@ class TrainConfig:
             self.lr_warmup_iters,
             "shorten the warm-up",
         )
+
+    def kd_settings(self) -> dict[str, Any]:
+        """The ``kd_`` fields under the names that the loss and ``ops.arguments.check_objective`` take."""
+        names = ("alpha", "mode", "divergence", "beta", "skew", "temperature")
+        return {name: getattr(self, f"kd_{name}") for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ FLOORS = {
     "lock": 0,
     "weights": 0,
     "log": 0,
+    "paths": 0,
     "data": 1,
     "ops": 1,
     "models": 1,

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_npd.command import parse_config
 from megatron_npd.config import AnnotateConfig, PlatformName
 from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.paths import check_model_dir, check_out_dir, check_sealed
 from megatron_npd.platform import get_platform
 
 
@@ -36,6 +37,7 @@ class AnnotateCommand(AnnotateConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the configuration and annotate."""
     command = parse_config(AnnotateCommand, argv)
+    _check(command)
     get_platform(command.platform)
     from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
 
@@ -50,14 +52,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if cfg.backend == "megatron":
         annotate()
-    elif not cfg.urls and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("urls must name the teacher's servers under torchrun, got none; start them with tools/serve.py")
     else:
         from megatron_npd.rollout.score import ServerScorer
 
         with ServerScorer(command.teacher, cfg, log_dir=Path(command.out).parent / "logs") as servers:
             annotate(servers=servers)
     wrote(command.out, f"tools/select.py --annotations {command.out} --out SELECTION")
+
+
+def _check(command: AnnotateCommand) -> None:
+    """What can be refused before anything is imported that takes seconds."""
+    check_model_dir("teacher", command.teacher)
+    check_model_dir("student", command.student)
+    if not command.follow_seconds:
+        check_sealed("rollouts", command.rollouts)
+    check_out_dir("out", command.out)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if command.backend == "vllm":
+        if not command.urls and world > 1:
+            raise UserError("urls must name the teacher's servers under torchrun, got none; start tools/serve.py")
+        return
+    from megatron_npd.platform.initialize import check_world_size
+
+    check_world_size(world, command.tensor_model_parallel_size, command.pipeline_model_parallel_size)
 
 
 if __name__ == "__main__":

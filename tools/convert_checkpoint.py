@@ -14,6 +14,7 @@ from typing import Literal
 
 from megatron_npd.command import parse_config
 from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.paths import check_model_dir, check_out_dir, check_sealed, latest_checkpoint
 from megatron_npd.platform import get_platform
 
 
@@ -41,6 +42,10 @@ class ConvertConfig:
 
 def main() -> None:
     config = parse_config(ConvertConfig)
+    check_model_dir("hf_model", config.hf_model)
+    if config.checkpoint and latest_checkpoint(config.checkpoint) is None:
+        check_sealed("checkpoint", config.checkpoint)
+    check_out_dir("out", config.out)
     get_platform("cpu")  # host memory is what a conversion needs
     from megatron_npd.models.convert import hf_to_megatron, megatron_to_hf
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_npd.config import NPDConfig
 from megatron_npd.log import UserError, get_logger
+from megatron_npd.paths import check_model_dir, check_out_dir
 
 if TYPE_CHECKING:
     from megatron_npd.models.families import ModelSpec
@@ -25,20 +26,13 @@ def check_paths(cfg: NPDConfig) -> None:
         UserError: A model directory or a file of prompts is not there, or the run's directory cannot be made.
     """
     for name in ("teacher", "student"):
-        given = getattr(cfg, name)
-        if not given or not (Path(given) / "config.json").is_file():
-            raise UserError(
-                f"--{name} must be a Hugging Face model directory, got {given!r} without config.json; "
-                "give a directory with config.json, weights and tokenizer"
-            )
+        check_model_dir(f"--{name}", getattr(cfg, name))
     for name, given in (("prompts", cfg.prompts), ("eval.prompts", cfg.eval.prompts)):
         if (given or name == "prompts") and (
             not Path(given).is_file() or Path(given).suffix not in (".jsonl", ".parquet")
         ):
             raise UserError(f"--{name} must be a JSONL or Parquet file, got {given!r}; check the path")
-    for path in (Path(cfg.run_dir), *Path(cfg.run_dir).parents):
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--run-dir must be a directory, got {cfg.run_dir!r}, where {path} is a file; give another")
+    check_out_dir("--run-dir", cfg.run_dir)
 
 
 def check_run(cfg: NPDConfig) -> None:
@@ -100,10 +94,9 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     from megatron_npd.ops.implementation import use_triton
     from megatron_npd.platform import get_platform
     from megatron_npd.platform.initialize import check_world_size
-    from megatron_npd.training.objectives import kd_settings
     from megatron_npd.training.trainer import check_batch
 
-    check_objective(**kd_settings(cfg.train))
+    check_objective(**cfg.train.kd_settings())
     use_triton(cfg.train.loss_impl, get_platform().device(0))
     layouts = [(cfg.train.tensor_model_parallel_size, cfg.train.pipeline_model_parallel_size)]
     layouts += [(cfg.annotate.tensor_model_parallel_size, cfg.annotate.pipeline_model_parallel_size)]

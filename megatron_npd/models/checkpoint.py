@@ -10,7 +10,6 @@ import functools
 import json
 import pickle
 import queue
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
 from megatron_npd.log import UserError, get_logger
-from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal, unlisted, verified_file, writing
+from megatron_npd.manifest import MANIFEST, PART, read_manifest, seal, unlisted, verified_file, writing
 from megatron_npd.models.unpickle import known_classes_only, refused
 
 KIND = "checkpoint"
@@ -95,16 +94,6 @@ def save_checkpoint(
                 (part / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
                 seal(part, kind=KIND, counts={"iteration": iteration})
     return path
-
-
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """The sealed checkpoint of the highest iteration under ``root``; None where there is none."""
-    sealed = {}
-    for path in Path(root).glob("iter_*"):
-        match = re.fullmatch(r"iter_(\d+)", path.name)
-        if match and is_sealed(path):
-            sealed[int(match[1])] = path
-    return sealed[max(sealed)] if sealed else None
 
 
 def saved_state(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron_npd.lock import LOCK
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import config_hash, is_sealed, seal, writing
 from megatron_npd.models.build import build_model
-from megatron_npd.models.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megatron_npd.models.checkpoint import load_checkpoint, save_checkpoint
 from megatron_npd.models.families.base import ModelSpec, Rule, load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, ShardWriter
 from megatron_npd.models.mapping import (
@@ -27,6 +27,7 @@ from megatron_npd.models.mapping import (
     pieces,
     rule_shapes,
 )
+from megatron_npd.paths import latest_checkpoint
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.weights import has_weights
 

@@ -67,14 +67,8 @@ def distill(output: ModelOutput, batch: PackedBatch, cfg: TrainConfig) -> tuple[
         teacher_ids_TK=batch.teacher_ids,
         teacher_logprobs_TK=batch.teacher_logprobs,
         teacher_log_tail_T=batch.teacher_log_tail,
-        **kd_settings(cfg),
+        **cfg.kd_settings(),
     )
-
-
-def kd_settings(cfg: TrainConfig) -> dict[str, Any]:
-    """The configuration's ``kd_`` fields under the names that the loss and ``ops.arguments.check_objective`` take."""
-    names = ("alpha", "mode", "divergence", "beta", "skew", "temperature")
-    return {name: getattr(cfg, f"kd_{name}") for name in names}
 
 
 def _loss(

@@ -22,18 +22,17 @@ from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.build import ModelSpec, build_model, load_spec
 from megatron_npd.models.checkpoint import (
-    latest_checkpoint,
     load_checkpoint,
     saved_state,
     together,
 )
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.arguments import check_objective
+from megatron_npd.paths import check_training, first_checkpoint
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
-from megatron_npd.training.objectives import kd_settings
 from megatron_npd.training.saving import Saver
 from megatron_npd.training.step import TrainStep
 
@@ -68,8 +67,8 @@ def train(cfg: TrainConfig) -> TrainResult:
             process trains into ``save``.
     """
     platform = get_platform(cfg.platform)
-    _check_paths(cfg)
-    check_objective(**kd_settings(cfg))
+    check_training(cfg)
+    check_objective(**cfg.kd_settings())
     initialize_distributed(
         tensor_model_parallel_size=cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
@@ -81,7 +80,7 @@ def train(cfg: TrainConfig) -> TrainResult:
 
 def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
-    checkpoint = _newest_checkpoint(cfg)
+    checkpoint = first_checkpoint(cfg)
     state = {"iteration": 0, "rows_consumed": 0} if checkpoint is None else saved_state(checkpoint)
     if state["iteration"] >= stop:
         get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
@@ -171,26 +170,6 @@ def _only_trainer(cfg: TrainConfig) -> Iterator[None]:
                     Path(cfg.save).mkdir(parents=True, exist_ok=True)
                     stack.enter_context(hold_lock(cfg.save, believe=False))
         yield
-
-
-def _check_paths(cfg: TrainConfig) -> None:
-    if not cfg.hf_model or not Path(cfg.hf_model).is_dir():
-        raise UserError(f"hf_model must be a Hugging Face model directory, got {cfg.hf_model!r}; check the path")
-    if not cfg.data_path or not Path(cfg.data_path).exists():
-        raise UserError(f"data_path must be a packs directory or a schedule.jsonl, got {cfg.data_path!r}; pack first")
-    if cfg.exit_at_iteration and not cfg.save:
-        raise UserError("save must be given with exit_at_iteration, got none; the steps done would be lost")
-
-
-def _newest_checkpoint(cfg: TrainConfig) -> Path | None:
-    """What the run goes on from: its own newest checkpoint, else that of ``load``."""
-    for root in filter(None, (cfg.save, cfg.load)):
-        checkpoint = latest_checkpoint(root)
-        if checkpoint is not None:
-            return checkpoint
-    if cfg.load and cfg.load != cfg.save:
-        raise UserError(f"load must hold a checkpoint, got none in {cfg.load}; leave it out to start from hf_model")
-    return None
 
 
 def _open_data(cfg: TrainConfig, spec: ModelSpec) -> PackedDataset:

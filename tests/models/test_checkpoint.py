@@ -15,6 +15,7 @@ import torch
 
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.paths import latest_checkpoint
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
 from tests.models.common import full_state, make_trainer, restore, save
@@ -99,8 +100,6 @@ def test_data_parallel_size_may_change(model_dir: Path, tmp_path: Path) -> None:
 
 
 def _rewrite(rank: int, world: int, model_dir: Path, root: Path) -> float:
-    from megatron_npd.models.checkpoint import latest_checkpoint
-
     trainer = make_trainer(model_dir)
     assert latest_checkpoint(root) is None
     trainer.step(0)
@@ -127,8 +126,6 @@ def test_directories(model_dir: Path, tmp_path: Path) -> None:
 
 
 def _full_disk(rank: int, world: int, model_dir: Path, root: Path, limit: int) -> str:
-    from megatron_npd.models.checkpoint import latest_checkpoint
-
     trainer = make_trainer(model_dir)
     trainer.step(0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -276,6 +276,8 @@ def test_the_command_line_trains_and_takes_a_recipe(tmp_path: Path, tiny_model_d
         ({"hf_model": "nowhere"}, "hf_model must be"),
         ({"data_path": "nowhere"}, "data_path must be"),
         ({"data_path": ""}, "data_path must be"),
+        ({"save": __file__}, "save must be a directory, got '.*test_trainer.py', where .* is a file"),
+        ({"metrics_path": f"{__file__}/m.jsonl"}, "the directory of metrics_path must be a directory"),
         ({"load": "nowhere"}, "load must hold a checkpoint, got none in nowhere"),
         ({"exit_at_iteration": 2}, "save must be given with exit_at_iteration"),
         ({"micro_batch_size": 3}, "global_batch_size must be a multiple of .* 3 x 1, got 4"),

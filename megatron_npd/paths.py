@@ -1,0 +1,82 @@
+"""Paths that a command is given, checked before it imports anything that takes seconds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_npd.config import TrainConfig
+from megatron_npd.log import UserError
+from megatron_npd.manifest import MANIFEST, is_sealed
+
+
+def check_model_dir(name: str, given: str) -> None:
+    """Insist that the option ``name`` is a Hugging Face directory.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not given or not (Path(given) / "config.json").is_file():
+        raise UserError(
+            f"{name} must be a Hugging Face model directory, got {given!r} without config.json; "
+            "give a directory with config.json, weights and tokenizer"
+        )
+
+
+def check_out_dir(name: str, given: str) -> None:
+    """Insist that the option ``name`` is a directory or can become one.
+
+    Raises:
+        UserError: A file is in the way.
+    """
+    for path in (Path(given), *Path(given).parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{name} must be a directory, got {given!r}, where {path} is a file; give another")
+
+
+def check_sealed(name: str, given: str) -> None:
+    """Insist that the option ``name`` is a directory that a stage has finished.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not is_sealed(given):
+        raise UserError(f"{name} must be a sealed directory, got {given!r} without {MANIFEST}; run its stage first")
+
+
+def check_training(cfg: TrainConfig) -> None:
+    """Check what a training run reads and writes.
+
+    Raises:
+        UserError: A path leads to nothing, or to something else.
+    """
+    check_model_dir("hf_model", cfg.hf_model)
+    data = Path(cfg.data_path)
+    if not cfg.data_path or not (data.is_file() or is_sealed(data)):
+        raise UserError(
+            f"data_path must be a sealed directory of packs or a schedule.jsonl, got {cfg.data_path!r}; pack first"
+        )
+    for name in ("save", "tensorboard_dir"):
+        check_out_dir(name, getattr(cfg, name))
+    if cfg.metrics_path:
+        check_out_dir("the directory of metrics_path", str(Path(cfg.metrics_path).parent))
+    if cfg.exit_at_iteration and not cfg.save:
+        raise UserError("save must be given with exit_at_iteration, got none; the steps done would be lost")
+    if cfg.load != cfg.save and first_checkpoint(cfg) is None and cfg.load:
+        raise UserError(f"load must hold a checkpoint, got none in {cfg.load}; leave it out to start from hf_model")
+
+
+def first_checkpoint(cfg: TrainConfig) -> Path | None:
+    """What a training run goes on from: its own newest checkpoint, else that of ``load``."""
+    found = (latest_checkpoint(root) for root in (cfg.save, cfg.load) if root)
+    return next(filter(None, found), None)
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The sealed checkpoint of the highest iteration under ``root``; None where there is none."""
+    sealed = {}
+    for path in Path(root).glob("iter_*"):
+        match = re.fullmatch(r"iter_(\d+)", path.name)
+        if match and is_sealed(path):
+            sealed[int(match[1])] = path
+    return sealed[max(sealed)] if sealed else None
