@@ -82,9 +82,12 @@ def check_prompts(run: Path, cfg: NPDConfig) -> None:
         UserError: A held-out problem has no answer, or a prompt no domain.
     """
     from megatron_npd.rollout.evaluate import read_problems
+    from megatron_npd.selection.select import check_domains
 
     if cfg.eval.prompts and cfg.eval.answer_regex:
         read_problems(run / "eval_prompts", cfg.eval.answer_regex)
+    if cfg.select.domain_column:
+        check_domains(run / "prompts", cfg.select.domain_column)
 
 
 def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:

@@ -22,7 +22,7 @@ from megatron_npd.manifest import MANIFEST, is_sealed, write_atomic
 CONFIG_FILE = "config.json"
 CHANGES_FILE = "config_changes.jsonl"
 STAGES = ("prompts", "rollouts", "annotations", "selection", "packs", "checkpoints", "policies")
-# The first stage that depends on a setting: by its group, but for those named.
+# The first stage that depends on a setting: by its group, but for those named; on those without a group the prompts do.
 _GROUPS = {
     "rollout": "rollouts",
     "annotate": "annotations",
@@ -32,9 +32,6 @@ _GROUPS = {
     "eval": "evaluation",  # made anew without asking, of policies that stay
 }
 _NAMED = {
-    "teacher": "prompts",
-    "student": "prompts",
-    "prompts": "prompts",
     "rollout.max_model_len": "prompts",  # longer ones are set aside
     "updates": "checkpoints",
 }
@@ -89,7 +86,7 @@ def stage_of(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return ""
     if name in ("eval.prompts", "eval.held_out") and not (then.get("eval.prompts") and now["eval.prompts"]):
         return "prompts"  # without problems of their own, the prompts to measure on are taken out of those that train
-    return _NAMED.get(name) or _GROUPS[name.partition(".")[0]]
+    return _NAMED.get(name) or _GROUPS.get(name.partition(".")[0], "prompts")
 
 
 def _make_room(run: Path, changed: str, stages: set[str], *, redo: bool) -> None:

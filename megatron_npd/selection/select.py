@@ -216,6 +216,16 @@ def what_if(
     return rows
 
 
+def check_domains(prompts_dir: str | Path, column: str) -> None:
+    """Refuse a ``domain_column`` that a prompt does not have, before anything is generated.
+
+    Raises:
+        UserError: The column of a prompt holds no text.
+    """
+    ids = [batch.column("prompt_id").cast(pa.large_string()) for batch in PromptRows(prompts_dir).batches("prompt_id")]
+    _domains(pa.concat_arrays(ids), prompts_dir, column)
+
+
 def _domains(
     prompt_ids: pa.LargeStringArray, prompts_dir: str | Path | None, column: str
 ) -> tuple[list[str], npt.NDArray[np.int32]]:

@@ -140,6 +140,12 @@ def test_held_out_problems_without_an_answer_are_refused_before_any_server_start
         controller.run_npd(config(inputs, f"--run-dir={tmp_path}/run", *other))
 
 
+def test_a_domain_that_prompts_lack_is_refused_before_any_server_starts(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"column subject of prompt .* must be a text, got None"):
+        controller.run_npd(config(inputs, f"--run-dir={tmp_path}/run", "--select.domain-column=subject"))
+    assert not (tmp_path / "run" / "rounds").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
