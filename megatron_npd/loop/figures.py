@@ -118,12 +118,13 @@ def _distances(ax: Axes, measures: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _name_bars(ax: Axes, labels: Sequence[str]) -> None:
-    """Names under bars, on two lines where there are many."""
-    crowded = len(labels) > 4
-    names = [label.replace(" ", "\n") if crowded else label for label in labels]
-    if len(labels) > 9:
-        names = [label.replace("round ", "") for label in labels]
-    ax.set_xticks(range(len(labels)), names)
+    """Names under bars, on two lines or slanted where there are many; numbers above them get smaller."""
+    many = len(labels) > 9
+    names = [label.replace(" ", "\n") if 4 < len(labels) <= 9 else label for label in labels]
+    slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if many else {}
+    ax.set_xticks(range(len(labels)), names, **slant)
+    for number in ax.texts if many else ():
+        number.set_fontsize(7)
     ax.set_xlim(-0.6, max(len(labels), 3) - 0.4)
     ax.tick_params(axis="x", length=0)
     ax.grid(visible=False, axis="x")
@@ -169,19 +170,11 @@ def _finish_curves(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     ax.set_title(ax.get_title("left"), pad=20)
     ax.set_xlabel("step")
-    for before, line in itertools.pairwise(metrics):
-        if line.get("round") != before.get("round"):
-            ax.axvline(line["iteration"], color=MUTED, linewidth=1, linestyle=":")
-            place = ax.get_xaxis_transform()
-            ax.text(
-                line["iteration"],
-                1.01,
-                f"round {line['round']}",
-                transform=place,
-                fontsize=8.5,
-                ha="center",
-                color=MUTED,
-            )
+    begins = [line for before, line in itertools.pairwise(metrics) if line.get("round") != before.get("round")]
+    for line in begins:
+        ax.axvline(line["iteration"], color=MUTED, linewidth=1, linestyle=":")
+        name, place = f"round {line['round']}" if len(begins) < 4 else str(line["round"]), ax.get_xaxis_transform()
+        ax.text(line["iteration"], 1.01, name, transform=place, fontsize=8.5, ha="center", color=MUTED)
     _legend_below(ax)
 
 

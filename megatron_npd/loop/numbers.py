@@ -204,29 +204,30 @@ def _essentials(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
-    """Each bound that was passed, by how much, and what helps."""
-    for entry in summary["lag"]:
-        if entry["highest"] > LAG_BOUND:
-            yield (
-                f"Round {entry['round']}: the policy lag reached {entry['highest']:.2f} nats a token (mean over a "
-                f"tenth of the steps), {entry['highest'] / LAG_BOUND:.1f} times its bound of {LAG_BOUND:.2f}. More "
-                "updates, fewer steps or a lower learning rate keep the training data closer to the policy."
-            )
-    for entry in summary["zones"]:
-        dropped = entry["in"] - entry["kept"]
-        if dropped > DROPPED_BOUND * entry["in"]:
-            zone = max(("degenerate", "disconnect", "undefined"), key=lambda name: entry["zones"][name]["count"])
-            bound = {"degenerate": "select.lower", "disconnect": "select.tau", "undefined": "select.filter"}[zone]
-            yield (
-                f"Round {entry['round']}: {100 * dropped / entry['in']:.1f} % of the responses were dropped ({dropped} "
-                f"of {entry['in']}, most of them {zone}), above {100 * DROPPED_BOUND:.0f} %. tools/select.py --dry-run "
-                f"shows what other bounds keep ({bound})."
-            )
-        if entry["cut"] > CUT_BOUND * entry["in"]:
-            yield (
-                f"Round {entry['round']}: {100 * entry['cut'] / entry['in']:.1f} % of the responses were cut at "
-                f"rollout.max_tokens, above {100 * CUT_BOUND:.0f} %. They have no end to learn from: raise it."
-            )
+    """Each bound that was passed, by how much in the worst round, and what helps."""
+    if lags := [entry for entry in summary["lag"] if entry["highest"] > LAG_BOUND]:
+        worst = max(lags, key=lambda entry: entry["highest"])
+        yield (
+            f"{_where(worst, lags)}: the policy lag reached {worst['highest']:.2f} nats a token (mean over a tenth of "
+            f"the steps), {worst['highest'] / LAG_BOUND:.1f} times its bound of {LAG_BOUND:.2f}. More updates, fewer "
+            "steps or a lower learning rate keep the training data closer to the policy."
+        )
+    zones = summary["zones"]
+    if few := [entry for entry in zones if 1 - entry["kept_share"] > DROPPED_BOUND]:
+        worst = min(few, key=lambda entry: entry["kept_share"])
+        zone = max(("degenerate", "disconnect", "undefined"), key=lambda name: worst["zones"][name]["count"])
+        bound = {"degenerate": "select.lower", "disconnect": "select.tau", "undefined": "select.filter"}[zone]
+        yield (
+            f"{_where(worst, few)}: {100 * (1 - worst['kept_share']):.1f} % of the responses were dropped "
+            f"({worst['in'] - worst['kept']} of {worst['in']}, most of them {zone}), above "
+            f"{100 * DROPPED_BOUND:.0f} %. tools/select.py --dry-run shows what other bounds keep ({bound})."
+        )
+    if cut := [entry for entry in zones if entry["cut"] > CUT_BOUND * entry["in"]]:
+        worst = max(cut, key=lambda entry: entry["cut"] / entry["in"])
+        yield (
+            f"{_where(worst, cut)}: {100 * worst['cut'] / worst['in']:.1f} % of the responses were cut at "
+            f"rollout.max_tokens, above {100 * CUT_BOUND:.0f} %. They have no end to learn from: raise it."
+        )
     accuracy = summary["accuracy"]
     if accuracy["also_training"]:
         yield (
@@ -244,6 +245,11 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
                 f"Round {after['policy'] - 1}: the KL to the teacher rose from {before['kl']:.2f} to {after['kl']:.2f} "
                 "nats a token. A lower learning rate is the first thing to try."
             )
+
+
+def _where(worst: Mapping[str, Any], entries: Sequence[Any]) -> str:
+    others = f", and in {len(entries) - 1} more" if len(entries) > 1 else ""
+    return f"Round {worst['round']}{others}"
 
 
 def _missing(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -48,7 +48,7 @@ th:first-child, td:first-child { text-align: left; }
 .facts td { text-align: left; overflow-wrap: anywhere; } .facts td:first-child { color: var(--muted); width: 16rem; }
 .samples { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem; max-height: 12.5rem; overflow-y: auto; }
 .samples dl { margin: 0; } dt { color: var(--muted); font-size: .8125rem; }
 dd { margin: 0; padding-left: .8rem; border-left: 3px solid var(--line); }
 footer { color: var(--muted); font-size: .875rem; margin-top: 3rem; }

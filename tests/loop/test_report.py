@@ -290,8 +290,9 @@ def test_samples_are_shown_as_text(run: Path) -> None:
 
 
 def test_verdicts_where_a_bound_is_passed(run: Path) -> None:
-    """Lag at three times its bound in round 0; more than half dropped and a fifth cut in round 1."""
+    """Lag at three times its bound in round 0, a little above it in round 1, where half is dropped and a fifth cut."""
     lines = metrics()
+    lines[-1]["lag_k3"] = 0.5
     for line in lines[:STEPS]:
         line["lag_k3"] = 0.3 if line["iteration"] in range(9, 13) else 0.01
     write_lines(run / "report" / "metrics.jsonl", lines)
@@ -302,7 +303,10 @@ def test_verdicts_where_a_bound_is_passed(run: Path) -> None:
     (run / "report" / "accuracy.json").write_text(json.dumps({"start": 6.25, "rounds": [55.0, 41.0]}))
     table = write_report(run)
     lag, dropped, cut, accuracy = summary_of(run)["verdicts"]
-    assert lag.startswith("Round 0: the policy lag reached 0.30 nats a token") and "3.0 times its bound of 0.10" in lag
+    assert (
+        lag.startswith("Round 0, and in 1 more: the policy lag reached 0.30 nats a token")
+        and "3.0 times its bound of 0.10" in lag
+    )
     assert dropped.startswith("Round 1: 54.0 % of the responses were dropped (540 of 1000, most of them degenerate)")
     assert cut.startswith("Round 1: 20.0 % of the responses were cut at rollout.max_tokens")
     assert accuracy == "The accuracy ends at 41.0 %, below the 55.0 % that it had reached before."
