@@ -74,8 +74,9 @@ def save_checkpoint(
         part = path / PART
         tensors = _sharded_state(model, optimizer, scheduler, is_loading=False)
         if optimizer is not None:
-            wrong = _parameters_of_another_state(optimizer, tensors["optimizer"])
-            assert not wrong, f"the optimizer's copy of {wrong} is not the model's"
+            with together():
+                wrong = _parameters_of_another_state(optimizer, tensors["optimizer"])
+                assert not wrong, f"the optimizer's copy of {wrong} is not the model's"
         try:
             _save(tensors, part)
         except (CheckpointException, RuntimeError) as error:

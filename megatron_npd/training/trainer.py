@@ -81,10 +81,15 @@ def train(cfg: TrainConfig) -> TrainResult:
 def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
     checkpoint = first_checkpoint(cfg)
-    state = {"iteration": 0, "rows_consumed": 0} if checkpoint is None else saved_state(checkpoint)
+    state = {"iteration": 0, "rows_consumed": 0} | ({} if checkpoint is None else saved_state(checkpoint))
     if state["iteration"] >= stop:
         get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
         return _result(cfg, state)
+    if state.get("seed", cfg.seed) != cfg.seed:  # converted weights have none
+        raise UserError(
+            f"seed must be {state['seed']}, with which {checkpoint} was trained, got {cfg.seed}: another one would "
+            "repeat some rows and leave others out; give the old seed"
+        )
     spec = load_spec(cfg.hf_model)
     data = _open_data(cfg, spec)
     dp_size = parallel_state.get_data_parallel_world_size()
@@ -100,12 +105,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         num_micro_batches=rows_per_step // (cfg.micro_batch_size * dp_size),
     )
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model=model, optimizer=step.optimizer, scheduler=step.scheduler)
-        if state["seed"] != cfg.seed:
-            raise UserError(
-                f"seed must be {state['seed']}, with which {checkpoint} was trained, got {cfg.seed}: another one would "
-                "repeat some rows and leave others out; give the old seed"
-            )
+        load_checkpoint(checkpoint, model=model, optimizer=step.optimizer, scheduler=step.scheduler)
         step.use_settings()
         get_logger().info("resumed from %s after %d rows", checkpoint, state["rows_consumed"])
     get_logger().info(

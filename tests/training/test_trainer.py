@@ -15,6 +15,7 @@ from megatron_npd.data.order import ScheduleEntry, schedule_text
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError
 from megatron_npd.loop.verify import verify_run
+from megatron_npd.models.convert import hf_to_megatron
 from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE, make_tiny_model
@@ -117,6 +118,13 @@ def test_load_starts_a_run_from_another_ones_checkpoint_and_new_settings_hold(
     assert column(result.metrics_path, "lr") == [2e-3] * 4
     with pytest.raises(UserError, match=r"seed must be 1234, .* got 7"):
         train(config(tiny_model_dir, packs, tmp_path / "third", **fields, seed=7))
+
+
+def test_a_run_starts_from_converted_weights(tmp_path: Path, tiny_model_dir: Path, packs: Path) -> None:
+    hf_to_megatron(tiny_model_dir, tmp_path / "converted")
+    whole = train(config(tiny_model_dir, packs, tmp_path / "whole", train_iters=4))
+    loaded = train(config(tiny_model_dir, packs, tmp_path / "run", train_iters=4, load=str(tmp_path / "converted")))
+    assert exact(loaded.metrics_path) == exact(whole.metrics_path)
 
 
 def test_rounds_follow_the_schedule(tmp_path: Path, tiny_model_dir: Path) -> None:
