@@ -71,7 +71,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, hf_dir: str | Path) -> tuple[in
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} must be a readable JSON file, got: {error}; restore it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}; restore it")

@@ -43,6 +43,7 @@ def check_run(cfg: NPDConfig) -> None:
     Raises:
         UserError: A later stage would refuse the run.
     """
+    from megatron_npd.data.tokenizer import load_model_tokens
     from megatron_npd.models.convert import open_checkpoint
     from megatron_npd.models.families import load_spec
     from megatron_npd.rollout.evaluate import compile_regex
@@ -56,6 +57,9 @@ def check_run(cfg: NPDConfig) -> None:
         if getattr(cfg.train, name) and importlib.util.find_spec(package) is None:
             raise UserError(f"train.{name} must go with the package {package}, got none installed; install it")
     setting = check_setting(cfg.teacher, cfg.student, cfg.annotate)
+    load_model_tokens(cfg.student)
+    if cfg.eval.teacher:
+        load_model_tokens(cfg.teacher)
     specs = [setting.student]
     if cfg.annotate.backend == "megatron":
         specs.append(load_spec(cfg.teacher))

@@ -119,6 +119,16 @@ def test_the_recipes_fit_and_their_rates_suit_the_widths_that_they_name(inputs: 
         (lambda model: (model / "model.safetensors").unlink(), r"model\.safetensors"),
         (lambda model: (model / "tokenizer.json").write_text("{"), "must hold a tokenizer"),
         (lambda model: (model / "tokenizer_config.json").write_text("[]"), "must hold a tokenizer"),
+        (
+            lambda model: (model / "generation_config.json").write_text("{"),
+            r"generation_config\.json must be a readable",
+        ),
+        (lambda model: (model / "generation_config.json").write_text("[" * 100_000), r"generation_config\.json must"),
+        (lambda model: (model / "generation_config.json").write_text("[]"), r"generation_config\.json must"),
+        (change("generation_config.json", eos_token_id="two"), "eos_token_id"),
+        (lambda model: (model / "chat_template.jinja").write_text("{% if %}"), "chat template"),
+        (lambda model: (model / "chat_template.jinja").write_text("{{ messages[0].x.y }}"), "chat template"),
+        (lambda model: (model / "chat_template.jinja").write_text("{{ 'a' + 5 }}"), "chat template"),
     ],
 )
 def test_a_damaged_model_is_refused(
@@ -126,7 +136,7 @@ def test_a_damaged_model_is_refused(
 ) -> None:
     damage(shutil.copytree(inputs / name, tmp_path / name))
     with pytest.raises(UserError, match=match):
-        check_run(dataclasses.replace(config(inputs), **{name: str(tmp_path / name)}))
+        check_run(dataclasses.replace(config(inputs, "--eval.teacher=true"), **{name: str(tmp_path / name)}))
 
 
 def test_held_out_problems_without_an_answer_are_refused_before_any_server_starts(inputs: Path, tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 # transformers reads these, and whatever ends in _token_id, for other things than a forward pass, or not at all; the
 # second part are settings of generation, which older releases wrote here.
 _HARMLESS_KEYS = """
-    transformers_version _name_or_path name_or_path _commit_hash initializer_range use_cache return_dict is_decoder
+    transformers_version _name_or_path name_or_path _model_name_or_path _commit_hash initializer_range use_cache
+    return_dict is_decoder
     tokenizer_class model_max_length output_attentions output_hidden_states chunk_size_feed_forward problem_type
     id2label label2id finetuning_task prefix task_specific_params gradient_checkpointing torchscript use_bfloat16
     tf_legacy_loss _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled
