@@ -27,8 +27,10 @@ def test_the_teacher_answers_in_its_own_template(tmp_path: Path) -> None:
 
         def answer(body: dict) -> dict | None:
             number = asked.get(tuple(body["token_ids"]))
-            text = "#### 0" if number in (None, 2) else f"#### {number + 1}"
-            return {"token_ids": [*student(text)["input_ids"], EOS]}
+            if number is None:
+                return None
+            tokens = [*student("#### 0" if number == 2 else f"#### {number + 1}")["input_ids"], EOS]
+            return {"token_ids": tokens, "logprobs": {"content": [{"logprob": -1.0}] * len(tokens)}}
 
         server.trouble = answer
         cfg = NPDConfig(
