@@ -6,10 +6,12 @@ Legend: P prompt tokens, n response tokens, k top-k width.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 PROMPTS_FILE = "prompts.parquet"
 ROLLOUTS_FILE = "rollouts.parquet"
@@ -121,6 +123,17 @@ class BadRecord(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
+
+
+def parquet_batches(
+    file: pq.ParquetFile, size: int, *, columns: Sequence[str] | None = None, row_groups: Iterable[int] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """At most ``size`` rows at a time of a Parquet file, or of some of its row groups.
+
+    Each row group is read by itself: asked for several, pyarrow keeps all that it has read until it is at their end.
+    """
+    for group in range(file.num_row_groups) if row_groups is None else row_groups:
+        yield from file.iter_batches(size, row_groups=[group], columns=None if columns is None else list(columns))
 
 
 def teacher_record_dtype(top_k: int) -> np.dtype:

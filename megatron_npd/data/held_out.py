@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
-from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE
+from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE, parquet_batches
 
 HELD_OUT_FILE = "held_out.parquet"
 REASON = "held_out"
@@ -119,6 +119,6 @@ def _batches(source: Path, columns: list[str] | None = None) -> Iterator[tuple[i
     """The records of a file, some at a time, with the number of those before."""
     first = 0
     with pq.ParquetFile(source) as file:
-        for batch in file.iter_batches(_BATCH, columns=columns):
+        for batch in parquet_batches(file, _BATCH, columns=columns):
             yield first, batch
             first += len(batch)

@@ -31,6 +31,7 @@ from megatron_npd.records import (
     SAMPLE_SCHEMA,
     SAMPLES_FILE,
     SELECTION_FILE,
+    parquet_batches,
     sample_id,
 )
 
@@ -198,7 +199,7 @@ def _write_prompt_store(prompts_dir: Path, store_dir: Path, vocab_size: int) -> 
         progress(prompts.metadata.num_rows, "store", "sample") as bar,
     ):
         writer = StoreShardWriter(shard, 0, vocab_size=vocab_size)
-        for batch in prompts.iter_batches(_BATCH, columns=["prompt_id", "prompt_ids", "response_ids"]):
+        for batch in parquet_batches(prompts, _BATCH, columns=["prompt_id", "prompt_ids", "response_ids"]):
             rows = []
             for prompt in batch.to_pylist():
                 if not prompt["response_ids"]:

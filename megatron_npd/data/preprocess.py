@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import signal
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -43,7 +45,14 @@ from megatron_npd.manifest import (
     sealed_from,
     writing,
 )
-from megatron_npd.records import QUARANTINE_FILE, SAMPLE_SCHEMA, SAMPLES_FILE, BadRecord, teacher_record_dtype
+from megatron_npd.records import (
+    QUARANTINE_FILE,
+    SAMPLE_SCHEMA,
+    SAMPLES_FILE,
+    BadRecord,
+    parquet_batches,
+    teacher_record_dtype,
+)
 
 _LINE_BYTES = 2**30  # a longer line is no record: an answer for 32768 tokens with 10 alternatives has some 40 MB
 _PARQUET_ROWS = 16  # read at a time
@@ -181,32 +190,34 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quarantined: float) -> dict[str, Any]:
     """The books of all shards, converted where they are not sealed yet."""
     total = sum(part.count for part in parts)
-    books = Counter({"in": 0, "kept": 0, "response_tokens": 0, "in_top_k": 0})
-    reasons: Counter[str] = Counter()
-    seen: dict[int, tuple[int, int, int]] = {}  # hash of an id -> hash of its content, shard, place in it
+    reasons, hashes = Counter[str](), []
     convert = partial(_convert, setting=setting)
     pool = nullcontext()
     if workers > 1:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),))
     with pool as executor, progress(total, "preprocess", "record") as bar:
         try:
-            for number, keys in enumerate(executor.map(convert, parts) if executor else map(convert, parts)):
-                part = parts[number]
-                repeated = _repeated(keys, seen, number, parts)
-                if repeated:  # rare: the shard is made again without them
-                    shutil.rmtree(part.shard)
-                    convert(part, skip=frozenset(repeated))
-                counts = read_manifest(part.shard, kind=SHARD_KIND, verify=False).counts
-                books.update({name: counts[name] for name in ("in", "kept", "response_tokens", "in_top_k")})
-                reasons.update(counts["quarantined"])
+            for part, own in zip(parts, executor.map(convert, parts) if executor else map(convert, parts), strict=True):
+                hashes.append(own)
+                reasons.update(_counts(part)["quarantined"])
                 check_quarantined(reasons, total, max_quarantined, part.source)
                 bar.update(part.count)
         except BaseException:
             if executor:
                 executor.shutdown(cancel_futures=True)
             raise
-    check_quarantined(reasons, books["in"], max_quarantined, "the input")
-    return {**books, "quarantined": dict(sorted(reasons.items())), "pending": 0}
+    for number, places in _repeated(hashes, parts).items():  # rare: the shard is made again without them
+        shutil.rmtree(parts[number].shard)
+        convert(parts[number], skip=frozenset(places))
+    books = [_counts(part) for part in parts]
+    reasons = sum((Counter(book["quarantined"]) for book in books), Counter())
+    sums = {name: sum(book[name] for book in books) for name in ("in", "kept", "response_tokens", "in_top_k")}
+    check_quarantined(reasons, sums["in"], max_quarantined, "the input")
+    return {**sums, "quarantined": dict(sorted(reasons.items())), "pending": 0}
+
+
+def _counts(part: _Part) -> Mapping[str, Any]:
+    return read_manifest(part.shard, kind=SHARD_KIND, verify=False).counts
 
 
 def _begin_worker(parent: int) -> None:
@@ -214,36 +225,45 @@ def _begin_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent alone answers it
 
 
-def _repeated(
-    keys: list[tuple[str, int, int]], seen: dict[int, tuple[int, int, int]], number: int, parts: list[_Part]
-) -> list[int]:
-    """Places in a shard of samples that were there before, in it or in an earlier one."""
-    repeated = []
-    for place, (name, id_hash, content) in enumerate(keys):
-        before, shard, first_place = seen.setdefault(id_hash, (content, number, place))
-        if before != content:
-            raise UserError(
-                f"ids must be unique, got {name!r} with different content among the records of {parts[shard].source} "
-                f"from line {parts[shard].first + 1} on and of {parts[number].source} from line "
-                f"{parts[number].first + 1} on; rename one or leave the ids out"
-            )
-        if (shard, first_place) != (number, place):
-            repeated.append(place)
+def _repeated(hashes: list[npt.NDArray[np.uint64]], parts: list[_Part]) -> dict[int, list[int]]:
+    """Of each shard, the places of samples that were there before, in it or in an earlier one."""
+    bounds = [0, *accumulate(map(len, hashes))]
+    ids_N, contents_N = np.concatenate([np.zeros((0, 2), np.uint64), *hashes]).T
+    order_N = np.argsort(ids_N, kind="stable")
+    again = 1 + np.flatnonzero(np.diff(ids_N[order_N]) == 0)
+    places, places_before = order_N[again], order_N[again - 1]
+
+    def located(place: int) -> tuple[int, int]:
+        shard = bisect_right(bounds, place) - 1
+        return shard, place - bounds[shard]
+
+    if (other := np.flatnonzero(contents_N[places] != contents_N[places_before])).size:
+        first = other[np.argmin(places[other])]
+        (shard, _), (number, place) = located(places_before[first]), located(places[first])
+        name = pq.read_table(parts[number].shard / SAMPLES_FILE, columns=["sample_id"])["sample_id"][place]
+        raise UserError(
+            f"ids must be unique, got {name.as_py()!r} with different content among the records of "
+            f"{parts[shard].source} from line {parts[shard].first + 1} on and of {parts[number].source} from line "
+            f"{parts[number].first + 1} on; rename one or leave the ids out"
+        )
+    repeated: dict[int, list[int]] = {}
+    for shard, place in map(located, places.tolist()):
+        repeated.setdefault(shard, []).append(place)
     return repeated
 
 
-def _convert(part: _Part, *, setting: _Setting, skip: frozenset[int] = frozenset()) -> list[tuple[str, int, int]]:
+def _convert(part: _Part, *, setting: _Setting, skip: frozenset[int] = frozenset()) -> npt.NDArray[np.uint64]:
     """Make and seal a shard where it is not sealed yet; ``skip``: places of samples that are repeated.
 
     Returns:
-        Id, hash of the id and hash of the content of each sample.
+        Hash of the id and hash of the content of each sample [n, 2].
     """
     provenance = setting.provenance | {"first": part.first, "count": part.count}
     if not sealed_from(part.shard, kind=SHARD_KIND, provenance=provenance):
         with writing(part.shard) as directory:
             counts = _write_shard(part, directory, setting, skip)
             seal(directory, kind=SHARD_KIND, provenance=provenance, counts=counts)
-    return _keys(part.shard, setting.top_k)
+    return _hashes(part.shard, setting.top_k)
 
 
 def _write_shard(part: _Part, directory: Path, setting: _Setting, skip: frozenset[int]) -> dict[str, Any]:
@@ -324,7 +344,8 @@ def _read_rows(part: _Part) -> Iterator[tuple[int, Any]]:
             for group, (start, end) in enumerate(pairwise(starts))
             if start < part.first + part.count and end > part.first
         ]
-        rows = (row for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups) for row in _rows(batch))
+        batches = parquet_batches(file, _PARQUET_ROWS, row_groups=groups)
+        rows = (row for batch in batches for row in _rows(batch))
         try:
             skipped = part.first - starts[groups[0]]
             yield from enumerate(islice(rows, skipped, skipped + part.count), start=part.first + 1)
@@ -363,14 +384,14 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _keys(shard: Path, top_k: int) -> list[tuple[str, int, int]]:
-    """Id, hash of the id and hash of the content of each sample of a sealed shard, read back from it."""
+def _hashes(shard: Path, top_k: int) -> npt.NDArray[np.uint64]:
+    """Hash of the id and hash of the content of each sample of a sealed shard, read back from it [n, 2]."""
     table = pq.read_table(shard / SAMPLES_FILE, columns=["sample_id", "prompt_len", "response_len"])
     names = table["sample_id"].to_pylist()
     prompt_lens, response_lens = (table[name].to_numpy().astype(np.int64) for name in table.column_names[1:])
     token_bytes = 4 * (prompt_lens + response_lens)
     record_bytes = response_lens * (teacher_record_dtype(top_k).itemsize if top_k else 0)
-    keys = []
+    hashes = []
     with (
         open(shard / "tokens.bin", "rb") as tokens,
         open(shard / "teacher.bin", "rb") if top_k else BytesIO() as teacher,
@@ -381,9 +402,5 @@ def _keys(shard: Path, top_k: int) -> list[tuple[str, int, int]]:
             content = hashlib.blake2b(f"{prompt_len} ".encode(), digest_size=8)
             content.update(tokens.read(size))
             content.update(teacher.read(record_size))
-            keys.append((name, _hash64(name.encode()), int.from_bytes(content.digest(), "little")))
-    return keys
-
-
-def _hash64(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+            hashes += [hashlib.blake2b(name.encode(), digest_size=8).digest(), content.digest()]
+    return np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)

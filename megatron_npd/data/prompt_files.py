@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_npd.log import UserError
-from megatron_npd.records import BadRecord
+from megatron_npd.records import BadRecord, parquet_batches
 
 _BATCH = 1024  # records handed on together
 _BATCH_BYTES = 2**26  # of them, or one record
@@ -86,7 +86,7 @@ def _read_parquet(path: Path) -> Iterator[Source]:
             schema = file.schema_arrow
             names = [file.schema.column(index).path for index in range(len(file.schema))]
         with pq.ParquetFile(path, read_dictionary=names) as file:
-            for batch in file.iter_batches(batch_size=_rows_at_a_time(file)):
+            for batch in parquet_batches(file, _rows_at_a_time(file)):
                 whole = _expanded_bytes(batch) <= _BATCH_BYTES
                 rows = range(batch.num_rows)
                 for part in [batch] if whole else (batch.slice(index, 1) for index in rows):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.records import PROMPTS_FILE
+from megatron_npd.records import PROMPTS_FILE, parquet_batches
 
 _BATCH = 1024  # rows read at a time: those of a row group as prompts are written
 
@@ -33,7 +33,7 @@ class PromptRows:
 
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """These columns of all rows, in order."""
-        return self._file.iter_batches(_BATCH, columns=list(columns))
+        return parquet_batches(self._file, _BATCH, columns=columns)
 
     def lengths(self) -> npt.NDArray[np.int32]:
         """Tokens of each prompt, int32 [rows]."""
@@ -44,7 +44,7 @@ class PromptRows:
         """These columns of the rows ``first`` .. ``after - 1``; row groups apart from them are not read."""
         groups = [g for g, (start, end) in enumerate(pairwise(self._starts)) if start < after and end > first]
         at, parts = self._starts[groups[0]] if groups else 0, []
-        for batch in self._file.iter_batches(_BATCH, row_groups=groups, columns=list(columns)):
+        for batch in parquet_batches(self._file, _BATCH, row_groups=groups, columns=columns):
             start = max(first - at, 0)
             parts.append(batch.slice(start, max(after - at - start, 0)))
             at += batch.num_rows
