@@ -6,19 +6,16 @@ where an earlier attempt was killed. What a record may look like: ``data/foreign
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import signal
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from itertools import accumulate, islice, pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_npd.data.foreign import parse_sample
+from megatron_npd.data.repeats import find_repeated, sample_hashes
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, StoreShardWriter
 from megatron_npd.data.teacher_records import count_in_top_k, warn_of_few_in_top_k
 from megatron_npd.lifeline import end_with
@@ -51,7 +49,6 @@ from megatron_npd.records import (
     SAMPLES_FILE,
     BadRecord,
     parquet_batches,
-    teacher_record_dtype,
 )
 
 _LINE_BYTES = 2**30  # a longer line is no record: an answer for 32768 tokens with 10 alternatives has some 40 MB
@@ -206,7 +203,9 @@ def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quaran
             if executor:
                 executor.shutdown(cancel_futures=True)
             raise
-    for number, places in _repeated(hashes, parts).items():  # rare: the shard is made again without them
+    origins = [f"{part.source} from line {part.first + 1} on" for part in parts]
+    repeated = find_repeated(hashes, [part.shard for part in parts], origins)
+    for number, places in repeated.items():  # rare: the shard is made again without them
         shutil.rmtree(parts[number].shard)
         convert(parts[number], skip=frozenset(places))
     books = [_counts(part) for part in parts]
@@ -225,33 +224,6 @@ def _begin_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent alone answers it
 
 
-def _repeated(hashes: list[npt.NDArray[np.uint64]], parts: list[_Part]) -> dict[int, list[int]]:
-    """Of each shard, the places of samples that were there before, in it or in an earlier one."""
-    bounds = [0, *accumulate(map(len, hashes))]
-    ids_N, contents_N = np.concatenate([np.zeros((0, 2), np.uint64), *hashes]).T
-    order_N = np.argsort(ids_N, kind="stable")
-    again = 1 + np.flatnonzero(np.diff(ids_N[order_N]) == 0)
-    places, places_before = order_N[again], order_N[again - 1]
-
-    def located(place: int) -> tuple[int, int]:
-        shard = bisect_right(bounds, place) - 1
-        return shard, place - bounds[shard]
-
-    if (other := np.flatnonzero(contents_N[places] != contents_N[places_before])).size:
-        first = other[np.argmin(places[other])]
-        (shard, _), (number, place) = located(places_before[first]), located(places[first])
-        name = pq.read_table(parts[number].shard / SAMPLES_FILE, columns=["sample_id"])["sample_id"][place]
-        raise UserError(
-            f"ids must be unique, got {name.as_py()!r} with different content among the records of "
-            f"{parts[shard].source} from line {parts[shard].first + 1} on and of {parts[number].source} from line "
-            f"{parts[number].first + 1} on; rename one or leave the ids out"
-        )
-    repeated: dict[int, list[int]] = {}
-    for shard, place in map(located, places.tolist()):
-        repeated.setdefault(shard, []).append(place)
-    return repeated
-
-
 def _convert(part: _Part, *, setting: _Setting, skip: frozenset[int] = frozenset()) -> npt.NDArray[np.uint64]:
     """Make and seal a shard where it is not sealed yet; ``skip``: places of samples that are repeated.
 
@@ -263,7 +235,7 @@ def _convert(part: _Part, *, setting: _Setting, skip: frozenset[int] = frozenset
         with writing(part.shard) as directory:
             counts = _write_shard(part, directory, setting, skip)
             seal(directory, kind=SHARD_KIND, provenance=provenance, counts=counts)
-    return _hashes(part.shard, setting.top_k)
+    return sample_hashes(part.shard, setting.top_k)
 
 
 def _write_shard(part: _Part, directory: Path, setting: _Setting, skip: frozenset[int]) -> dict[str, Any]:
@@ -382,25 +354,3 @@ def _plain(value: pa.Scalar) -> Any:
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _hashes(shard: Path, top_k: int) -> npt.NDArray[np.uint64]:
-    """Hash of the id and hash of the content of each sample of a sealed shard, read back from it [n, 2]."""
-    table = pq.read_table(shard / SAMPLES_FILE, columns=["sample_id", "prompt_len", "response_len"])
-    names = table["sample_id"].to_pylist()
-    prompt_lens, response_lens = (table[name].to_numpy().astype(np.int64) for name in table.column_names[1:])
-    token_bytes = 4 * (prompt_lens + response_lens)
-    record_bytes = response_lens * (teacher_record_dtype(top_k).itemsize if top_k else 0)
-    hashes = []
-    with (
-        open(shard / "tokens.bin", "rb") as tokens,
-        open(shard / "teacher.bin", "rb") if top_k else BytesIO() as teacher,
-    ):
-        for name, prompt_len, size, record_size in zip(
-            names, prompt_lens.tolist(), token_bytes.tolist(), record_bytes.tolist(), strict=True
-        ):
-            content = hashlib.blake2b(f"{prompt_len} ".encode(), digest_size=8)
-            content.update(tokens.read(size))
-            content.update(teacher.read(record_size))
-            hashes += [hashlib.blake2b(name.encode(), digest_size=8).digest(), content.digest()]
-    return np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)

@@ -1,0 +1,76 @@
+"""Samples that stand twice in a store in the making, found by hashes of their ids and contents: 16 bytes a sample."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from megatron_npd.log import UserError
+from megatron_npd.records import SAMPLES_FILE, teacher_record_dtype
+
+
+def sample_hashes(shard: Path, top_k: int) -> npt.NDArray[np.uint64]:
+    """Hash of the id and hash of the content of each sample of a sealed shard, read back from it [n, 2]."""
+    table = pq.read_table(shard / SAMPLES_FILE, columns=["sample_id", "prompt_len", "response_len"])
+    names = table["sample_id"].to_pylist()
+    prompt_lens, response_lens = (table[name].to_numpy().astype(np.int64) for name in table.column_names[1:])
+    token_bytes = 4 * (prompt_lens + response_lens)
+    record_bytes = response_lens * (teacher_record_dtype(top_k).itemsize if top_k else 0)
+    hashes = []
+    with (
+        open(shard / "tokens.bin", "rb") as tokens,
+        open(shard / "teacher.bin", "rb") if top_k else BytesIO() as teacher,
+    ):
+        for name, prompt_len, size, record_size in zip(
+            names, prompt_lens.tolist(), token_bytes.tolist(), record_bytes.tolist(), strict=True
+        ):
+            content = hashlib.blake2b(f"{prompt_len} ".encode(), digest_size=8)
+            content.update(tokens.read(size))
+            content.update(teacher.read(record_size))
+            hashes += [hashlib.blake2b(name.encode(), digest_size=8).digest(), content.digest()]
+    return np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
+
+
+def find_repeated(
+    hashes: Sequence[npt.NDArray[np.uint64]], shards: Sequence[Path], origins: Sequence[str]
+) -> dict[int, list[int]]:
+    """Of each shard, by its number, the places of samples that were there before, in it or in an earlier one.
+
+    Args:
+        hashes: ``sample_hashes`` of each shard.
+        shards: Where they are.
+        origins: What each was made from, in words.
+
+    Raises:
+        UserError: One id stands for two contents.
+    """
+    bounds = [0, *accumulate(map(len, hashes))]
+    ids_N, contents_N = np.concatenate([np.zeros((0, 2), np.uint64), *hashes]).T
+    order_N = np.argsort(ids_N, kind="stable")
+    again = 1 + np.flatnonzero(np.diff(ids_N[order_N]) == 0)
+    places, places_before = order_N[again], order_N[again - 1]
+
+    def located(place: int) -> tuple[int, int]:
+        shard = bisect_right(bounds, place) - 1
+        return shard, place - bounds[shard]
+
+    if (other := np.flatnonzero(contents_N[places] != contents_N[places_before])).size:
+        first = other[np.argmin(places[other])]
+        (shard, _), (number, place) = located(places_before[first]), located(places[first])
+        name = pq.read_table(shards[number] / SAMPLES_FILE, columns=["sample_id"])["sample_id"][place]
+        raise UserError(
+            f"ids must be unique, got {name.as_py()!r} with different content among the records of {origins[shard]} "
+            f"and of {origins[number]}; rename one or leave the ids out"
+        )
+    repeated: dict[int, list[int]] = {}
+    for shard, place in map(located, places.tolist()):
+        repeated.setdefault(shard, []).append(place)
+    return repeated
