@@ -2,7 +2,8 @@
 
 The lock is the kernel's (``flock``), which ends with its holder however that dies. Some network file systems keep
 such locks on each machine alone, so the file also says who holds it: a holder on this machine is dead once the kernel
-gives the lock out again, one on another machine is believed until its file is removed by hand. The epoch counts the
+gives the lock out again, one on another machine is believed until its file is removed by hand, unless it belongs to an
+earlier start of the same Slurm job. The epoch counts the
 holders; ``check_lock`` tells one that was declared dead too early, before it seals anything.
 """
 
@@ -29,6 +30,12 @@ def _machine() -> dict[str, str]:
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return {"host": socket.gethostname(), "boot": boot}
+
+
+def _start() -> dict[str, str]:
+    """The Slurm job that this process belongs to, and which of the job's starts that is; nothing outside of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"job": job, "start": os.environ.get("SLURM_RESTART_COUNT", "0")} if job else {}
 
 
 @contextmanager
@@ -59,16 +66,18 @@ def hold_lock(directory: str | Path, *, name: str = LOCK, believe: bool = True) 
                 f"{directory} must be on a file system with locks, got '{error.strerror}' from flock; mount it with "
                 "its flock option, or use another directory"
             ) from error
-        before, here = _read(fd), _machine()
+        before, here, start = _read(fd), _machine(), _start()
         elsewhere = not any(before.get(name) == value != "" for name, value in here.items())
-        if believe and before.get("pid") and elsewhere:
+        # Slurm starts a job anew, maybe on other nodes, when nothing of its earlier starts is alive.
+        requeued = start and before.get("job") == start["job"] and before.get("start") != start["start"]
+        if believe and before.get("pid") and elsewhere and not requeued:
             raise UserError(
                 f"{directory} must have one writer, got a second one beside {_words(before)}; if that one is gone, "
                 f"remove {path} and rerun"
             )
         epoch = before.get("epoch")
         epoch = epoch + 1 if isinstance(epoch, int) else 1
-        _write(fd, text := json.dumps({"epoch": epoch, "pid": os.getpid(), **here}).encode() + b"\n")
+        _write(fd, text := json.dumps({"epoch": epoch, "pid": os.getpid(), **here, **start}).encode() + b"\n")
         _held[key := directory.resolve() / name] = text
         try:
             yield

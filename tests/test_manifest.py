@@ -281,6 +281,26 @@ def test_a_writer_on_another_machine_is_believed_until_its_lock_is_removed(tmp_p
         assert json.loads((out / LOCK).read_text())["pid"] == os.getpid()
 
 
+def test_a_requeued_job_takes_over_the_locks_of_its_earlier_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other nodes, without a hand; those of another job, or of its own present start, are believed."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with lock.hold_lock(tmp_path):
+        first = json.loads((tmp_path / LOCK).read_text()) | {"host": "node7", "boot": "another"}
+    assert (first["job"], first["start"]) == ("7", "0")
+    for environment in ({}, {"SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "8"}):
+        (tmp_path / LOCK).write_text(json.dumps(first))
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            with pytest.raises(UserError, match=r"beside process \d+ on node7"), lock.hold_lock(tmp_path):
+                pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with lock.hold_lock(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["epoch"] == 2
+
+
 @pytest.mark.parametrize("removed", [True, False])
 def test_a_writer_that_was_declared_dead_does_not_seal(tmp_path: Path, removed: bool) -> None:
     out = tmp_path / "out"
