@@ -24,6 +24,7 @@ FLOORS = {
     "weights": 0,
     "log": 0,
     "paths": 0,
+    "torchrun": 0,
     "data": 1,
     "ops": 1,
     "models": 1,

@@ -77,5 +77,12 @@ def _check(command: AnnotateCommand) -> None:
     check_world_size(world, command.tensor_model_parallel_size, command.pipeline_model_parallel_size)
 
 
+def _main() -> None:
+    main()
+    from megatron_npd.platform.initialize import shutdown
+
+    shutdown()  # else the groups' threads meet the interpreter's end, which may abort the process
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(_main)

@@ -159,7 +159,7 @@ once() {  # OUTPUT COMMAND...: node 0 makes a sealed directory, the other nodes 
 everywhere() {  # OUTPUT SCRIPT ARGUMENTS...: torchrun over the training nodes
   local out=$1; shift
   if ! sealed "$out"; then
-    run "$PYTHON" -m torch.distributed.run --nnodes "$TRAIN_NODES" --node-rank "$NODE_RANK" --log-dir /dev/null \
+    run "$PYTHON" -m megatron_npd.torchrun --nnodes "$TRAIN_NODES" --node-rank "$NODE_RANK" \
       --nproc-per-node "$DEVICES_PER_NODE" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"
   fi
   wait_for "$out/manifest.json"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 import subprocess
 import sys
 import time
@@ -297,9 +296,8 @@ class _Loop:
         """A stage as ``nproc_per_node`` processes on this machine; their output goes to ours."""
         command = [sys.executable]
         if self.cfg.nproc_per_node > 1:
-            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["-m", "megatron_npd.torchrun", "--standalone"]
             command += ["--nproc-per-node", str(self.cfg.nproc_per_node)]
-            command += ["--log-dir", os.devnull]  # else torchrun leaves a directory in /tmp at each start
         return [*command, str(REPOSITORY / script), *command_flags(fields)]
 
 

@@ -41,7 +41,7 @@ def test_dry_run_prints_every_stage_with_its_sizes(tmp_path: Path) -> None:
     for expected in (
         "tools/rollout.py",
         "tools/annotate.py",
-        "--nnodes 4 --node-rank 0 --log-dir /dev/null --nproc-per-node 8 --master-addr node0",
+        "-m megatron_npd.torchrun --nnodes 4 --node-rank 0 --nproc-per-node 8 --master-addr node0",
         "--tensor-model-parallel-size 8",
         "--follow-seconds 600",
         "tools/select.py",

@@ -1,0 +1,14 @@
+"""torchrun, as ``python -m megatron_npd.torchrun``, that ends with the process that started it and leaves no files."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from torch.distributed.run import main
+
+from megatron_npd.lifeline import end_with_starter
+
+if __name__ == "__main__":
+    end_with_starter()
+    main(["--log-dir", os.devnull, *sys.argv[1:]])  # else it makes a directory in /tmp at each start
