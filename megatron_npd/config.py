@@ -79,16 +79,15 @@ class RolloutConfig:
         for name in ("num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size"):
             _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
         _require_share("max_quarantined", self.max_quarantined)
-        own = {"max-model-len": "max_model_len", "max-num-seqs": "concurrency", "dtype": "dtype", "seed": "seed"}
-        own |= dict.fromkeys(
-            ("model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode", "load-format"), ""
-        )
+        own = {"model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode", "load-format"}
+        own |= {"max-model-len", "max-num-seqs", "dtype", "seed"}
         for argument in self.server_args:
             name = argument.partition("=")[0].lstrip("-").replace("_", "-")
-            remedy = f"give {own[name]}" if own.get(name) else "the servers are started with their own"
-            _require(
-                not argument.startswith("--") or name not in own, "server_args", f"without --{name}", argument, remedy
+            taken, remedy = (
+                argument.startswith("--") and name in own,
+                "max_model_len, concurrency, dtype and seed give it",
             )
+            _require(not taken, "server_args", f"without --{name}", argument, f"{remedy}, or it is fixed")
 
 
 @dataclass(frozen=True, kw_only=True)
