@@ -150,7 +150,7 @@ def load_checkpoint(
     except (CheckpointingException, CheckpointException, pickle.UnpicklingError) as error:
         if (planted := refused(_first(error))) is not None:
             raise UserError(
-                f"{path} must hold tensors and what torch and megatron-core write beside them, got a pickle that names "
+                f"{path} must hold tensors and what torch and megatron-core write beside them, got a pickle with "
                 f"{planted}; do not use it: somebody changed it, to run code where it is loaded"
             ) from error
         raise UserError(

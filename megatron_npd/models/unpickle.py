@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import Metadata, filesystem
 
 # What torch's index of a checkpoint (.metadata) is made of, beside torch's dtypes.
 _KNOWN = {
@@ -46,6 +46,18 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
+def _read_index(path: Path, files: Collection[str]) -> Metadata:
+    try:
+        with open(path, "rb") as stream:
+            index = _Unpickler(stream).load()
+        places = {str(place.relative_path) for place in index.storage_data.values()}
+    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:  # of no pickle, or another
+        raise pickle.UnpicklingError(f"no index: {error}") from error
+    if elsewhere := places.difference(files):
+        raise pickle.UnpicklingError(f"GLOBAL {min(elsewhere)}")
+    return index
+
+
 @contextmanager
 def known_classes_only(path: Path, files: Collection[str]) -> Iterator[None]:
     """Within it torch and megatron-core read a checkpoint's pickles without running what somebody planted there.
@@ -57,11 +69,7 @@ def known_classes_only(path: Path, files: Collection[str]) -> Iterator[None]:
     Raises:
         pickle.UnpicklingError: At its begin or inside, at a pickle of anything else; ``refused`` has the words.
     """
-    with open(path / ".metadata", "rb") as stream:
-        index = _Unpickler(stream).load()
-    for place in index.storage_data.values():
-        if place.relative_path not in files:
-            raise pickle.UnpicklingError(f"GLOBAL {place.relative_path}")
+    index = _read_index(path / ".metadata", files)
     before = {name: os.environ.pop(name, None) for name in (_ONLY, _ANYTHING)}
     os.environ[_ONLY] = "1"
     # torch would open the index itself, with pickle.load and nothing to set.

@@ -61,6 +61,10 @@ def _part(path: Path, marker: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(index))
 
 
+def _no_index(path: Path, marker: Path) -> None:
+    (path / ".metadata").write_bytes(pickle.dumps(3))
+
+
 def _elsewhere(path: Path, marker: Path) -> None:
     index = pickle.loads((path / ".metadata").read_bytes())
     next(iter(index.storage_data.values())).relative_path = "../planted"
@@ -68,7 +72,7 @@ def _elsewhere(path: Path, marker: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(index))
 
 
-@pytest.mark.parametrize("plant", [_index, _inside_the_index, _common_state, _part, _elsewhere])
+@pytest.mark.parametrize("plant", [_index, _inside_the_index, _common_state, _part, _elsewhere, _no_index])
 def test_a_planted_pickle_runs_nowhere(
     written: Path,
     tiny_model_dir: Path,
@@ -82,9 +86,7 @@ def test_a_planted_pickle_runs_nowhere(
     plant(path, marker)
     (path / "manifest.json").unlink()
     seal(path, kind="checkpoint", counts={"iteration": 1})
-    words = (
-        r"iter_0000001 must hold tensors and what .* got a pickle that names (posix\.mkdir|\.\./planted); do not use"
-    )
+    words = r"iter_0000001 must hold tensors and .* got a pickle with (posix\.mkdir|\.\./planted|no index: .*); do"
     with pytest.raises(UserError, match=words):
         restore(make_trainer(tiny_model_dir, load=False), path)
     with pytest.raises(UserError, match=words):
