@@ -175,7 +175,8 @@ class _Audit:
             books += counted
         known = manifest is None or kind in _RECOUNTS or kind in (STORE_KIND, "rollouts")
         if known and complete:
-            self.books[path.resolve()] = books
+            if kind != PACKS_KIND:  # nothing is compared with packs
+                self.books[path.resolve()] = books
             pending = self._compare_with_input(path, kind, manifest, books)
             if manifest is not None:
                 self._compare(path, manifest, books)
@@ -240,13 +241,14 @@ class _Audit:
         here = [*books.kept, *(identity for identity, _ in books.aside)]
         if kind not in _INPUTS:
             return 0 if manifest else None
-        for identity, number in Counter(here).items():
-            if number > 1:
-                self.problem(f"{path} must hold each sample once, got {identity} {number} times")
-                break
+        found = set(here)
+        if len(found) < len(here):
+            identity, number = Counter(here).most_common(1)[0]
+            self.problem(f"{path} must hold each sample once, got {identity} {number} times")
         name, key = _INPUTS[kind]
         source = (path.parent / name).resolve()
-        before = self.books.get(source)
+        # Compared with once, but for prompts: the ids of two stages are in memory at a time, not those of all rounds.
+        before = self.books.get(source) if kind == "rollouts" else self.books.pop(source, None)
         if before is None or (manifest and key not in manifest.provenance):
             return 0 if manifest else None
         if manifest and not self._compare_origin(path, manifest, source, key):
@@ -259,7 +261,7 @@ class _Audit:
             about = settings.provenance
             paths = range(about["greedy_paths"] + about["sampled_paths"])
             expected = [sample_id(prompt, about["round"], number) for prompt in before.kept for number in paths]
-        lost, foreign = set(expected) - set(here), set(here) - set(expected)
+        lost, foreign = set(expected) - found, found - set(expected)
         for identity in sorted(foreign)[:1]:
             self.problem(f"{path} must hold samples of {source}, got {identity} and {len(foreign) - 1} more of none")
         for identity in sorted(lost)[:1] if manifest else ():
