@@ -170,3 +170,15 @@ def test_a_rank_that_waits_for_its_peers_ends_with_its_agent(tmp_path: Path, sta
             assert len(ranks) == 1
             agent.kill()
             assert have_ended(ranks)
+
+
+def test_torchrun_that_waits_for_another_node_ends_with_its_starter(tmp_path: Path, start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # in place of the first node's store
+        where = ("--master-addr", "127.0.0.1", "--master-port", silent.getsockname()[1])
+        torchrun = (sys.executable, "-m", "megatron_npd.torchrun", "--nnodes", 2, "--node-rank", 1, *where)
+        starter = start(sys.executable, "-c", STARTER, *torchrun, "rank.py")
+        with silent.accept()[0]:
+            children = psutil.Process(starter.pid).children()
+            assert len(children) == 1
+            starter.kill()
+            assert have_ended(children)
