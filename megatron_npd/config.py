@@ -83,11 +83,8 @@ class RolloutConfig:
         own |= {"max-model-len", "max-num-seqs", "dtype", "seed"}
         for argument in self.server_args:
             name = argument.partition("=")[0].lstrip("-").replace("_", "-")
-            taken, remedy = (
-                argument.startswith("--") and name in own,
-                "max_model_len, concurrency, dtype and seed give it",
-            )
-            _require(not taken, "server_args", f"without --{name}", argument, f"{remedy}, or it is fixed")
+            remedy = "max_model_len, concurrency, dtype and seed have fields, the others are fixed"
+            _require(argument[:2] != "--" or name not in own, "server_args", f"without --{name}", argument, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
