@@ -84,6 +84,7 @@ def test_an_open_store_holds_no_file_and_no_memory_by_the_sample(tmp_path: Path)
     """The ranks of a machine share what is mapped, and file descriptors are fewer than shards may be."""
     path = make_store(tmp_path / "store", [(1, 1)] * 4000, shards=4)
     AnnotationStore(path)  # imports, caches
+    gc.collect()  # an earlier test's files are not to be closed in between
     before = len(os.listdir("/proc/self/fd"))
     tracemalloc.start()
     store = AnnotationStore(path, verify=False)

@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from megatron_npd.data import prompts as prompts_reader
 from megatron_npd.data.order import load_schedule
 from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.data.packing import pack_selection
+from megatron_npd.data.prompt_files import read_batches
 from megatron_npd.data.store import AnnotationStore
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, read_manifest
+from megatron_npd.records import BadRecord
 from megatron_npd.rollout import generate
 from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.weights import read_weights
@@ -182,10 +185,10 @@ def _targets(readers: Readers) -> dict[str, tuple[Path, list[bytes], Reader]]:
 
     def jsonl() -> None:
         seen: dict[str, tuple[str, int]] = {}
-        for source in prompts_reader._read_jsonl(lines):
+        for source in chain.from_iterable(read_batches(lines)):
             try:
                 prompts_reader._admit(source, seen)
-            except prompts_reader._BadRecord as bad:
+            except BadRecord as bad:
                 assert bad.reason
 
     store = run / OUTPUTS["annotations"]
