@@ -21,7 +21,7 @@ def links_of(run: str | Path) -> Iterator[Path]:
     """Every link among what stages write in a run, or in a part of one."""
     run = Path(run)
     parts = [part for part in (run / name for name in PARTS) if os.path.lexists(part)]
-    for path in parts or _entries(run):
+    for path in parts or (_entries(run) if run.is_dir() else []):
         yield from _links(path)
 
 

@@ -25,7 +25,6 @@ from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
 from megatron_npd.lifeline import child_environment
-from megatron_npd.links import refuse_links
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.loop.environment import record_environment
 from megatron_npd.loop.evaluation import (
@@ -64,7 +63,6 @@ def run_npd(cfg: NPDConfig) -> str:
     check_run(cfg)
     run = Path(cfg.run_dir)
     run.mkdir(parents=True, exist_ok=True)
-    refuse_links(run)
     with _run_lock(run):
         keep_config(run, cfg)
         return _Loop(run, cfg).run()

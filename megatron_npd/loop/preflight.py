@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_npd.config import NPDConfig
+from megatron_npd.links import refuse_links
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.paths import check_model_dir, check_out_dir
 
@@ -23,7 +24,8 @@ def check_paths(cfg: NPDConfig) -> None:
     """Check what a run is given by path; nothing heavy is imported.
 
     Raises:
-        UserError: A model directory or a file of prompts is not there, or the run's directory cannot be made.
+        UserError: A model directory or a file of prompts is not there, or the run's directory cannot be made
+            or holds a link.
     """
     for name in ("teacher", "student"):
         check_model_dir(f"--{name}", getattr(cfg, name))
@@ -33,6 +35,7 @@ def check_paths(cfg: NPDConfig) -> None:
         ):
             raise UserError(f"--{name} must be a JSONL or Parquet file, got {given!r}; check the path")
     check_out_dir("--run-dir", cfg.run_dir)
+    refuse_links(cfg.run_dir)
 
 
 def check_run(cfg: NPDConfig) -> None:
