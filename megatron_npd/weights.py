@@ -219,7 +219,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise UserError(f"{directory} must be a Hugging Face model directory, got no config.json in it; check the path")
-    return _read_object(path)
+    return read_object(path)
 
 
 def _files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -232,7 +232,7 @@ def _files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     path = directory / INDEX_FILE
     index: dict[str, str] | None = None
     if path.is_file():
-        index = _read_object(path).get("weight_map")
+        index = read_object(path).get("weight_map")
         for name in index.values() if isinstance(index, dict) and index else [index]:
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise UserError(f"{path} must name files of its directory in weight_map, got {name!r}; do not use it")
@@ -246,7 +246,12 @@ def _files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     return files, index
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that came with a model, if it is of a reasonable size.
+
+    Raises:
+        UserError: It cannot be read, or is no such object.
+    """
     try:
         with open(path, "rb") as stream:
             text = stream.read(MAX_JSON_BYTES + 1)
@@ -254,10 +259,10 @@ def _read_object(path: Path) -> dict[str, Any]:
             raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
         value = json.loads(text)
         if not isinstance(value, dict):
-            raise ValueError(f"{type(value).__name__} in place of an object")
+            raise ValueError(f"{type(value).__name__} in place of a JSON object")
         return value
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} must be a JSON file, got {error}; restore the file") from error
+        raise UserError(f"{path} must be JSON, got {error}; restore the file") from error
 
 
 def _read_header(path: Path) -> dict[str, TensorHeader]:

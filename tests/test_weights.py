@@ -153,7 +153,7 @@ def test_sizes_of_what_is_parsed_are_bounded(sharded: Path, monkeypatch: pytest.
     for name in (INDEX_FILE, "config.json"):
         text = (sharded / name).read_text()
         (sharded / name).write_text(text + 1000 * " ")
-        with pytest.raises(UserError, match=rf"{name} must be a JSON file, got more than 1000 bytes"):
+        with pytest.raises(UserError, match=rf"{name} must be JSON, got more than 1000 bytes"):
             read_weights(sharded)
         (sharded / name).write_text(text)
 

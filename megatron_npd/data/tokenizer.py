@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,6 +12,7 @@ from megatron_npd.data.template import check_template, limits, render
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import config_hash
 from megatron_npd.records import BadRecord
+from megatron_npd.weights import read_object
 
 _PROBE = "q7probe"  # a word that no chat template holds by itself
 
@@ -42,7 +40,7 @@ def load_model_tokens(hf_dir: str | Path) -> ModelTokens:
     """
     tokenizer = load_tokenizer(hf_dir)
     path = Path(hf_dir) / "config.json"
-    vocab_size = _read_json(path).get("vocab_size")
+    vocab_size = read_object(path).get("vocab_size")
     if type(vocab_size) is not int:
         raise UserError(f"vocab_size in {path} must be an integer, got {vocab_size!r}; mend it")
     return ModelTokens(tokenizer=tokenizer, stop_ids=stop_ids(tokenizer, hf_dir), vocab_size=vocab_size)
@@ -60,22 +58,12 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, hf_dir: str | Path) -> tuple[in
     path = Path(hf_dir) / "generation_config.json"
     if not path.exists():
         path = Path(hf_dir) / "config.json"
-    own = _read_json(path).get("eos_token_id")
+    own = read_object(path).get("eos_token_id")
     own = [] if own is None else own if isinstance(own, list) else [own]
     if not all(type(token_id) is int for token_id in own):
         raise UserError(f"eos_token_id in {path} must be an integer or a list of integers, got {own}; mend it")
     ids = [turn_end(tokenizer), tokenizer.eos_token_id, *own]
     return tuple(dict.fromkeys(token_id for token_id in ids if isinstance(token_id, int)))
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} must be a readable JSON file, got: {error}; restore it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}; restore it")
-    return value
 
 
 def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerBase:

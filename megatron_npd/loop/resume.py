@@ -33,6 +33,7 @@ _GROUPS = {
 }
 _NAMED = {
     "rollout.max_model_len": "prompts",  # longer ones are set aside
+    "special_tokens_in_text": "prompts",
     "updates": "checkpoints",
 }
 _PATHS = ("run_dir", "teacher", "student", "prompts", "eval.prompts")

@@ -52,7 +52,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"must be a Hugging Face model directory, got no config\.json"):
         launch(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="must be a JSON file"):
+    with pytest.raises(UserError, match="must be JSON"):
         launch(tmp_path)
 
 

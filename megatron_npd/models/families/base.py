@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_npd.log import UserError
+from megatron_npd.weights import read_config
 
 RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
 Dim = Literal["vocab", "hidden", "query", "kv", "ffn"]
@@ -185,7 +186,7 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
 
     path = Path(hf_dir)
     config_file = path / "config.json"
-    config = _read_config(path, config_file)
+    config = read_config(path)
     names = config.get("architectures")
     supported = ", ".join(sorted(FAMILIES))
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in FAMILIES:
@@ -246,25 +247,13 @@ def load_sizes(hf_dir: str | Path) -> tuple[int, int]:
         UserError: ``config.json`` is missing, malformed or does not give them.
     """
     path = Path(hf_dir)
-    config = _read_config(path, path / "config.json")
+    config = read_config(path)
     if isinstance(config.get("text_config"), dict):  # of a model that reads images too
         config = config["text_config"]
     names = ("vocab_size", "max_position_embeddings")
     for name in names:
         _expect(_is_size(config.get(name)), path / "config.json", name, "a positive integer", config)
     return config[names[0]], config[names[1]]
-
-
-def _read_config(path: Path, config_file: Path) -> dict[str, Any]:
-    if not config_file.is_file():
-        raise UserError(f"{path} must be a Hugging Face model directory, got no config.json in it; check the path")
-    try:
-        config = json.loads(config_file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{config_file} must be JSON, got {error}; download it again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{config_file} must be a JSON object, got {type(config).__name__}; download it again")
-    return config
 
 
 def _is_size(value: Any) -> bool:
