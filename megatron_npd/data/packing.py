@@ -22,7 +22,7 @@ from megatron_npd.config import PackConfig
 from megatron_npd.data.order import PACKS_KIND
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore, StoreShardWriter
 from megatron_npd.log import UserError, get_logger, progress
-from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
+from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, in_words, read_manifest, seal, sealed_from, writing
 from megatron_npd.records import (
     PACK_SCHEMA,
     PACKS_FILE,
@@ -202,12 +202,18 @@ def _write_prompt_store(prompts_dir: Path, store_dir: Path, vocab_size: int) -> 
         for batch in parquet_batches(prompts, _BATCH, columns=["prompt_id", "prompt_ids", "response_ids"]):
             rows = []
             for prompt in batch.to_pylist():
+                tokens = np.array(prompt["prompt_ids"] + (prompt["response_ids"] or []))
+                problem = {}
                 if not prompt["response_ids"]:
-                    reasons["no_response"] += 1
-                    entry = {"prompt_id": prompt["prompt_id"], "reason": "no_response"}
-                    quarantine.write(json.dumps(entry) + "\n")
+                    problem = {"reason": "no_response"}
+                elif tokens.max() >= vocab_size:
+                    detail = f"token {tokens.max()}, but the embedding of the model to train has {vocab_size} rows"
+                    problem = {"reason": "token_outside_vocabulary", "detail": detail}
+                if problem:
+                    reasons[problem["reason"]] += 1
+                    quarantine.write(json.dumps({"prompt_id": prompt["prompt_id"], **problem}) + "\n")
                     continue
-                writer.add(np.array(prompt["prompt_ids"] + prompt["response_ids"]))
+                writer.add(tokens)
                 rows.append(_data_sample(prompt))
             samples.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
             kept, total = kept + len(rows), total + batch.num_rows
@@ -215,7 +221,14 @@ def _write_prompt_store(prompts_dir: Path, store_dir: Path, vocab_size: int) -> 
         writer.finalize()
         samples.close()
         if not kept:
-            raise UserError(f"{prompts_dir} must hold prompts with responses, got none; give response in the prompts")
+            raise UserError(
+                f"{prompts_dir} must hold prompts with responses that the model can read, got none, but "
+                f"{in_words(reasons)}; give response in the prompts, and prepare them with the tokenizer of the model "
+                "that will train"
+            )
+        if outside := reasons["token_outside_vocabulary"]:
+            message = "%d of %d prompts of %s have tokens beyond the model's vocabulary and do not train; see %s"
+            get_logger().warning(message, outside, total, prompts_dir, QUARANTINE_FILE)
         seal(shard, kind=SHARD_KIND, provenance={"top_k": 0, "vocab_size": vocab_size}, counts={"samples": kept})
     return {"in": total, "kept": kept, "quarantined": dict(reasons), "pending": 0}
 

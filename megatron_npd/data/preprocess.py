@@ -13,7 +13,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice, pairwise
@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.data.foreign import parse_sample
+from megatron_npd.data.foreign import Sample, parse_sample
 from megatron_npd.data.repeats import find_repeated, sample_hashes
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, StoreShardWriter
 from megatron_npd.data.teacher_records import count_in_top_k, warn_of_few_in_top_k
@@ -71,6 +71,13 @@ class _Setting:
     top_k: int
     vocab_size: int
     provenance: dict[str, Any]
+
+    def parse(self, value: Any) -> Sample:
+        """The sample in a record; BadRecord where it holds none."""
+        if isinstance(value, BadRecord):
+            raise value
+        version = self.provenance["policy_version"]
+        return parse_sample(value, top_k=self.top_k, vocab_size=self.vocab_size, policy_version=version)
 
 
 def preprocess(
@@ -203,8 +210,7 @@ def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quaran
             if executor:
                 executor.shutdown(cancel_futures=True)
             raise
-    origins = [f"{part.source} from line {part.first + 1} on" for part in parts]
-    repeated = find_repeated(hashes, [part.shard for part in parts], origins)
+    repeated = find_repeated(hashes, [part.shard for part in parts], partial(_two_contents, parts, setting))
     for number, places in repeated.items():  # rare: the shard is made again without them
         shutil.rmtree(parts[number].shard)
         convert(parts[number], skip=frozenset(places))
@@ -213,6 +219,26 @@ def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quaran
     sums = {name: sum(book[name] for book in books) for name in ("in", "kept", "response_tokens", "in_top_k")}
     check_quarantined(reasons, sums["in"], max_quarantined, "the input")
     return {**sums, "quarantined": dict(sorted(reasons.items())), "pending": 0}
+
+
+def _two_contents(parts: list[_Part], setting: _Setting, name: str, numbers: list[int]) -> UserError:
+    """The error for records of two contents under one sample id, with the id and the lines that users know."""
+    found: dict[tuple[int, bytes, bytes], str] = {}
+    row: dict[str, Any] = {}
+    for part in (parts[number] for number in numbers):
+        for line, value in _read(part):
+            with suppress(BadRecord):
+                sample = setting.parse(value)
+                if sample.row["sample_id"] == name:
+                    row, teacher = sample.row, b"" if sample.teacher is None else sample.teacher.tobytes()
+                    content = row["prompt_len"], sample.tokens.tobytes(), teacher
+                    found.setdefault(content, f"line {line} of {part.source}")
+    first, second, *_ = found.values()
+    return UserError(
+        f"records must differ in id or path, got id {row['prompt_id']!r} with path {row['path']} on {first} and, with "
+        f"other content, on {second}; give several responses to one prompt a path each (0, 1, ...), or rename one of "
+        "the ids"
+    )
 
 
 def _counts(part: _Part) -> Mapping[str, Any]:
@@ -242,14 +268,11 @@ def _write_shard(part: _Part, directory: Path, setting: _Setting, skip: frozense
     reasons: Counter[str] = Counter()
     rows: list[dict[str, Any]] = []
     accepted = in_top_k = 0
-    options = {"top_k": setting.top_k, "vocab_size": setting.vocab_size}
     writer = StoreShardWriter(directory, setting.top_k, vocab_size=setting.vocab_size)
     with open(directory / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine:
         for line, value in _read(part):
             try:
-                if isinstance(value, BadRecord):
-                    raise value
-                sample = parse_sample(value, **options, policy_version=setting.provenance["policy_version"])
+                sample = setting.parse(value)
                 accepted += 1
                 if accepted - 1 in skip:
                     raise BadRecord("duplicate", f"the same sample as before: {sample.row['sample_id']}")

@@ -265,6 +265,13 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def _rendered(prompt: _Prompt, side: Codec, whose: str) -> tuple[str, str]:
+    try:
+        return side.prompt(prompt.conversation)
+    except BadRecord as problem:
+        raise BadRecord(problem.reason, f"{whose}{problem}") from None
+
+
 def _tokenise(
     prompts: list[_Prompt], model: ModelTokens, sides: list[Codec], max_prompt_len: int
 ) -> Iterator[tuple[_Prompt, dict[str, Any] | BadRecord]]:
@@ -276,7 +283,7 @@ def _tokenise(
     with limits():
         for prompt in prompts:
             try:
-                both = [side.prompt(prompt.conversation) for side in sides]
+                both = [_rendered(prompt, side, "" if side is sides[0] else "the teacher's: ") for side in sides]
                 responses.append(sides[0].response(prompt.conversation, both[0][0]))
                 texts += both
                 good.append(prompt)

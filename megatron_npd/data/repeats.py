@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -40,14 +40,14 @@ def sample_hashes(shard: Path, top_k: int) -> npt.NDArray[np.uint64]:
 
 
 def find_repeated(
-    hashes: Sequence[npt.NDArray[np.uint64]], shards: Sequence[Path], origins: Sequence[str]
+    hashes: Sequence[npt.NDArray[np.uint64]], shards: Sequence[Path], explain: Callable[[str, list[int]], UserError]
 ) -> dict[int, list[int]]:
     """Of each shard, by its number, the places of samples that were there before, in it or in an earlier one.
 
     Args:
         hashes: ``sample_hashes`` of each shard.
         shards: Where they are.
-        origins: What each was made from, in words.
+        explain: The error for a sample id with two contents, from the id and the numbers of the shards it is in.
 
     Raises:
         UserError: One id stands for two contents.
@@ -66,10 +66,7 @@ def find_repeated(
         first = other[np.argmin(places[other])]
         (shard, _), (number, place) = located(places_before[first]), located(places[first])
         name = pq.read_table(shards[number] / SAMPLES_FILE, columns=["sample_id"])["sample_id"][place]
-        raise UserError(
-            f"ids must be unique, got {name.as_py()!r} with different content among the records of {origins[shard]} "
-            f"and of {origins[number]}; rename one or leave the ids out"
-        )
+        raise explain(name.as_py(), sorted({shard, number}))
     repeated: dict[int, list[int]] = {}
     for shard, place in map(located, places.tolist()):
         repeated.setdefault(shard, []).append(place)

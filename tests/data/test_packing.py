@@ -187,12 +187,15 @@ def make_prompts(path: Path, prompts: list[tuple[list[int], list[int] | None]]) 
 
 
 def test_supervised_data_becomes_a_store_of_tokens_and_packs(tmp_path: Path) -> None:
-    prompts = make_prompts(tmp_path / "prompts", [([1, 2, 3], [4, 5]), ([6], None), ([7], [8] * 70), ([9], [10])])
+    data = [([1, 2, 3], [4, 5]), ([6], None), ([7], [8] * 70), ([9], [10]), ([9], [50])]
+    prompts = make_prompts(tmp_path / "prompts", data)
 
     manifest = pack_prompts(prompts, tmp_path / "out", CFG, vocab_size=50)
 
     store = AnnotationStore(tmp_path / "out/store")
-    assert store.top_k == 0 and store.manifest.counts["quarantined"] == {"no_response": 1}
+    assert store.top_k == 0
+    assert store.manifest.counts["quarantined"] == {"no_response": 1, "token_outside_vocabulary": 1}
+    assert "token 50, but the embedding" in (tmp_path / "out/store" / QUARANTINE_FILE).read_text()
     assert [store.tokens(index).tolist() for index in (0, 2)] == [[1, 2, 3, 4, 5], [9, 10]]
     assert np.isnan(store.metadata("teacher_loss")["teacher_loss"].to_numpy()).all()
     assert '"p1"' in (tmp_path / "out/store" / QUARANTINE_FILE).read_text()
@@ -208,7 +211,7 @@ def test_supervised_data_becomes_a_store_of_tokens_and_packs(tmp_path: Path) -> 
 def test_prompts_without_responses_or_with_foreign_ids_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prompts with responses"):
         pack_prompts(make_prompts(tmp_path / "none", [([1], None)]), tmp_path / "a", CFG, vocab_size=50)
-    with pytest.raises(UserError, match="got 50"):
+    with pytest.raises(UserError, match="got none, but set aside: 1 token_outside_vocabulary"):
         pack_prompts(make_prompts(tmp_path / "ids", [([1], [50])]), tmp_path / "b", CFG, vocab_size=50)
     assert not is_sealed(tmp_path / "a/store") and not is_sealed(tmp_path / "b/store")
 

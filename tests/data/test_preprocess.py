@@ -373,10 +373,25 @@ def test_bad_lines_are_set_aside_by_number_and_repeated_ones_merged(tmp_path: Pa
         preprocess([source], tmp_path / "strict", **options, max_quarantined=0.1)
     assert not is_sealed(tmp_path / "strict")
     write_jsonl(source, [good[0], record(seed=1, id="r0")])
-    with pytest.raises(UserError, match="ids must be unique"):
+    with pytest.raises(UserError, match=r"got id 'r0' with path 0 on line 1 of \S+ and, .* on line 2 of"):
         preprocess([source], tmp_path / "ids", **options)
     with pytest.raises(UserError, match="usable record"):
         preprocess([write_jsonl(source, [])], tmp_path / "none", **options)
+
+
+def test_several_responses_under_one_id_are_named_as_the_user_knows_them(tmp_path: Path) -> None:
+    """Over shards and files, behind bad lines and repetitions: the user's id, both lines and what to do."""
+    one = [record(seed=0, id="a"), b"{", record(seed=1, id="b"), record(seed=0, id="a"), record(seed=2, id="c")]
+    first = write_jsonl(tmp_path / "one.jsonl", one)
+    second = write_jsonl(tmp_path / "two.jsonl", [record(seed=3, id="d"), b"{", record(seed=4, id="b")])
+    options = {"top_k": K, "vocab_size": VOCAB_SIZE, "shard_size": 2, "max_quarantined": 1.0}
+    for _ in range(2):  # again: from the shards that were sealed
+        with pytest.raises(UserError) as error:
+            preprocess([first, second], tmp_path / "out", **options)
+        words = f"got id 'b' with path 0 on line 3 of {first} and, with other content, on line 3 of {second}; give "
+        assert words in str(error.value)
+    write_jsonl(second, [record(seed=3, id="d"), b"{", record(seed=4, id="b", path=1)])
+    assert preprocess([first, second], tmp_path / "paths", **options).counts["kept"] == 5
 
 
 def tree(path: Path) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,23 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "damaged" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     with pytest.raises(UserError, match="must hold a tokenizer"):
         load_tokenizer(tmp_path / "damaged")
+
+
+def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where somebody, or a pipe, answers the question whether to run it with yes."""
+    make_tiny_tokenizer(tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"open({str(ran)!r}, 'w').close()\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "vocab_size": 300}))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    with pytest.raises(UserError, match="must hold a tokenizer that transformers loads"):
+        load_tokenizer(tmp_path)
+    assert not ran.exists()
