@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_npd.log import UserError
+from megatron_npd.models.convert import hf_to_megatron
 from megatron_npd.models.families import load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, ShardWriter
 from megatron_npd.models.mapping import hf_shapes
-from megatron_npd.weights import INDEX_FILE, SINGLE_FILE
+from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, read_weights
+from tests.dist import run_distributed
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -136,3 +138,46 @@ def test_a_saved_copy_of_a_tied_head_is_dropped_only_if_equal(model_dir: Path) -
     rewrite(model_dir, lambda tensors: tensors["lm_head.weight"].mul_(2))
     with pytest.raises(UserError, match=r"lm_head\.weight"):
         HFCheckpoint(model_dir)
+
+
+def test_a_tied_head_that_is_saved_alone_is_the_embedding(model_dir: Path) -> None:
+    embedding = HFCheckpoint(model_dir).read("model.embed_tokens.weight")
+    rewrite(model_dir, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    check(model_dir)
+    assert torch.equal(HFCheckpoint(model_dir).read("model.embed_tokens.weight", (slice(5, 9),)), embedding[5:9])
+
+
+def test_buffers_that_no_model_reads_are_passed_over(model_dir: Path) -> None:
+    left = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(16, dtype=torch.float64) for i in range(2)}
+    check(rewrite(model_dir, lambda tensors: tensors.update(left)))
+
+
+def _refuse_to_load(rank: int, world_size: int, model_dir: Path, out: Path) -> None:
+    with pytest.raises(UserError, match=rf"{Q_PROJ} and .* in .* must hold finite numbers, got NaN or infinity"):
+        hf_to_megatron(model_dir, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_undefined_weights_are_neither_exported_nor_loaded(model_dir: Path, tmp_path: Path, value: float) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    writer = ShardWriter(out, {Q_PROJ: (2, 3)}, {Q_PROJ: torch.bfloat16}, 10**6)
+    with pytest.raises(UserError, match=rf"{Q_PROJ} of the model to export .* must hold finite numbers"):
+        writer.add(Q_PROJ, torch.full((2, 3), value, dtype=torch.bfloat16))
+    assert not list(out.iterdir())
+    rewrite(model_dir, lambda tensors: tensors[Q_PROJ][7].fill_(value))
+    run_distributed(_refuse_to_load, 1, model_dir, tmp_path / "megatron")
+
+
+def test_an_exports_content_is_that_of_its_files(model_dir: Path) -> None:
+    tensors = load_file(model_dir / SINGLE_FILE)
+    writer = ShardWriter(
+        model_dir,
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: tensor.dtype for name, tensor in tensors.items()},
+        10**9,
+    )
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    assert writer.content.hexdigest() == read_weights(model_dir).content_hash()

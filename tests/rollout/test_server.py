@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError
 from megatron_npd.rollout.server import VLLMServer, start_servers
+from megatron_npd.weights import SINGLE_FILE
 from tests.helpers import make_tiny_model
+from tests.rollout.fake import FakeServer
 
 
 def launch(model_dir: Path, cfg: RolloutConfig = RolloutConfig(), **arguments: Any) -> None:  # noqa: B008
@@ -54,6 +57,41 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="must be JSON"):
         launch(tmp_path)
+
+
+def test_a_port_on_which_another_server_answers_is_refused_at_once(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with FakeServer() as other:
+        port = other.server_address[1]
+        with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 must be a free one .*in use"):
+            VLLMServer(tiny_model_dir, RolloutConfig(), port=port)
+        server = VLLMServer(tiny_model_dir, RolloutConfig(), log_dir=tmp_path)
+        server.url = other.url  # as if it had come between the look and the start
+        with pytest.raises(UserError, match="must be the process that was started, got an answer from another one"):
+            server.wait_ready(version="v0000", weights="")
+        assert not other.called
+    with pytest.raises(UserError, match=r"of 192\.0\.2\.1 must be a free one of this machine"):
+        VLLMServer(tiny_model_dir, RolloutConfig(), host="192.0.2.1")
+
+
+def test_logs_of_no_directory_lie_in_a_private_one(tiny_model_dir: Path) -> None:
+    paths = [VLLMServer(tiny_model_dir, RolloutConfig()).log_path for _ in range(2)]
+    for path in paths:
+        assert path.parent.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o777 == 0o600
+        shutil.rmtree(path.parent)
+    assert paths[0].parent != paths[1].parent
+
+
+def test_undefined_weights_are_refused_at_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    tensors = load_file(model / SINGLE_FILE)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / SINGLE_FILE)
+    server = VLLMServer(model, RolloutConfig(), log_dir=tmp_path)
+    with pytest.raises(UserError, match=r"model\.norm\.weight in .* must hold finite numbers, got NaN or infinity"):
+        start_servers([server], version="v0000")
+    assert server.process is None
 
 
 def test_a_server_that_dies_at_the_start_shows_its_log(tiny_model_dir: Path, tmp_path: Path) -> None:
