@@ -135,7 +135,8 @@ def load_checkpoint(
             raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
     content = json.loads((path / _STATE_FILE).read_text())
     with_optimizer = optimizer is not None and content["optimizer"]
-    if with_optimizer and content["optimizer"] not in (True, kind := _kind(optimizer)):  # True: of an older version
+    kind = optimizer and _kind(optimizer)
+    if with_optimizer and content["optimizer"] not in (True, kind):  # True: of an older version
         raise UserError(
             f"use_distributed_optimizer and bf16 must be as in the run that wrote {path} ({content['optimizer']}), got "
             f"{kind}; give the old settings, or start from its weights alone ({_WEIGHTS_ALONE})"

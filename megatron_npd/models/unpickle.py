@@ -73,11 +73,11 @@ def known_classes_only(path: Path, files: Collection[str]) -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (_ONLY, _ANYTHING)}
     os.environ[_ONLY] = "1"
     # torch would open the index itself, with pickle.load and nothing to set.
-    filesystem.pickle, module = SimpleNamespace(load=lambda _: index), filesystem.pickle  # pyright: ignore
+    filesystem.pickle, module = SimpleNamespace(load=lambda _: index), filesystem.pickle  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        filesystem.pickle = module  # pyright: ignore
+        filesystem.pickle = module  # pyright: ignore[reportAttributeAccessIssue]
         del os.environ[_ONLY]
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
