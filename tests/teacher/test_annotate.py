@@ -390,3 +390,14 @@ def test_model_parallel_layouts_leave_the_same_store(tmp_path: Path, models: dic
     assert all(of_rank == 3 * of_rank[:1] for of_rank in counts)
     read_manifest(tmp_path / "two", kind="annotations")
     assert_samples_close(tmp_path / "two", tmp_path / "alone")
+
+
+def test_a_tokenizer_without_bos_and_eos_is_scored_where_its_template_says_what_ends_a_turn(tmp_path: Path) -> None:
+    from megatron_npd.teacher.annotate import check_setting
+
+    model = make_tiny_model(tmp_path / "model", eos_token_id=None)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    setting = check_setting(model, model, AnnotateConfig(top_k=4))
+    assert setting.teacher_start.tolist() == setting.student_start.tolist() == [2]
+    assert setting.teacher_header[0] == 1
