@@ -82,7 +82,8 @@ class VLLMServer:
         cfg: Lengths, concurrency, type and further arguments of the server.
         host: Name or address of the interface to listen on.
         port: Port to listen on; 0: a free one.
-        log_dir: Directory of the server's log file; None: a new private one among the temporary files.
+        log_dir: Directory of the server's log file; None: a private one among the temporary files, which stays where
+            the server was in trouble.
         index: Which of ``cfg.num_servers`` this is; it decides the devices that it sees.
         token: What every request must carry; empty: a new one.
 
@@ -111,6 +112,7 @@ class VLLMServer:
         self.token = token or make_token()
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         directory = Path(log_dir or tempfile.mkdtemp(prefix="megatron_npd-servers-"))
+        self._private_logs = not log_dir
         directory.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(prefix=f"vllm-{self.port}-", suffix=".log", dir=directory)
         os.close(fd)
@@ -119,6 +121,7 @@ class VLLMServer:
         self._guard: subprocess.Popen[bytes] | None = None
         self._scratch = ""  # what vLLM puts into /tmp lies there
         self._started = 0.0
+        self._ready = False
 
     def start(self) -> None:
         """Start the process and return at once; ``wait_ready`` waits for it."""
@@ -183,6 +186,7 @@ class VLLMServer:
         except BaseException:
             self.stop()
             raise
+        self._ready = True
         get_logger().info("vLLM on %s is ready after %.1f s", self.url, time.monotonic() - self._started)
 
     def _answers(self) -> bool:
@@ -236,9 +240,12 @@ class VLLMServer:
             self._guard.kill()
             self._guard.communicate()
             self._guard = None
-        if self.process is None:
-            return
         process, self.process = self.process, None
+        healthy = self._ready and process is not None and process.poll() is None
+        if self._private_logs and (healthy or not self._started):
+            shutil.rmtree(self.log_path.parent, ignore_errors=True)  # of one in trouble they stay: an error names them
+        if process is None:
+            return
         _signal_group(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)

@@ -74,11 +74,13 @@ def test_a_port_on_which_another_server_answers_is_refused_at_once(tiny_model_di
 
 
 def test_logs_of_no_directory_lie_in_a_private_one(tiny_model_dir: Path) -> None:
-    paths = [VLLMServer(tiny_model_dir, RolloutConfig()).log_path for _ in range(2)]
-    for path in paths:
-        assert path.parent.stat().st_mode & 0o777 == 0o700 and path.stat().st_mode & 0o777 == 0o600
-        shutil.rmtree(path.parent)
-    assert paths[0].parent != paths[1].parent
+    servers = [VLLMServer(tiny_model_dir, RolloutConfig()) for _ in range(2)]
+    first, second = (server.log_path for server in servers)
+    assert first.parent.stat().st_mode & 0o777 == 0o700 and first.stat().st_mode & 0o777 == 0o600
+    assert first.parent != second.parent
+    for server in servers:
+        server.stop()  # it has nothing to tell
+        assert not server.log_path.parent.exists()
 
 
 def test_undefined_weights_are_refused_at_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:
