@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_npd.command import parse_config
 from megatron_npd.log import UserError, run_main
-from megatron_npd.loop.report import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Path(parse_config(ReportCommand, argv).run_dir)
     if not (run / "rounds").is_dir():
         raise UserError(f"--run-dir must be the directory of a run, got {run} without rounds; check the path")
+    from megatron_npd.loop.report import write_report
+
     print(write_report(run))
     print(f"report: {run / 'report' / 'report.html'}")
 
