@@ -1,23 +1,25 @@
 """Processes that end with the one that started them, however that one ends.
 
-A killed parent tells nobody. Each of our processes therefore watches those that it belongs to, from a thread and
-through pidfds: torchrun's agent, and the process that the environment names (controller or launch script), which may be
-further up. Linux's PR_SET_PDEATHSIG would not do: it knows the direct parent alone, torchrun, which stands between a
-controller and its ranks, is not ours to change, and it fires when the parent's *thread* ends. vLLM, which runs no code
-of ours early enough, is ended by the guard in ``rollout/server.py``.
+A killed parent tells nobody. Each of our processes therefore looks from a thread at those that it belongs to:
+torchrun's agent, and the process that the environment names (controller or launch script), which may be further up.
+Linux's PR_SET_PDEATHSIG would not do: it knows the direct parent alone, torchrun, which stands between a controller and
+its ranks, is not ours to change, and it fires when the parent's *thread* ends. Nor would a pidfd: kernels before 5.3
+have none, and Python as conda and uv ship it cannot open one. vLLM, which runs no code of ours early enough, is ended
+by the guard in ``rollout/server.py``.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 
 _STARTER = "MEGATRON_NPD_STARTER"  # environment: the pid to end with; examples/launch sets it too
+_LOOK_SECONDS = 0.5
 _STOP_SECONDS = 30.0  # for what a process does on SIGTERM, like stopping its servers
 _watched: set[int] = set()
 
@@ -48,20 +50,19 @@ def end_with(pid: int) -> None:
     if pid in _watched:
         return
     _watched.add(pid)
-    try:
-        ancestor = os.pidfd_open(pid)
-    except ProcessLookupError:
+    ancestor = next((process for process in psutil.Process().parents() if process.pid == pid), None)
+    if ancestor is None:  # it has ended, and its number may be another process's by now
         _end()
-        return
-    if pid not in (process.pid for process in psutil.Process().parents()):
-        _end()  # it ended before we looked, and the number is another process's by now
-    threading.Thread(target=_watch, args=(ancestor,), name="lifeline", daemon=True).start()
+    else:
+        threading.Thread(target=_watch, args=(ancestor,), name="lifeline", daemon=True).start()
 
 
-def _watch(ancestor: int) -> None:
-    ended = select.poll()
-    ended.register(ancestor, select.POLLIN)
-    ended.poll()
+def _watch(ancestor: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        while (
+            ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE
+        ):  # its own parent may never ask for it
+            time.sleep(_LOOK_SECONDS)
     _end()
 
 

@@ -291,6 +291,8 @@ def _remember(file: Path, state: list[int], digest: str) -> None:
     key = str(file.resolve())
     _known[key] = [*state, digest]
     if _KNOWN_FILE not in os.environ:
+        if not hasattr(os, "memfd_create"):  # Python as some distributors ship it: each process hashes for itself
+            return
         os.environ[_KNOWN_FILE] = f"/proc/{os.getpid()}/fd/{os.memfd_create(_MEMFD)}"
     with suppress(OSError), _shared("ab") as stream:
         stream.write(json.dumps([key, *state, digest]).encode() + b"\n")

@@ -197,6 +197,17 @@ def test_a_file_is_hashed_once_in_a_tree_of_processes(tmp_path: Path, monkeypatc
         read_manifest(out)
 
 
+def test_hashes_stay_in_a_process_where_python_cannot_share_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.delenv(manifest._KNOWN_FILE, raising=False)
+    out = make(tmp_path / "out")
+    age(out)
+    assert read_manifest(out) == read_manifest(out)
+    assert manifest._KNOWN_FILE not in os.environ
+
+
 def _child(out: Path, pipe: Any) -> None:
     manifest.file_sha256 = lambda file: pipe.send(f"{file} was hashed again")
     try:

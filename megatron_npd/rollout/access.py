@@ -24,6 +24,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 TOKEN_VARIABLE = "MEGATRON_NPD_SERVER_TOKEN"
+SECRET_VARIABLE = "MEGATRON_NPD_SERVER_SECRET"  # of one process and its starter alone: several servers share a token
 METHODS = ("npd_describe", "npd_load", "npd_clear")  # of the worker extension
 _PATHS = {"/health", "/metrics", "/weight_info", "/pause", "/resume", "/reset_prefix_cache", "/update_weight_version"}
 _PREFIXES = ("/v1/", "/inference/v1/")
@@ -38,6 +39,7 @@ class TokenMiddleware:
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self.app = app
         self.token = os.environ[TOKEN_VARIABLE]  # without one the server does not start
+        self.secret = os.environ[SECRET_VARIABLE]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Hand a request on, or refuse it: 401 without the token, 403 for what no stage uses."""
@@ -47,7 +49,7 @@ class TokenMiddleware:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         path = scope["path"]
         if not _equal(headers.get("authorization", ""), f"Bearer {self.token}"):
-            proof = _prove(self.token, headers[_NONCE]) if _NONCE in headers else ""
+            proof = _prove(self.secret, headers[_NONCE]) if _NONCE in headers else ""
             await _refuse(scope, send, 401, "the request must carry the server's token", proof)
         elif scope["type"] != "http" or not (path in _PATHS or path.startswith(_PREFIXES) or path == _RPC):
             await _refuse(scope, send, 403, f"{path} is closed: no stage uses it")
@@ -109,19 +111,19 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def proves_token(url: str, token: str) -> bool:
-    """Whether the server behind a URL knows a token, which is not sent to it.
+def proves_secret(url: str, secret: str) -> bool:
+    """Whether the server behind a URL is the process that was started with a secret, which is not sent to it.
 
     Raises:
         httpx.TransportError: Nothing answers.
     """
     nonce = secrets.token_hex(16)
     answer = httpx.get(f"{url}/health", headers={_NONCE: nonce}, timeout=10.0, trust_env=False)
-    return answer.status_code == 401 and _equal(answer.headers.get(_PROOF, ""), _prove(token, nonce))
+    return answer.status_code == 401 and _equal(answer.headers.get(_PROOF, ""), _prove(secret, nonce))
 
 
-def _prove(token: str, nonce: str) -> str:
-    return hmac.digest(token.encode(), nonce.encode(), "sha256").hex()
+def _prove(secret: str, nonce: str) -> str:
+    return hmac.digest(secret.encode(), nonce.encode(), "sha256").hex()
 
 
 def _equal(one: str, other: str) -> bool:

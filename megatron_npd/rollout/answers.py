@@ -101,6 +101,8 @@ def read_answer(request: Request, body: Any, vocab_size: int) -> Answer | Failur
         raise Malformed(f"{len(ids)} tokens where 1 to {request.max_tokens} were asked for")
     if reason == "stop" and ids[-1] not in request.stop_ids:
         raise Malformed(f"a stop at {ids[-1]}, which is none of the stop ids {list(request.stop_ids)}")
+    if passed := set(ids[:-1] if reason == "stop" else ids).intersection(request.stop_ids):
+        raise Malformed(f"no stop at {min(passed)}, which is one of the stop ids {list(request.stop_ids)}")
     content = field(field(choice, "logprobs"), "content")
     if not isinstance(content, list) or len(content) != len(ids):
         raise Malformed(f"no log-probability for each of {len(ids)} tokens")

@@ -23,7 +23,7 @@ import httpx
 
 from megatron_npd.config import RolloutConfig
 from megatron_npd.log import UserError, get_logger
-from megatron_npd.rollout.access import TOKEN_VARIABLE, bearer, make_token, proves_token
+from megatron_npd.rollout.access import SECRET_VARIABLE, TOKEN_VARIABLE, bearer, make_token, proves_secret
 from megatron_npd.weights import read_config, read_weights
 
 GENERATE = "/inference/v1/generate"
@@ -89,6 +89,7 @@ class VLLMServer:
 
     Attributes:
         url: Base URL.
+        secret: What this server alone knows, by which it is told from another one on its port.
         log_path: What the server prints.
         process: The running server; None before ``start`` and after ``stop``.
     """
@@ -110,6 +111,7 @@ class VLLMServer:
         self.index = index
         self.port = _free_port(host, port)
         self.token = token or make_token()
+        self.secret = make_token()
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         directory = Path(log_dir or tempfile.mkdtemp(prefix="megatron_npd-servers-"))
         self._private_logs = not log_dir
@@ -136,6 +138,8 @@ class VLLMServer:
         environment = os.environ | {
             "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that refresh weights; the middleware guards them
             TOKEN_VARIABLE: self.token,
+            SECRET_VARIABLE: self.secret,
+            "VLLM_API_KEY": "",  # a user's own for other servers; vLLM would ask for it beside the token
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
@@ -190,9 +194,9 @@ class VLLMServer:
         get_logger().info("vLLM on %s is ready after %.1f s", self.url, time.monotonic() - self._started)
 
     def _answers(self) -> bool:
-        """Whether our own process answers, which alone knows the token."""
+        """Whether our own process answers, which alone knows the secret."""
         try:
-            ours = proves_token(self.url, self.token)
+            ours = proves_secret(self.url, self.secret)
         except httpx.TransportError:
             return False
         if not ours:

@@ -340,6 +340,12 @@ NONSENSE = {
         "finish_reason": "stop",
         "logprobs": {"content": [{"logprob": -1.0}] * 2},
     },
+    "no end at a stop id": TWO | {"token_ids": [5, EOS], "logprobs": {"content": [{"logprob": -1.0}] * 2}},
+    "nor in the middle": {
+        "token_ids": [EOS, EOS],
+        "finish_reason": "stop",
+        "logprobs": {"content": [{"logprob": -1.0}] * 2},
+    },
     "no versions": {"weight_versions": "v0000"},
     "busy": (429, {"Retry-After": "0"}),
     "moved": (307, {"Location": "http://127.0.0.1:9/"}),

@@ -21,7 +21,7 @@ from megatron_npd.data.tokenizer import load_model_tokens
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest, seal
 from megatron_npd.records import ROLLOUTS_FILE
-from megatron_npd.rollout.access import bearer, proves_token
+from megatron_npd.rollout.access import bearer, proves_secret
 from megatron_npd.rollout.answers import Answer, Failure, Request
 from megatron_npd.rollout.evaluate import exact_match
 from megatron_npd.rollout.generate import generate_round
@@ -304,7 +304,7 @@ def test_nothing_is_open_without_the_token(served_pool: ServerPool) -> None:
             ask_it()
     with pytest.raises(UserError, match=f"requests to {url} must carry its token, got none; give --token-file"):
         pool.check()
-    assert proves_token(url, served_pool.token) and not proves_token(url, "wrong")
+    assert proves_secret(url, served_pool.servers[url].secret) and not proves_secret(url, served_pool.token)
 
 
 @pytest.mark.parametrize(
