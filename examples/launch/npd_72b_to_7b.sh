@@ -53,7 +53,7 @@ PYTHON=${PYTHON:-python}
 
 # Rollout servers: they listen on SERVER_HOST alone, and answer who has read the token under $RUN.
 SERVERS_PER_NODE=${SERVERS_PER_NODE:-8}
-SERVER_HOST=${SERVER_HOST:-$(hostname)}
+SERVER_HOST=${SERVER_HOST:-}  # empty: the node's own name
 SERVER_PORT=${SERVER_PORT:-8100}
 SERVER_DTYPE=${SERVER_DTYPE:-bfloat16}
 GREEDY_PATHS=${GREEDY_PATHS:-1}
@@ -105,6 +105,13 @@ case "$TRAIN_NODES $MASTER_ADDR" in
 esac
 [ "${SLURM_STEP_NUM_TASKS:-$NNODES}" = "$NNODES" ] ||
   die "srun must start one task a node, got $SLURM_STEP_NUM_TASKS for $NNODES nodes; srun --ntasks-per-node=1"
+if [ "$DRY_RUN$SERVER_HOST" = 0 ] && ((NODE_RANK >= TRAIN_NODES)); then
+  SERVER_HOST=$(hostname)
+  case "$(getent ahostsv4 "$SERVER_HOST")" in
+    127.*) die "SERVER_HOST must be this node's name or address as the others reach it, got $SERVER_HOST, here its loopback; set it" ;;
+  esac
+fi
+SERVER_HOST=${SERVER_HOST:-$(hostname)}
 ATTEMPT=${ATTEMPT:-${SLURM_STEP_ID:+$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$SLURM_STEP_ID}}
 [ -n "$ATTEMPT" ] || [ "$DRY_RUN" = 1 ] ||
   die "ATTEMPT must be the same on every node and new at each start, got none; set it, or start the script with srun"

@@ -312,7 +312,7 @@ def _reason(error: BaseException) -> str:
         return "a failure that rank 0 reports"
     if isinstance(error, RuntimeError):
         return f"'{error}' from torch, as of a full disk"
-    return str(first)
+    return str(first) or type(first).__name__
 
 
 @contextmanager

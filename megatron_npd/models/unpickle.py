@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +39,17 @@ _ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load takes what megatron-core r
 _ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python: of the other one no step can be changed
+    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+
+    def load_build(self) -> None:
+        """Set the state of an object; that of a class would change it for the whole process."""
+        if isinstance(built := self.stack[-2], type | FunctionType):
+            raise pickle.UnpicklingError(f"GLOBAL {built.__module__}.{built.__name__} to be changed")
+        pickle._Unpickler.load_build(self)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if name in _KNOWN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
             return super().find_class(module, name)
@@ -51,7 +61,7 @@ def _read_index(path: Path, files: Collection[str]) -> Metadata:
         with open(path, "rb") as stream:
             index = _Unpickler(stream).load()
         places = {str(place.relative_path) for place in index.storage_data.values()}
-    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:  # of no pickle, or another
+    except (AttributeError, EOFError, LookupError, MemoryError, OverflowError, TypeError, ValueError) as error:
         raise pickle.UnpicklingError(f"no index: {error}") from error
     if elsewhere := places.difference(files):
         raise pickle.UnpicklingError(f"GLOBAL {min(elsewhere)}")

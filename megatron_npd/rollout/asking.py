@@ -136,6 +136,6 @@ def _retry_after(response: httpx.Response) -> float:
     try:
         date = email.utils.parsedate_to_datetime(text).timestamp() if not text[:1].isdigit() else None
         seconds = float(text) if date is None else date - time.time()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
     return min(max(seconds, 0.0), _LONGEST_DELAY)

@@ -111,7 +111,7 @@ class ServerPool:
         try:
             with httpx.Client(timeout=timeout, **self.client_options()) as client:
                 response = client.request(method, url + path, json=body, params=params)
-        except httpx.TransportError as error:
+        except (httpx.RequestError, httpx.InvalidURL) as error:
             raise self.dead(url, f"must answer {path}, got {words(error)}") from error
         if response.status_code == 404:
             raise UserError(

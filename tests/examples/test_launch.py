@@ -92,6 +92,15 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     assert not done.stdout and not (tmp_path / "run").exists()
 
 
+def test_a_name_that_a_node_alone_reaches_is_refused(tmp_path: Path) -> None:
+    """Debian gives a host's own name 127.0.1.1."""
+    (tmp_path / "hostname").write_text("#!/bin/sh\necho localhost\n")
+    (tmp_path / "hostname").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": str(tmp_path / "run"), "NODE_RANK": "5"}
+    assert re.search("SERVER_HOST must be this node's name .* got localhost", launch(**environment).stderr)
+    assert not (tmp_path / "run").exists()
+
+
 def test_slurm_says_which_node_this_is(tmp_path: Path) -> None:
     scontrol = tmp_path / "scontrol"  # as Slurm's prints a list of nodes
     scontrol.write_text(
@@ -115,7 +124,8 @@ def test_commands_end_with_a_script_that_is_killed(tmp_path: Path) -> None:
     python.chmod(0o755)
     os.mkfifo(tmp_path / "pids")
     environment = {"NNODES": "5", "NODE_RANK": "4", "MASTER_ADDR": "node0", "ATTEMPT": "1", "PYTHON": str(python)}
-    environment |= {"RUN": str(tmp_path / "run"), "PIDS": str(tmp_path / "pids"), "PYTHONPATH": str(ROOT)}
+    environment |= {"SERVER_HOST": "127.0.0.1", "PIDS": str(tmp_path / "pids"), "PYTHONPATH": str(ROOT)}
+    environment["RUN"] = str(tmp_path / "run")
     script = subprocess.Popen([SCRIPT], env=os.environ | environment, stdout=subprocess.DEVNULL)
     children = []
     try:

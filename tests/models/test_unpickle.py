@@ -65,6 +65,14 @@ def _no_index(path: Path, marker: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(3))
 
 
+def _huge(path: Path, marker: Path) -> None:
+    (path / ".metadata").write_bytes(b"\x80\x04\x8e" + (2**62).to_bytes(8, "little"))  # a string of 4 EiB
+
+
+def _change_of_a_class(path: Path, marker: Path) -> None:
+    (path / ".metadata").write_bytes(b"\x80\x02cpathlib\nPosixPath\n(N}U\x07plantedK\x01stb.")
+
+
 def _elsewhere(path: Path, marker: Path) -> None:
     index = pickle.loads((path / ".metadata").read_bytes())
     next(iter(index.storage_data.values())).relative_path = "../planted"
@@ -72,7 +80,9 @@ def _elsewhere(path: Path, marker: Path) -> None:
     (path / ".metadata").write_bytes(pickle.dumps(index))
 
 
-@pytest.mark.parametrize("plant", [_index, _inside_the_index, _common_state, _part, _elsewhere, _no_index])
+@pytest.mark.parametrize(
+    "plant", [_index, _inside_the_index, _common_state, _part, _elsewhere, _no_index, _huge, _change_of_a_class]
+)
 def test_a_planted_pickle_runs_nowhere(
     written: Path,
     tiny_model_dir: Path,
@@ -86,12 +96,13 @@ def test_a_planted_pickle_runs_nowhere(
     plant(path, marker)
     (path / "manifest.json").unlink()
     seal(path, kind="checkpoint", counts={"iteration": 1})
-    words = r"iter_0000001 must hold tensors and .* got a pickle with (posix\.mkdir|\.\./planted|no index: .*); do"
+    found = r"posix\.mkdir|\.\./planted|no index: .*|pathlib\.PosixPath"
+    words = rf"iter_0000001 must hold tensors and .* got a pickle with ({found}); do"
     with pytest.raises(UserError, match=words):
         restore(make_trainer(tiny_model_dir, load=False), path)
     with pytest.raises(UserError, match=words):
         megatron_to_hf(path, tiny_model_dir, tmp_path / "hf")
-    assert not marker.exists() and not (tmp_path / "hf" / "manifest.json").exists()
+    assert not hasattr(Path, "planted") and not marker.exists() and not (tmp_path / "hf" / "manifest.json").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 

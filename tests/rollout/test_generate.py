@@ -402,6 +402,13 @@ def test_the_wait_that_a_server_asks_for_is_kept_within_bounds() -> None:
 
     assert [wait(text) for text in ("2", "0.5", "1000", "-1", "soon", "nan")] == [2.0, 0.5, 30.0, 0.0, 0.0, 0.0]
     assert wait("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0 and wait("Wed, 21 Oct 2115 07:28:00 GMT") == 30.0
+    assert wait(f"Wed, 21 Oct {'9' * 20} 07:28:00 GMT") == 0.0
+
+
+def test_urls_of_no_server_are_named() -> None:
+    for url in ("http://[::1", "node1:8100", "http://"):
+        with pytest.raises(UserError, match=r"the vLLM server .* must answer /v1/models, got (InvalidURL|Unsupported)"):
+            ServerPool([url], RolloutConfig()).check()
 
 
 def test_too_many_failures_stop_the_round_and_are_asked_again(
