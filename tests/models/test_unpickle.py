@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from megatron_npd.log import UserError
 from megatron_npd.manifest import seal
 from megatron_npd.models.convert import megatron_to_hf
+from megatron_npd.models.unpickle import _Unpickler
 from tests.models.common import make_trainer, restore, save
 
 
@@ -111,3 +113,12 @@ def test_the_planted_pickles_would_run(tmp_path: Path) -> None:
     """Else the test above shows nothing."""
     pickle.loads(pickle.dumps(Planted(tmp_path / "marker")))
     assert (tmp_path / "marker").exists()
+
+
+def test_a_path_that_a_newer_python_wrote_is_a_path() -> None:
+    """From Python 3.13 on paths are pickled under another module's name, which others do not have."""
+    written = pickle.dumps(PosixPath("iter_0000100"), protocol=2).replace(b"cpathlib._local\n", b"cpathlib\n")
+    newer = written.replace(b"cpathlib\n", b"cpathlib._local\n")
+    assert newer != written
+    for text in (written, newer):
+        assert _Unpickler(io.BytesIO(text)).load() == PosixPath("iter_0000100")
