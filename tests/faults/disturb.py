@@ -55,7 +55,8 @@ class Disturbance:
         def opened(
             file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, *args: Any, **more: Any
         ) -> Any:
-            if not set(mode) & set("wax+") or isinstance(file, int):
+            # The process tree's hashes are in memory, and how many are kept there depends on time: no event.
+            if not set(mode) & set("wax+") or isinstance(file, int) or str(file).startswith("/proc/"):
                 return real_open(file, mode, buffering, encoding, *args, **more)
             raw = Raw(os.fspath(file), mode.replace("b", "").replace("t", ""))
             if buffering == 0:
