@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_npd.command import parse_config
-from megatron_npd.log import UserError, run_main
+from megatron_npd.log import UserError, run_main, wrote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_npd.loop.report import write_report
 
     print(write_report(run))
-    print(f"report: {run / 'report' / 'report.html'}")
+    wrote(run / "report" / "report.html")
 
 
 if __name__ == "__main__":
