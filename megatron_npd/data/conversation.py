@@ -23,8 +23,8 @@ from megatron_npd.records import BadRecord
 # What a message says. In turns before the trained one templates leave reasoning out on purpose (Qwen3), and what else
 # a message holds (name, ids of calls) is for the template to use or not.
 _SAID = ("content", "tool_calls", "function_call")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_TEXTS = ("content", *_REASONING)
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXTS = ("content", *REASONING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Conversation:
 
 def more_than_content(message: Mapping[str, Any]) -> bool:
     """Whether an assistant's message holds calls or reasoning."""
-    return any(message.get(name) for name in (*_SAID[1:], *_REASONING))
+    return any(message.get(name) for name in (*_SAID[1:], *REASONING))
 
 
 class Codec:
@@ -76,6 +76,16 @@ class Codec:
         self._own_ids: dict[int, int] = {}  # of the backend's aliases -> the tokenizer's
         self._headers: dict[str, list[int]] = {}
         self._before: list[int] | None = None
+        self._longest = max(map(len, tokenizer.get_vocab()))
+
+    def check_length(self, text: str, max_tokens: int) -> None:
+        """Refuse a guarded text of more characters than so many tokens can have: to encode it takes GiBs.
+
+        Raises:
+            BadRecord: ``prompt_too_long``.
+        """
+        if len(text) > max_tokens * self._longest and (length := len(self.text(text))) > max_tokens * self._longest:
+            raise BadRecord("prompt_too_long", f"{length} characters, max_prompt_len is {max_tokens} tokens")
 
     # -- conversations as text ---------------------------------------------------------------------------------
 
@@ -136,7 +146,7 @@ class Codec:
         marks: dict[str, str] = {}
         marked = []
         for index, turn in enumerate(turns):
-            names = (*_SAID, *_REASONING) if trained and index == len(turns) - 1 else _SAID
+            names = (*_SAID, *REASONING) if trained and index == len(turns) - 1 else _SAID
             said = {
                 name: self._marked(self._guarded(turn[name]), f"messages[{index}].{name}", marks, name in _TEXTS)
                 for name in names
@@ -178,9 +188,17 @@ class Codec:
         return text[:end] + mark + text[end:]
 
     def _guarded(self, value: Any) -> Any:
-        """A copy with placeholders where texts spell special tokens."""
+        """A copy with placeholders where texts spell special tokens.
+
+        Raises:
+            BadRecord: One does, and the tokenizer has no way to take it for text.
+        """
         if isinstance(value, str):
-            return self._guard.sub(lambda found: f"{self._nonce}s{self._specials[found[0]]}z", value)
+            guarded = self._guard.sub(lambda found: f"{self._nonce}s{self._specials[found[0]]}z", value)
+            if guarded != value and not self.tokenizer.is_fast:
+                detail = "this tokenizer cannot encode a special token as text; change the text"
+                raise BadRecord("special_token_in_text", detail)
+            return guarded
         if isinstance(value, list):
             return [self._guarded(item) for item in value]
         if isinstance(value, dict):
@@ -248,8 +266,6 @@ class Codec:
 
     def _other_backend(self) -> Tokenizer:
         """The tokenizer with the special tokens under other names."""
-        if not self.tokenizer.is_fast:
-            raise BadRecord("special_token_in_text", "this tokenizer cannot encode a special token as text; change it")
         backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()

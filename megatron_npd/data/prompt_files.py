@@ -17,7 +17,7 @@ from megatron_npd.log import UserError
 from megatron_npd.records import BadRecord, parquet_batches
 
 _BATCH = 1024  # records handed on together
-_BATCH_BYTES = 2**26  # of them, or one record
+_BATCH_BYTES = 2**23  # of them, or one record; encoding them takes some 200 times as much
 _LONGEST = 2**25  # bytes of a record; longer ones are passed over without being held in memory
 
 
@@ -33,7 +33,7 @@ class Source:
 
 
 def read_batches(path: Path) -> Iterator[list[Source]]:
-    """The records of a file, 1024 or 64 MiB of them at a time.
+    """The records of a file, 1024 or 8 MiB of them at a time.
 
     Raises:
         UserError: A Parquet file cannot be read.
@@ -83,7 +83,6 @@ def _read_parquet(path: Path) -> Iterator[Source]:
     line = 0
     try:
         with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
             names = [file.schema.column(index).path for index in range(len(file.schema))]
         with pq.ParquetFile(path, read_dictionary=names) as file:
             for batch in parquet_batches(file, _rows_at_a_time(file)):
@@ -93,7 +92,7 @@ def _read_parquet(path: Path) -> Iterator[Source]:
                     size = _expanded_bytes(part) // max(part.num_rows, 1)
                     bad = BadRecord("row_too_large", f"{size} bytes, at most {_LONGEST} are read")
                     small = size <= _LONGEST
-                    for value in part.cast(schema).to_pylist() if small else [None]:
+                    for value in part.to_pylist() if small else [None]:
                         line += 1
                         yield Source(line=line, byte_offset=None, size=size, value=value, bad=None if small else bad)
     except (pa.ArrowException, OSError) as error:
@@ -117,6 +116,10 @@ def _expanded_bytes(values: pa.RecordBatch | pa.Array) -> int:
     if isinstance(values, pa.DictionaryArray):
         lengths = pc.binary_length(values.dictionary).take(values.indices)
         return values.indices.nbytes + (pc.sum(lengths).as_py() or 0)
+    if isinstance(values, pa.MapArray):  # flatten takes no maps, and keys and items are those before the slice, too
+        first, after = values.offsets[0].as_py(), values.offsets[-1].as_py()
+        parts = (part.slice(first, after - first) for part in (values.keys, values.items))
+        return 4 * len(values) + sum(map(_expanded_bytes, parts))
     if isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
         return 4 * len(values) + _expanded_bytes(values.flatten())
     if isinstance(values, pa.StructArray):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from megatron_npd.data.conversation import Codec, Conversation, more_than_content
+from megatron_npd.data.conversation import REASONING, Codec, Conversation, more_than_content
 from megatron_npd.data.held_out import REASON, hold_out
 from megatron_npd.data.prompt_files import Source, read_batches
 from megatron_npd.data.template import limits
@@ -237,12 +237,35 @@ def _messages(value: Any) -> list[dict[str, Any]]:
         raise BadRecord("wrong_type", f"messages must be a list, got {type(value).__name__}")
     messages = []
     for message in map(_without_nulls, value):
-        if isinstance(message, dict) and more_than_content(message):
-            message.setdefault("content", "")
+        if isinstance(message, dict):
+            _check_parts(message)
+            if more_than_content(message):
+                message.setdefault("content", "")
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise BadRecord("wrong_type", f"a message must have role and content as strings, got {message!r}")
         messages.append(message)
     return messages
+
+
+def _check_parts(message: dict[str, Any]) -> None:
+    """Refuse reasoning and calls of a form in which no template, and no look whether it writes them, finds them."""
+    if not message.get("tool_calls", True):
+        del message["tool_calls"]  # templates ask whether there is a list, though it may be empty
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(map(_is_named, calls)):
+        raise BadRecord("wrong_type", f"tool_calls must be a list of objects with a function's name, got {calls!r}")
+    if (call := message.get("function_call")) and not _is_named(call):
+        raise BadRecord("wrong_type", f"function_call must be an object with a function's name, got {call!r}")
+    for name in REASONING:
+        if not isinstance(message.get(name, ""), str):
+            raise BadRecord("wrong_type", f"{name} must be a string, got {message[name]!r}")
+
+
+def _is_named(value: Any) -> bool:
+    """Whether a call, or the schema of a function, names the function."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return isinstance(name, str) and bool(name.strip())
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
@@ -253,8 +276,9 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
         except (ValueError, RecursionError) as error:
             raise BadRecord("wrong_type", f"tools must be a list of objects, or its JSON text: {error}") from error
     value = _without_nulls(value)
-    if value is not None and (not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value)):
-        raise BadRecord("wrong_type", f"tools must be a list of objects, or its JSON text, got {value!r}")
+    if value is not None and (not isinstance(value, list) or not all(map(_is_named, value))):
+        detail = f"tools must be a list of objects with a function's name, or its JSON text, got {value!r}"
+        raise BadRecord("wrong_type", detail)
     return value or None
 
 
@@ -284,6 +308,8 @@ def _tokenise(
         for prompt in prompts:
             try:
                 both = [_rendered(prompt, side, "" if side is sides[0] else "the teacher's: ") for side in sides]
+                for side, (text, _) in zip(sides, both, strict=True):
+                    side.check_length(text, max_prompt_len)
                 responses.append(sides[0].response(prompt.conversation, both[0][0]))
                 texts += both
                 good.append(prompt)

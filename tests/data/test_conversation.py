@@ -10,8 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import ByT5Tokenizer
 
 from megatron_npd.data import prompt_files, template
+from megatron_npd.data.conversation import Codec
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import ModelTokens, load_tokenizer, turn_end, turn_header
 from megatron_npd.log import UserError
@@ -253,13 +255,58 @@ def test_parquet_and_jsonl_of_the_same_records_give_the_same_prompts(tmp_path: P
         {"messages": [user("q"), assistant("5", reasoning_content=None)], "level": 3},
     ]
     rows, bad = prepare(write_lines(tmp_path / "in.jsonl", *records), tokenizer)
-    pq.write_table(pa.Table.from_pylist(records[:1] + records[1:]), tmp_path / "in.parquet")
     names = ["prompt_id", "prompt_ids", "response_ids", "header_len"]
     columns = {name: [record.get(name) for record in records] for name in ("tools", "messages", "level")}
     pq.write_table(pa.table(columns), tmp_path / "in.parquet")
     others, other_bad = prepare(tmp_path / "in.parquet", tokenizer)
     assert not bad and not other_bad and len(rows) == 3
     assert [[row[name] for name in names] for row in rows] == [[row[name] for name in names] for row in others]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"tool_calls": '[{"function": {"name": "f"}}]'},
+            "tool_calls must be a list of objects with a function's name",
+        ),
+        ({"tool_calls": [{"tool_name": "f", "input": {"n": "5"}}]}, "tool_calls must be a list of objects with a"),
+        ({"function_call": "f"}, "function_call must be an object with a function's name, got 'f'"),
+        ({"reasoning_content": 5}, "reasoning_content must be a string, got 5"),
+    ],
+)
+def test_parts_of_a_form_that_no_template_finds_are_no_content_alone(
+    tmp_path: Path, tokenizer, part: dict[str, Any], message: str
+) -> None:
+    """The template writes none of these, and they hold nothing that could be marked to see that."""
+    records = [{"messages": [user("q"), assistant("x", **part)]}, {"messages": [user("q"), assistant(tool_calls=[])]}]
+    tokenizer.chat_template = LLAMA31  # refuses a list without calls
+    rows, (bad,) = prepare(write_lines(tmp_path / "in.jsonl", *records), tokenizer)
+    assert len(rows) == 1 and (bad["line"], bad["reason"]) == (1, "wrong_type") and message in bad["detail"]
+
+
+def test_a_tokenizer_that_cannot_take_a_special_token_for_text_quarantines_the_record(tmp_path: Path) -> None:
+    tokenizer = ByT5Tokenizer()  # in Python, not tokenizers' own
+    records = [{"prompt": "a"}, {"prompt": "b </s> c"}, {"prompt": "d", "response": "e </s> f"}]
+    model = ModelTokens(tokenizer=tokenizer, stop_ids=(1,), vocab_size=384)
+    source = write_lines(tmp_path / "in.jsonl", *records)
+    prepare_prompts(source, tmp_path / "out", model=model, max_prompt_len=100, max_quarantined=1.0)
+    bad = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["line"], line["reason"]) for line in bad] == [
+        (2, "special_token_in_text"),
+        (3, "special_token_in_text"),
+    ]
+
+
+def test_a_prompt_far_too_long_is_not_encoded(tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ids would take 200 times its bytes."""
+    encoded: list[int] = []
+    encode = Codec.encode
+    monkeypatch.setattr(Codec, "encode", lambda self, texts: encoded.extend(map(len, texts)) or encode(self, texts))
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x" * 100_000}, {"prompt": "y"})
+    rows, (bad,) = prepare(source, tokenizer)
+    assert len(rows) == 1 and max(encoded) < 100
+    assert (bad["line"], bad["reason"]) == (1, "prompt_too_long") and bad["detail"].startswith("1000")
 
 
 def test_special_tokens_in_users_texts_are_text_unless_asked_for(tmp_path: Path, tokenizer) -> None:
@@ -351,3 +398,13 @@ def test_repeated_strings_of_parquet_are_not_unfolded_together(
     sources = [source for batch in batches for source in batch]
     assert all(source.value == {"prompt": "x" * 100_000, "id": str(n)} for n, source in enumerate(sources[:99]))
     assert sources[99].value is None and sources[99].bad.reason == "row_too_large" and sources[99].line == 100
+
+
+def test_parquet_types_that_other_writers_choose(tmp_path: Path, tokenizer) -> None:
+    """Views of strings, and maps: they are carried along, also where rows are measured one by one."""
+    maps = pa.array([[("k", "v")], [("k", "w"), ("l", "x")]], pa.map_(pa.string(), pa.string()))
+    table = pa.table({"prompt": pa.array(["a", "b"], pa.string_view()), "about": maps})
+    pq.write_table(table, tmp_path / "in.parquet")
+    rows, bad = prepare(tmp_path / "in.parquet", tokenizer)
+    assert not bad and [json.loads(row["extras"])["about"] for row in rows] == [[["k", "v"]], [["k", "w"], ["l", "x"]]]
+    assert [prompt_files._expanded_bytes(maps.slice(n, 1)) for n in (0, 1)] == [14, 24]
