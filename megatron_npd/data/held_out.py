@@ -30,18 +30,21 @@ def hold_out(directory: Path, count: int) -> int:
     """Move ``count`` prompts from ``prompts.parquet`` into ``held_out.parquet`` beside it, in the file's order.
 
     Every record of a held-out prompt leaves, whatever its id and response, with a line in ``quarantine.jsonl``; the
-    first one is held out for all of them. At most a tenth of the records' number is held out, and none where that
-    is fewer than 8.
+    first one is held out for all of them. At most a tenth of the records leaves, and none where that would be fewer
+    than 8 prompts; a prompt with more records than an eighth of that tenth stays.
 
     Returns:
         The number of records that left.
     """
     source, rest = directory / PROMPTS_FILE, directory / f".{PROMPTS_FILE}"
     digests_N = _digests(source)
-    count = min(count, int(_LARGEST_SHARE * len(digests_N)))
+    _, places, numbers = np.unique(digests_N, return_index=True, return_counts=True)
+    most = int(_LARGEST_SHARE * len(digests_N))
+    few = numbers <= most // _FEWEST
+    count = min(count, int((np.cumsum(numbers[few]) <= most).sum()))
     if count < _FEWEST:
         return 0
-    places = _choose(digests_N, count)
+    places = np.sort(places[few][:count])
     leaves_N = np.isin(digests_N, digests_N[places])
     with (
         pq.ParquetWriter(rest, PROMPT_SCHEMA) as kept,

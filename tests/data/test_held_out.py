@@ -37,19 +37,29 @@ def prompts_of(file: Path) -> list[tuple[int, ...]]:
 
 
 def test_no_record_of_a_held_out_prompt_trains(tmp_path: Path, tokenizer) -> None:
-    """Every prompt stands there under two ids, one of them with another response."""
+    """Every prompt stands there under two ids, one of them with another response; a tenth of the records leaves."""
     texts = [f"What is {n} + 1?" for n in range(100)]
     out = prepare(tmp_path / "run", tokenizer, texts * 2, held_out=12)
     kept, held = prompts_of(out / PROMPTS_FILE), prompts_of(out / HELD_OUT_FILE)
-    assert len(held) == len(set(held)) == 12 and len(kept) == 176
+    assert len(held) == len(set(held)) == 10 and len(kept) == 180
     assert not set(kept) & set(held) and len(set(kept) | set(held)) == 100
     counts = read_manifest(out).counts
-    assert counts["in"] == 200 and counts["kept"] == 176 and counts["quarantined"] == {"held_out": 24}
+    assert counts["in"] == 200 and counts["kept"] == 180 and counts["quarantined"] == {"held_out": 20}
     lines = [json.loads(line) for line in (out / QUARANTINE_FILE).read_text().splitlines()]
-    assert len(lines) == 24 and {line["reason"] for line in lines} == {"held_out"}
+    assert len(lines) == 20 and {line["reason"] for line in lines} == {"held_out"}
     assert verify_run(out).problems == []
-    prepare_held_out(out / HELD_OUT_FILE, tmp_path / "measure", 12, training=out / PROMPTS_FILE)
+    prepare_held_out(out / HELD_OUT_FILE, tmp_path / "measure", 10, training=out / PROMPTS_FILE)
     assert prompts_of(tmp_path / "measure" / PROMPTS_FILE) == held
+
+
+@pytest.mark.parametrize(("prompts", "responses", "held"), [(40, 5, 0), (100, 10, 10), (1, 200, 0), (700, 1, 64)])
+def test_a_tenth_of_the_records_leaves_at_most(
+    tmp_path: Path, tokenizer, prompts: int, responses: int, held: int
+) -> None:
+    """All records of a prompt leave together: prompts with many of them stay."""
+    texts = [f"What is {n} + 1?" for n in range(prompts)]
+    counts = read_manifest(prepare(tmp_path / "run", tokenizer, texts * responses, held_out=64)).counts
+    assert counts["kept"] == prompts * responses - held * responses
 
 
 def test_the_choice_depends_on_the_prompts_alone(tmp_path: Path, tokenizer) -> None:
