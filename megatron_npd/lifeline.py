@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -52,6 +53,12 @@ def end_with(pid: int) -> None:
     _watched.add(pid)
     ancestor = next((process for process in psutil.Process().parents() if process.pid == pid), None)
     if ancestor is None:  # it has ended, and its number may be another process's by now
+        print(
+            f"error: process {pid}, which started this one, must be running and seen from here, got none above it; if "
+            f"it runs elsewhere (srun, another container), unset {_STARTER}",
+            file=sys.stderr,
+            flush=True,
+        )
         _end()
     else:
         threading.Thread(target=_watch, args=(ancestor,), name="lifeline", daemon=True).start()
@@ -59,9 +66,8 @@ def end_with(pid: int) -> None:
 
 def _watch(ancestor: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
-        while (
-            ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE
-        ):  # its own parent may never ask for it
+        # A zombie's own parent may never ask for it.
+        while ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:
             time.sleep(_LOOK_SECONDS)
     _end()
 
