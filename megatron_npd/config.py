@@ -31,7 +31,7 @@ class RolloutConfig:
     urls: tuple[str, ...] = ()
     """Base URLs of running vLLM servers; empty: servers are launched on this machine."""
     token_file: str = ""
-    """File with the token of the servers behind urls, as tools/serve.py keeps it; its owner alone may read it."""
+    """File with the servers' token, as tools/serve.py keeps it; its owner alone may read it."""
     num_servers: int = 1
     """Number of servers to launch where no URLs are given."""
     greedy_paths: int = 1
@@ -113,7 +113,7 @@ class AnnotateConfig:
     urls: tuple[str, ...] = ()
     """Base URLs of running vLLM servers of the teacher, for backend vllm; empty: one is launched on this machine."""
     token_file: str = ""
-    """File with the token of the servers behind urls, as tools/serve.py keeps it; its owner alone may read it."""
+    """File with the servers' token, as tools/serve.py keeps it; its owner alone may read it."""
     concurrency: int = 32
     """Requests in flight a server of the teacher."""
 

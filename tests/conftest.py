@@ -19,20 +19,18 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served_pool(tiny_model_dir: Path) -> Iterator[ServerPool]:
+def served_pool(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
     """One real vLLM server that serves the tiny model as policy v0000; a test that refreshes it must put that back.
 
     Tests that use it are marked ``server``; it starts with the first of them.
     """
-    cfg = RolloutConfig(max_model_len=256, max_tokens=24, concurrency=32, start_timeout=550.0)
+    token = str(tmp_path_factory.mktemp("token") / "server.token")
+    cfg = RolloutConfig(max_model_len=256, max_tokens=24, concurrency=32, start_timeout=550.0, token_file=token)
     with ServerPool.open(tiny_model_dir, cfg, version="v0000") as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
-def token_file(served_pool: ServerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file that opens ``served_pool`` to other commands."""
-    path = tmp_path_factory.mktemp("token") / "token"
-    path.touch(0o600)
-    path.write_text(served_pool.token)
-    return path
+def token_file(served_pool: ServerPool) -> Path:
+    """The file that opens ``served_pool`` to other commands, kept by whoever started it."""
+    return Path(served_pool.cfg.token_file)

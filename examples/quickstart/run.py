@@ -68,7 +68,9 @@ class Quickstart:
     def __init__(self, cfg: QuickstartConfig) -> None:
         self.cfg = cfg
         self.work = Path(cfg.work_dir)
-        self.npd = parse_config(NPDConfig, ["--config", cfg.npd_config])
+        npd = parse_config(NPDConfig, ["--config", cfg.npd_config])
+        rollout = dataclasses.replace(npd.rollout, token_file=str(self.work / "server.token"))
+        self.npd = dataclasses.replace(npd, rollout=rollout)  # the run is given a server that was started here
         self.npd_dir = self.work / "npd"
         self.pool: ServerPool | None = None
 

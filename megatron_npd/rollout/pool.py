@@ -13,7 +13,7 @@ from megatron_npd.config import RolloutConfig
 from megatron_npd.limits import allow_connections
 from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
-from megatron_npd.rollout.access import bearer, make_token, read_token
+from megatron_npd.rollout.access import bearer, keep_token, make_token, read_token
 from megatron_npd.rollout.answers import (
     Answer,
     Failure,
@@ -64,7 +64,7 @@ class ServerPool:
 
         Args:
             model_dir: Hugging Face directory for launched servers; running ones keep what they serve.
-            cfg: Rollout settings.
+            cfg: Rollout settings; launched servers keep their token in ``cfg.token_file``, if it names one.
             version: Policy version that launched servers are tagged with.
             log_dir: Directory of their logs; None: a private one among the temporary files.
 
@@ -75,7 +75,7 @@ class ServerPool:
             return cls(cfg.urls, cfg)
         if is_sealed(model_dir):  # a flipped bit loads silently
             read_manifest(model_dir)
-        token = make_token()
+        token = keep_token(cfg.token_file) if cfg.token_file else make_token()
         servers = [
             VLLMServer(model_dir, cfg, log_dir=log_dir, index=index, token=token) for index in range(cfg.num_servers)
         ]
