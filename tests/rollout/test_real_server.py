@@ -298,7 +298,7 @@ def test_nothing_is_open_without_the_token(served_pool: ServerPool) -> None:
             for route in routes:
                 for method in ("GET", "POST", "OPTIONS", "HEAD", "DELETE"):
                     assert client.request(method, route).status_code == 401, (method, route)
-    pool = ServerPool([url], served_pool.cfg)
+    pool = ServerPool([url], replace(served_pool.cfg, token_file=""))
     for ask_it in (pool.check, lambda: pool.run([], print), lambda: refresh(pool, "/nowhere", "v0001")):
         with pytest.raises(UserError):
             ask_it()
