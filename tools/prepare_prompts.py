@@ -23,6 +23,8 @@ class PreparePromptsConfig:
     """Hugging Face directory of the teacher, whose vocabulary is compared and whose chat template may differ."""
     max_prompt_len: int = 1024
     """Longest prompt, in tokens; longer ones are quarantined."""
+    max_response_len: int = 0
+    """Longest given response, in tokens; 0: max_prompt_len, or 32768 where that is more."""
     max_quarantined: float = 0.1
     """Share of the records that may be quarantined before nothing is sealed."""
     special_tokens_in_text: bool = False
@@ -31,6 +33,8 @@ class PreparePromptsConfig:
     def __post_init__(self) -> None:
         if self.max_prompt_len <= 0:
             raise UserError(f"max_prompt_len must be at least 1, got {self.max_prompt_len}; give a positive number")
+        if self.max_response_len < 0:
+            raise UserError(f"max_response_len must be at least 0, got {self.max_response_len}; leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=load_model_tokens(config.student),
         teacher_tokenizer=load_tokenizer(config.teacher) if config.teacher else None,
         max_prompt_len=config.max_prompt_len,
+        max_response_len=config.max_response_len or None,
         max_quarantined=config.max_quarantined,
         special_tokens_in_text=config.special_tokens_in_text,
     )

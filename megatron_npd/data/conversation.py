@@ -10,11 +10,13 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from megatron_npd.data.marks import Marks
 from megatron_npd.data.template import render
 from megatron_npd.data.tokenizer import suffix_after
 from megatron_npd.log import UserError
@@ -25,6 +27,9 @@ from megatron_npd.records import BadRecord
 _SAID = ("content", "tool_calls", "function_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXTS = ("content", *REASONING)
+_ENCODED = 2**20  # characters encoded together: they take some 500 times as much until their ids are taken out
+_PER_TOKEN = 8  # characters, more than usual
+_OPENED = re.compile(r"<[\w:]+>\s*$")  # a tag that a generation prompt opens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +83,14 @@ class Codec:
         self._before: list[int] | None = None
         self._longest = max(map(len, tokenizer.get_vocab()))
 
-    def check_length(self, text: str, max_tokens: int) -> None:
+    def check_length(self, text: str, max_tokens: int, what: str) -> None:
         """Refuse a guarded text of more characters than so many tokens can have: to encode it takes GiBs.
 
         Raises:
-            BadRecord: ``prompt_too_long``.
+            BadRecord: ``prompt_too_long`` or ``response_too_long``, by ``what`` it is.
         """
         if len(text) > max_tokens * self._longest and (length := len(self.text(text))) > max_tokens * self._longest:
-            raise BadRecord("prompt_too_long", f"{length} characters, max_prompt_len is {max_tokens} tokens")
+            raise BadRecord(f"{what}_too_long", f"{length} characters, max_{what}_len is {max_tokens} tokens")
 
     # -- conversations as text ---------------------------------------------------------------------------------
 
@@ -107,22 +112,44 @@ class Codec:
             without = self._render(turns, tools, add_generation_prompt=False)
         return prompt, without
 
-    def response(self, conversation: Conversation, prompt: str) -> str | None:
-        """The response to a rendered prompt as guarded text, without a stop token; as ``prompt``."""
-        if conversation.trained is None:
-            text = conversation.response
-            if text is not None and (end := next(filter(text.rstrip().endswith, self._ends), "")):
-                text = text.rstrip().removesuffix(end)  # it ends in the stop token already
-                if not text:
-                    raise BadRecord("empty_response", "response must hold text before the stop token")
-            return text and self._guarded(text)
-        turns = [*conversation.turns, conversation.trained]
+    def response(self, conversation: Conversation, prompt: str, without: str) -> str | None:
+        """The response to a rendered ``prompt`` as guarded text, without a stop token; as ``prompt``."""
+        if conversation.trained is not None:
+            return self._trained(conversation, conversation.trained, prompt)
+        text = conversation.response
+        if text is not None and (end := next(filter(text.rstrip().endswith, self._ends), "")):
+            text = text.rstrip().removesuffix(end)  # it ends in the stop token already
+            if not text:
+                raise BadRecord("empty_response", "response must hold text before the stop token")
+        header = prompt.removeprefix(without)
+        if text and header and (opened := _OPENED.search(header)):
+            return self._continued(conversation, text, prompt, opened)
+        return text and self._guarded(text)
+
+    def _trained(self, conversation: Conversation, message: dict[str, Any], prompt: str) -> str:
+        """What the template writes for the assistant's message after the prompt, without the end of the turn."""
+        turns = [*conversation.turns, message]
         text = self._render(turns, conversation.tools, add_generation_prompt=False)
         self._render_marked(turns, conversation.tools, trained=True)
         if not text.startswith(prompt) or self._ends[0] not in text[len(prompt) :]:
             detail = "the chat template must write the prompt, then the trained turn and its end, got another text"
             raise BadRecord("not_in_template", detail)
         return text[len(prompt) :].rpartition(self._ends[0])[0]
+
+    def _continued(self, conversation: Conversation, text: str, prompt: str, opened: re.Match[str]) -> str:
+        """The response to a prompt that opens a tag (``<think>``), which the response must not open again.
+
+        It is what the template writes for the whole conversation, where that goes on from the prompt and loses nothing
+        of the response; DeepSeek-R1's leaves the reasoning out, there it is the response without the tag.
+        """
+        tag, body = opened[0].rstrip(), text.lstrip()
+        body = body.removeprefix(opened[0] if body.startswith(opened[0]) else tag) if body.startswith(tag) else text
+        try:
+            whole = self._trained(conversation, {"role": "assistant", "content": text}, prompt)
+        except BadRecord:
+            whole = ""
+        guarded = self._guarded(body)
+        return whole if "".join(whole.split()).endswith("".join(guarded.split())) else guarded
 
     def _render(self, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, **options: Any) -> str:
         """With placeholders where users' texts spell special tokens, if the template writes such texts unchanged."""
@@ -143,49 +170,21 @@ class Codec:
 
         ``trained``: the last turn trains.
         """
-        marks: dict[str, str] = {}
+        marks = Marks(self._nonce)
         marked = []
         for index, turn in enumerate(turns):
             names = (*_SAID, *REASONING) if trained and index == len(turns) - 1 else _SAID
-            said = {
-                name: self._marked(self._guarded(turn[name]), f"messages[{index}].{name}", marks, name in _TEXTS)
-                for name in names
-                if turn.get(name)
-            }
+            said = {}
+            for name in filter(turn.get, names):
+                mark = marks.inside if name in _TEXTS else marks.calls
+                said[name] = mark(self._guarded(turn[name]), f"messages[{index}].{name}")
             marked.append(turn | said)
-        marked_tools = self._marked(self._guarded(tools), "tools", marks)
-        text = render(self.tokenizer, marked, tools=marked_tools, add_generation_prompt=False)
-        if lost := next((where for mark, where in marks.items() if mark not in text), ""):
+        text = render(self.tokenizer, marked, tools=marks.tools(self._guarded(tools)), add_generation_prompt=False)
+        if lost := marks.lost(text):
             roles = ", ".join(turn["role"] for turn in turns)
             detail = f"the chat template does not write {lost} (roles: {roles}); change the record or the template"
             raise BadRecord("not_in_template", detail)
-        return re.sub(f"{self._nonce}m[0-9]+z", "", text)
-
-    def _marked(self, value: Any, where: str, marks: dict[str, str], inside: bool = False, names: bool = False) -> Any:
-        """A copy with a mark in each text that counts: all ``inside``, else names, descriptions and arguments.
-
-        ``names``: the keys of this object are a user's, too.
-        """
-        if isinstance(value, str):
-            return self._mark(value, where, marks) if inside and value.strip() else value
-        if isinstance(value, list):
-            return [self._marked(item, f"{where}[{n}]", marks, inside) for n, item in enumerate(value)]
-        if not isinstance(value, dict):
-            return value
-        copy = {}
-        for key, item in value.items():
-            text = isinstance(item, str) and key in ("name", "description")
-            below, there = inside or text or key == "arguments", f"{where}.{key}"
-            new_key = self._mark(key, there, marks) if names or inside else key
-            copy[new_key] = self._marked(item, there, marks, below, key == "properties")
-        return copy
-
-    def _mark(self, text: str, where: str, marks: dict[str, str]) -> str:
-        """The text with a mark at its end, before white space, which templates may strip."""
-        mark = f"{self._nonce}m{len(marks)}z"
-        marks[mark] = where
-        end = len(text.rstrip())
-        return text[:end] + mark + text[end:]
+        return marks.removed(text)
 
     def _guarded(self, value: Any) -> Any:
         """A copy with placeholders where texts spell special tokens.
@@ -212,9 +211,9 @@ class Codec:
 
     # -- text as ids -------------------------------------------------------------------------------------------
 
-    def prompt_ids(self, prompts: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
-        """Ids of rendered prompts, and how many of the last of each open the response."""
-        encoded = self.encode([text for text, _ in prompts])
+    def prompt_ids(self, prompts: Sequence[tuple[str, str]], most: int) -> list[tuple[list[int], int]]:
+        """Ids of rendered prompts, ``most`` as in ``encode``, and how many of the last of each open the response."""
+        encoded = self.encode([text for text, _ in prompts], most)
         if self.tokenizer.chat_template is None:
             return [([*self._start(), *ids], 0) for ids in encoded]
         return [
@@ -243,18 +242,32 @@ class Codec:
             self._before = whole[: starts[0]]
         return self._before
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of guarded texts, without tokens that the tokenizer adds by itself."""
+    def encode(self, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
+        """Ids of guarded texts, without tokens that the tokenizer adds by itself.
+
+        Of a text whose beginning has more than ``most`` ids, it may be those of the beginning alone.
+        """
+        if most is not None:
+            texts = [self._beginning(text, most) for text in texts]
         result: list[list[int]] = [[]] * len(texts)
         plain = [n for n, text in enumerate(texts) if self._nonce not in text]
-        if plain:
-            encoded = self.tokenizer([texts[n] for n in plain], add_special_tokens=False, return_attention_mask=False)
-            for n, ids in zip(plain, encoded["input_ids"], strict=True):
+        parts = accumulate(len(texts[n]) for n in plain)
+        for _, part in groupby(zip(plain, parts, strict=True), key=lambda pair: pair[1] // _ENCODED):
+            numbers = [n for n, _ in part]
+            encoded = self.tokenizer([texts[n] for n in numbers], add_special_tokens=False, return_attention_mask=False)
+            for n, ids in zip(numbers, encoded["input_ids"], strict=True):
                 result[n] = ids
         for n, text in enumerate(texts):
             if self._nonce in text:
                 result[n] = self._encode_guarded(text)
         return result
+
+    def _beginning(self, text: str, most: int) -> str:
+        """So much of a text as shows that it has more than ``most`` tokens, or all of it."""
+        begin = text[: _PER_TOKEN * most]
+        if len(text) < 2 * len(begin) or len(self.encode([begin])[0]) <= most + _PER_TOKEN:  # the cut makes tokens, too
+            return text
+        return begin
 
     def _encode_guarded(self, text: str) -> list[int]:
         """Special tokens outside the placeholders are given other names, so that those inside are none."""

@@ -34,6 +34,9 @@ from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE, B
 
 __all__ = ["check_vocabularies", "prepare_prompts"]
 
+_RESPONSE_TOKENS = 32768
+_ARGUMENTS = "its arguments must be an object, or the JSON text of one"
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Prompt:
@@ -53,6 +56,7 @@ def prepare_prompts(
     model: ModelTokens,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     max_prompt_len: int,
+    max_response_len: int | None = None,
     max_quarantined: float = 0.1,
     held_out: int = 0,
     special_tokens_in_text: bool = False,
@@ -73,6 +77,8 @@ def prepare_prompts(
         teacher_tokenizer: The teacher's; vocabularies are compared, and ``teacher_prompt_ids`` is filled where its
             chat template gives other ids. A teacher without a chat template sees the student's ids.
         max_prompt_len: Longest prompt, in tokens.
+        max_response_len: Longest given response, in tokens, its stop token among them; None: the longest prompt, or
+            32768 where that is more.
         max_quarantined: Share of the records that may be set aside; repeated ones do not count.
         held_out: Prompts to keep from training, to measure on (``data/held_out.py``).
         special_tokens_in_text: Take special tokens that users' texts spell for control tokens.
@@ -105,12 +111,16 @@ def prepare_prompts(
         "held_out": held_out,
         "special_tokens_in_text": special_tokens_in_text,
     }
+    if max_response_len is None:
+        max_response_len = max(max_prompt_len, _RESPONSE_TOKENS)
+    else:
+        provenance["max_response_len"] = max_response_len
     if manifest := sealed_from(out_dir, kind="prompts", provenance=provenance):
         return manifest
     tokenizers = [tokenizer, *([teacher_tokenizer] if teacher_tokenizer else [])]
     sides = [Codec(side, model.stop_ids, spelled=special_tokens_in_text) for side in tokenizers]
     with writing(out_dir) as directory:
-        counts = _write(source, directory, model, sides, max_prompt_len)
+        counts = _write(source, directory, model, sides, max_prompt_len, max_response_len)
         dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["quarantined"].items()))
         if not counts["kept"]:
             raise UserError(
@@ -137,6 +147,7 @@ def _write(
     model: ModelTokens,
     sides: list[Codec],
     max_prompt_len: int,
+    max_response_len: int,
 ) -> dict[str, Any]:
     seen: dict[str, tuple[str, int]] = {}  # id -> content hash, line
     reasons: Counter[str] = Counter()
@@ -155,7 +166,7 @@ def _write(
                 except BadRecord as problem:
                     bad.append((item, problem))
             rows = []
-            for prompt, row in _tokenise(prompts, model, sides, max_prompt_len):
+            for prompt, row in _tokenise(prompts, model, sides, max_prompt_len, max_response_len):
                 if isinstance(row, BadRecord):
                     bad.append((prompt.source, row))
                 else:
@@ -197,7 +208,7 @@ def _parse(source: Source) -> _Prompt:
         if not isinstance(messages, str | None):
             raise BadRecord("wrong_type", f"prompt must be a string, got {type(messages).__name__}")
     else:
-        messages = _messages(messages)
+        messages = _messages(messages, nulls=source.byte_offset is not None)  # Parquet writes them by itself
     if not messages:
         raise BadRecord("no_prompt", "neither messages nor prompt holds anything")
     trained = None
@@ -232,11 +243,11 @@ def _parse(source: Source) -> _Prompt:
     )
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
+def _messages(value: Any, *, nulls: bool) -> list[dict[str, Any]]:
     if not isinstance(value, list):
         raise BadRecord("wrong_type", f"messages must be a list, got {type(value).__name__}")
     messages = []
-    for message in map(_without_nulls, value):
+    for message in (_message(item, nulls) for item in value):
         if isinstance(message, dict):
             _check_parts(message)
             if more_than_content(message):
@@ -253,19 +264,21 @@ def _check_parts(message: dict[str, Any]) -> None:
         del message["tool_calls"]  # templates ask whether there is a list, though it may be empty
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(map(_is_named, calls)):
-        raise BadRecord("wrong_type", f"tool_calls must be a list of objects with a function's name, got {calls!r}")
+        detail = f"tool_calls must be a list of objects with a function's name, got {calls!r}; {_ARGUMENTS}"
+        raise BadRecord("wrong_type", detail)
     if (call := message.get("function_call")) and not _is_named(call):
-        raise BadRecord("wrong_type", f"function_call must be an object with a function's name, got {call!r}")
+        detail = f"function_call must be an object with a function's name, got {call!r}; {_ARGUMENTS}"
+        raise BadRecord("wrong_type", detail)
     for name in REASONING:
         if not isinstance(message.get(name, ""), str):
             raise BadRecord("wrong_type", f"{name} must be a string, got {message[name]!r}")
 
 
 def _is_named(value: Any) -> bool:
-    """Whether a call, or the schema of a function, names the function."""
+    """Whether a call, or the schema of a function, names the function; arguments are an object, or its JSON text."""
     function = value.get("function", value) if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
-    return isinstance(name, str) and bool(name.strip())
+    return isinstance(name, str) and bool(name.strip()) and isinstance(function.get("arguments", {}), str | dict)
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
@@ -289,6 +302,25 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def _message(value: Any, nulls: bool) -> Any:
+    """A copy of a message without nulls; ``nulls``: with those in the arguments of its calls, which say something."""
+    copy = _without_nulls(value)
+    if nulls and isinstance(copy, dict):
+        for name in ("tool_calls", "function_call"):
+            if name in copy:
+                copy[name] = _with_null_arguments(value[name])
+    return copy
+
+
+def _with_null_arguments(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_null_arguments(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    said = {key: item for key, item in value.items() if item is not None}
+    return said | {"function": _with_null_arguments(said["function"])} if "function" in said else said
+
+
 def _rendered(prompt: _Prompt, side: Codec, whose: str) -> tuple[str, str]:
     try:
         return side.prompt(prompt.conversation)
@@ -297,7 +329,7 @@ def _rendered(prompt: _Prompt, side: Codec, whose: str) -> tuple[str, str]:
 
 
 def _tokenise(
-    prompts: list[_Prompt], model: ModelTokens, sides: list[Codec], max_prompt_len: int
+    prompts: list[_Prompt], model: ModelTokens, sides: list[Codec], max_prompt_len: int, max_response_len: int
 ) -> Iterator[tuple[_Prompt, dict[str, Any] | BadRecord]]:
     """Each prompt with its row of ``PROMPT_SCHEMA`` or with why it has none; the first side is the student's."""
     texts: list[tuple[str, str]] = []  # with and without header, of each prompt for each side
@@ -309,15 +341,18 @@ def _tokenise(
             try:
                 both = [_rendered(prompt, side, "" if side is sides[0] else "the teacher's: ") for side in sides]
                 for side, (text, _) in zip(sides, both, strict=True):
-                    side.check_length(text, max_prompt_len)
-                responses.append(sides[0].response(prompt.conversation, both[0][0]))
+                    side.check_length(text, max_prompt_len, "prompt")
+                response = sides[0].response(prompt.conversation, *both[0])
+                if response is not None:
+                    sides[0].check_length(response, max_response_len, "response")
+                responses.append(response)
                 texts += both
                 good.append(prompt)
             except BadRecord as problem:
                 bad.append((prompt, problem))
     yield from bad
-    encoded = [side.prompt_ids(texts[number :: len(sides)]) for number, side in enumerate(sides)]
-    response_ids = iter(sides[0].encode([text for text in responses if text is not None]))
+    encoded = [side.prompt_ids(texts[number :: len(sides)], max_prompt_len) for number, side in enumerate(sides)]
+    response_ids = iter(sides[0].encode([text for text in responses if text is not None], max_response_len))
     for prompt, response, *ids in zip(good, responses, *encoded, strict=True):
         (prompt_ids, header_len), teacher_ids = ids[0], ids[-1][0]
         answer = None if response is None else [*next(response_ids), model.stop_ids[0]]
@@ -325,7 +360,10 @@ def _tokenise(
         if not prompt_ids or not teacher_ids:
             yield prompt, BadRecord("no_prompt", "the prompt gives no tokens")
         elif longest > max_prompt_len:
-            yield prompt, BadRecord("prompt_too_long", f"{longest} tokens, max_prompt_len is {max_prompt_len}")
+            yield prompt, BadRecord("prompt_too_long", f"{longest} tokens or more, max_prompt_len is {max_prompt_len}")
+        elif answer and len(answer) > max_response_len:
+            detail = f"{len(answer)} tokens or more, max_response_len is {max_response_len}"
+            yield prompt, BadRecord("response_too_long", detail)
         elif (unknown := max([*prompt_ids, *(answer or [])])) >= model.vocab_size:
             token = model.tokenizer.convert_ids_to_tokens(unknown)
             detail = (

@@ -302,7 +302,9 @@ def test_a_prompt_far_too_long_is_not_encoded(tmp_path: Path, tokenizer, monkeyp
     """Its ids would take 200 times its bytes."""
     encoded: list[int] = []
     encode = Codec.encode
-    monkeypatch.setattr(Codec, "encode", lambda self, texts: encoded.extend(map(len, texts)) or encode(self, texts))
+    monkeypatch.setattr(
+        Codec, "encode", lambda self, texts, *most: encoded.extend(map(len, texts)) or encode(self, texts, *most)
+    )
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x" * 100_000}, {"prompt": "y"})
     rows, (bad,) = prepare(source, tokenizer)
     assert len(rows) == 1 and max(encoded) < 100
