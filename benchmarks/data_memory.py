@@ -1,4 +1,4 @@
-"""Memory of selection, packing and the packed data set by the sample, and of the data sets of all ranks of a machine.
+"""Memory of prompts' ids, selection, packing and packed data set by the sample, and of the data sets of all ranks.
 
     python benchmarks/data_memory.py                         2 M samples, 8 ranks
     python benchmarks/data_memory.py --samples 20000000      6 GB of disk, removed at the end
@@ -28,9 +28,10 @@ import pyarrow.parquet as pq
 
 from megatron_npd.config import PackConfig, SelectConfig
 from megatron_npd.data.packing import pack_selection
+from megatron_npd.data.seen import Seen
 from megatron_npd.data.store import StoreShardWriter
 from megatron_npd.log import get_logger, progress, run_main
-from megatron_npd.manifest import seal, writing
+from megatron_npd.manifest import config_hash, seal, writing
 from megatron_npd.records import SAMPLE_SCHEMA, SAMPLES_FILE, teacher_record_dtype
 from megatron_npd.selection.select import select_round
 
@@ -78,9 +79,17 @@ def _memory(pid: int | str, file: str, key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def run_stage(root: Path, stage: str) -> None:
+def remember_ids(samples: int) -> None:
+    """What ``prepare_prompts`` keeps of every prompt until the file's end."""
+    seen = Seen()
+    for line in range(1, samples + 1):
+        seen.add(f"prompt {line}", config_hash(line), line)
+
+
+def run_stage(root: Path, stage: str, samples: int) -> None:
     """A stage in this process: says when it begins, and its seconds."""
     stages = {
+        "prompts' ids": lambda: remember_ids(samples),
         "selection": lambda: select_round(root / "store", root / "selection", SelectConfig(filter="none")),
         "packing": lambda: pack_selection(
             root / "store", root / "selection", root / "packs", PackConfig(seq_length=SEQ_LENGTH)
@@ -155,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     get_logger().setLevel("ERROR")
     if args.stage:
-        return run_stage(Path(args.dir), args.stage)
+        return run_stage(Path(args.dir), args.stage, args.samples)
     if args.rank >= 0:
         return run_rank(Path(args.dir), args.rank)
     root = Path(tempfile.mkdtemp(prefix="npd-memory-", dir=args.dir))
@@ -165,9 +174,9 @@ def main() -> None:
         seconds = time.perf_counter() - started
         print(f"{args.samples} samples in {-(-args.samples // SHARD)} shards, made in {seconds:.0f} s")
         print("\n| what | time | memory | |\n|---|---|---|---|")
-        for stage in ("selection", "packing"):
+        for stage in ("prompts' ids", "selection", "packing"):
             with Peak("status", "RssAnon") as peak:
-                process = peak.start("--dir", str(root), "--stage", stage)
+                process = peak.start("--dir", str(root), "--stage", stage, "--samples", str(args.samples))
                 assert process.stdout is not None
                 before, seconds = int(process.stdout.readline()), float(process.stdout.readline())
             row(stage, seconds, peak.bytes - before, args.samples)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_npd.data.conversation import REASONING, Codec, Conversation, more_than_content
 from megatron_npd.data.held_out import REASON, hold_out
 from megatron_npd.data.prompt_files import Source, read_batches
+from megatron_npd.data.seen import Seen
 from megatron_npd.data.template import limits
 from megatron_npd.data.tokenizer import (
     ModelTokens,
@@ -149,7 +150,7 @@ def _write(
     max_prompt_len: int,
     max_response_len: int,
 ) -> dict[str, Any]:
-    seen: dict[str, tuple[str, int]] = {}  # id -> content hash, line
+    seen = Seen()
     reasons: Counter[str] = Counter()
     kept = total = 0
     with (
@@ -181,18 +182,18 @@ def _write(
     return {"in": total, "kept": kept, "quarantined": dict(reasons)}
 
 
-def _admit(source: Source, seen: dict[str, tuple[str, int]]) -> _Prompt:
+def _admit(source: Source, seen: Seen) -> _Prompt:
     """Check one record's types and its id against those ``seen``, which it joins."""
     if source.bad:
         raise source.bad
     prompt = _parse(source)
-    content, line = seen.setdefault(prompt.prompt_id, (prompt.content_hash, source.line))
-    if content != prompt.content_hash:
-        raise UserError(
-            f"ids of prompts must be unique, got {prompt.prompt_id!r} with different content on lines {line} and "
-            f"{source.line}; rename one or leave the id column out"
-        )
-    if line != source.line:
+    if first := seen.add(prompt.prompt_id, prompt.content_hash, source.line):
+        same, line = first
+        if not same:
+            raise UserError(
+                f"ids of prompts must be unique, got {prompt.prompt_id!r} with different content on lines {line} and "
+                f"{source.line}; rename one or leave the id column out"
+            )
         raise BadRecord("duplicate", f"the same record as on line {line}")
     return prompt
 
