@@ -1,9 +1,11 @@
-"""The operating system's limit on open files, raised where a process is about to need more of them."""
+"""The operating system's limits: on open files, raised where a process needs more, and on memory, for users' data."""
 
 from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megatron_npd.log import UserError
 
@@ -24,3 +26,17 @@ def allow_connections(count: int) -> None:
             "-Hn); lower concurrency, or have the limit raised (limits.conf, or LimitNOFILE of Slurm's daemon)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@contextmanager
+def memory_growth(num_bytes: int) -> Iterator[None]:
+    """Within it, the process grows by so many bytes at most: what asks for more gets a ``MemoryError``."""
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    ours = min(limit for limit in (used + num_bytes, soft, hard) if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_AS, (ours, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

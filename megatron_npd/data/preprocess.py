@@ -31,6 +31,7 @@ from megatron_npd.data.foreign import Sample, parse_sample
 from megatron_npd.data.repeats import find_repeated, sample_hashes
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, StoreShardWriter
 from megatron_npd.data.teacher_records import count_in_top_k, warn_of_few_in_top_k
+from megatron_npd.data.user_files import open_parquet, parse_json, read_rows
 from megatron_npd.lifeline import end_with
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import (
@@ -48,11 +49,11 @@ from megatron_npd.records import (
     SAMPLE_SCHEMA,
     SAMPLES_FILE,
     BadRecord,
-    parquet_batches,
 )
 
 _LINE_BYTES = 2**30  # a longer line is no record: an answer for 32768 tokens with 10 alternatives has some 40 MB
 _PARQUET_ROWS = 16  # read at a time
+_GROWTH = 2**32  # bytes of the process, as rows of Parquet are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,18 +178,11 @@ def _jsonl_starts(path: Path, shard_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _parquet_starts(path: Path, shard_size: int) -> Iterator[tuple[int, int]]:
-    with _open_parquet(path) as file:
+    with open_parquet(path) as file:
         rows = file.metadata.num_rows
     yield from ((row, 0) for row in range(0, rows, shard_size))
     if rows:
         yield rows, 0
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} must be a readable Parquet file, got: {error}; write it again") from error
 
 
 def _convert_all(parts: list[_Part], setting: _Setting, workers: int, max_quarantined: float) -> dict[str, Any]:
@@ -316,22 +310,32 @@ def _read(part: _Part) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield line, _parse_json(text)
-            except UnicodeDecodeError as error:
-                yield line, BadRecord("not_utf8", str(error))
-            except (ValueError, RecursionError) as error:
-                yield line, BadRecord("bad_json", str(error))
+            except BadRecord as problem:
+                yield line, problem
 
 
 def _parse_json(text: bytes) -> Any:
-    """What a line holds. msgspec takes a quarter of json's time, but not NaN and infinity, which json writes."""
+    """What a line holds.
+
+    msgspec takes a quarter of json's time, but not NaN and infinity, which json writes.
+
+    Raises:
+        BadRecord: It holds no JSON value, or a key of the record stands twice: msgspec takes the last.
+    """
     try:
-        return msgspec.json.decode(text)
+        value = msgspec.json.decode(text)
+        names = [json.dumps(key).encode() for key in value] if isinstance(value, dict) else []
+        if again := [name for name in names if text.count(name) > 1]:  # in values, or twice as a key
+            parts = [bytes(part) for part in msgspec.json.decode(text, type=dict[str, msgspec.Raw]).values()]
+            if any(text.count(name) > 1 + sum(part.count(name) for part in parts) for name in again):
+                return parse_json(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return json.loads(text.decode("utf-8"))
+        return parse_json(text)
+    return value
 
 
 def _read_rows(part: _Part) -> Iterator[tuple[int, Any]]:
-    with _open_parquet(part.source) as file:
+    with open_parquet(part.source) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = [0, *accumulate(sizes)]
         groups = [
@@ -339,13 +343,11 @@ def _read_rows(part: _Part) -> Iterator[tuple[int, Any]]:
             for group, (start, end) in enumerate(pairwise(starts))
             if start < part.first + part.count and end > part.first
         ]
-        batches = parquet_batches(file, _PARQUET_ROWS, row_groups=groups)
+        limits = {"most": _PARQUET_ROWS, "usual_bytes": _LINE_BYTES, "most_bytes": _GROWTH}
+        batches = read_rows(part.source, file, row_groups=groups, **limits)
         rows = (row for batch in batches for row in _rows(batch))
-        try:
-            skipped = part.first - starts[groups[0]]
-            yield from enumerate(islice(rows, skipped, skipped + part.count), start=part.first + 1)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{part.source} must be a readable Parquet file, got: {error}; write it again") from error
+        skipped = part.first - starts[groups[0]]
+        yield from enumerate(islice(rows, skipped, skipped + part.count), start=part.first + 1)
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -11,14 +10,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from megatron_npd.log import UserError
-from megatron_npd.records import BadRecord, parquet_batches
+from megatron_npd.data.user_files import open_parquet, parse_json, read_rows
+from megatron_npd.records import BadRecord
 
 _BATCH = 1024  # records handed on together
 _BATCH_BYTES = 2**23  # of them, or one record; encoding them takes some 200 times as much
 _LONGEST = 2**25  # bytes of a record; longer ones are passed over without being held in memory
+
+_GROWTH = 2**30  # of the process, as rows of Parquet are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def read_batches(path: Path) -> Iterator[list[Source]]:
     """The records of a file, 1024 or 8 MiB of them at a time.
 
     Raises:
-        UserError: A Parquet file cannot be read.
+        UserError: A Parquet file cannot be read, or two of its columns have one name.
     """
     batch: list[Source] = []
     size = 0
@@ -70,43 +70,31 @@ def _read_jsonl(path: Path) -> Iterator[Source]:
                 continue
             value, bad = None, None
             try:
-                value = json.loads(text.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                bad = BadRecord("not_utf8", str(error))
-            except (ValueError, RecursionError) as error:
-                bad = BadRecord("bad_json", str(error))
+                value = parse_json(text)
+            except BadRecord as problem:
+                bad = problem
             yield Source(line=line, byte_offset=start, size=len(raw), value=value, bad=bad)
 
 
 def _read_parquet(path: Path) -> Iterator[Source]:
     """Strings stay in Parquet's dictionaries until their row's turn comes: repeated, they take no room in the file."""
     line = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            names = [file.schema.column(index).path for index in range(len(file.schema))]
-        with pq.ParquetFile(path, read_dictionary=names) as file:
-            for batch in parquet_batches(file, _rows_at_a_time(file)):
-                whole = _expanded_bytes(batch) <= _BATCH_BYTES
-                rows = range(batch.num_rows)
-                for part in [batch] if whole else (batch.slice(index, 1) for index in rows):
-                    size = _expanded_bytes(part) // max(part.num_rows, 1)
-                    bad = BadRecord("row_too_large", f"{size} bytes, at most {_LONGEST} are read")
-                    small = size <= _LONGEST
-                    for value in part.to_pylist() if small else [None]:
-                        line += 1
-                        yield Source(line=line, byte_offset=None, size=size, value=value, bad=None if small else bad)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} must be a readable Parquet file, got: {error}; write it again") from error
-
-
-def _rows_at_a_time(file: pq.ParquetFile) -> int:
-    """By the bytes that are unpacked for a row; one where a value is written as what it shares with the one before."""
-    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
-    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
-    if any("DELTA_BYTE_ARRAY" in column.encodings for column in columns):
-        return 1
-    largest = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1.0)
-    return int(min(max(_BATCH_BYTES / max(largest, 1.0), 1), _BATCH))
+    with open_parquet(path) as file:
+        names = [file.schema.column(index).path for index in range(len(file.schema))]
+    with open_parquet(path, read_dictionary=names) as file:
+        groups = range(file.num_row_groups)
+        for batch in read_rows(
+            path, file, most=_BATCH, usual_bytes=_BATCH_BYTES, most_bytes=_GROWTH, row_groups=groups
+        ):
+            whole = _expanded_bytes(batch) <= _BATCH_BYTES
+            rows = range(batch.num_rows)
+            for part in [batch] if whole else (batch.slice(index, 1) for index in rows):
+                size = _expanded_bytes(part) // max(part.num_rows, 1)
+                bad = BadRecord("row_too_large", f"{size} bytes, at most {_LONGEST} are read")
+                small = size <= _LONGEST
+                for value in part.to_pylist() if small else [None]:
+                    line += 1
+                    yield Source(line=line, byte_offset=None, size=size, value=value, bad=None if small else bad)
 
 
 def _expanded_bytes(values: pa.RecordBatch | pa.Array) -> int:

@@ -29,6 +29,7 @@ from megatron_npd.data.tokenizer import (
     tokenizer_hash,
     turn_header,
 )
+from megatron_npd.data.user_files import parse_json
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, config_hash, file_sha256, seal, sealed_from, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE, BadRecord
@@ -286,9 +287,9 @@ def _tools(value: Any) -> list[dict[str, Any]] | None:
     """Schemas of functions, as a list or as its JSON text, which fits a column of a table."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRecord("wrong_type", f"tools must be a list of objects, or its JSON text: {error}") from error
+            value = parse_json(value)
+        except BadRecord as problem:
+            raise BadRecord("wrong_type", f"tools must be a list of objects, or its JSON text: {problem}") from problem
     value = _without_nulls(value)
     if value is not None and (not isinstance(value, list) or not all(map(_is_named, value))):
         detail = f"tools must be a list of objects with a function's name, or its JSON text, got {value!r}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from megatron_npd.limits import memory_growth
 from megatron_npd.log import UserError
 from megatron_npd.records import BadRecord
 
@@ -48,17 +48,12 @@ def limits() -> Iterator[None]:
 
     Entered once for many records: it costs as much as rendering one. Only the main thread can be stopped so.
     """
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    ours = min(limit for limit in (used + _MEMORY, soft, hard) if limit != resource.RLIM_INFINITY)
     handler = signal.signal(signal.SIGPROF, _too_slow)
     timer = signal.setitimer(signal.ITIMER_PROF, 0.0)
-    resource.setrlimit(resource.RLIMIT_AS, (ours, hard))
     try:
-        yield
+        with memory_growth(_MEMORY):
+            yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGPROF, handler)
         signal.setitimer(signal.ITIMER_PROF, *timer)
 

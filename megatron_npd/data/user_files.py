@@ -1,0 +1,124 @@
+"""Files that users made, JSON lines and Parquet: no name stands for two values, and reading has a bound in memory."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_npd.limits import memory_growth
+from megatron_npd.log import UserError
+from megatron_npd.records import BadRecord
+
+_VALUE_BYTES = 16  # of a number in a list while it is read: the value twice, and its levels
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text in which no key stands twice in one object.
+
+    Raises:
+        BadRecord: ``not_utf8``, ``bad_json`` or ``repeated_key``.
+    """
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise BadRecord("not_utf8", str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("bad_json", str(error)) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        key = _repeated(key for key, _ in pairs)
+        raise BadRecord("repeated_key", f"an object must hold a key once, got {key!r} twice; take one of them out")
+    return value
+
+
+def _repeated(names: Iterable[str]) -> str:
+    return next((name for name, count in Counter(names).items() if count > 1), "")
+
+
+def open_parquet(path: Path, **options: Any) -> pq.ParquetFile:
+    """A Parquet file of a user.
+
+    Raises:
+        UserError: It cannot be read, or two columns have one name, or two fields of a column.
+    """
+    try:
+        file = pq.ParquetFile(path, **options)
+        names = _twice(pa.struct(list(file.schema_arrow)))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    if names:
+        file.close()
+        raise UserError(f"columns of {path} must differ in name, got {names} twice; rename or drop one of them")
+    return file
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path} must be a readable Parquet file, got: {error}; write it again")
+
+
+def _twice(kind: pa.DataType) -> str:
+    """The first name that two fields of a type have, with those above it; "" where there is none."""
+    fields = [kind.field(index) for index in range(kind.num_fields)]
+    if pa.types.is_struct(kind) and (name := _repeated(field.name for field in fields)):
+        return name
+    for field in fields:
+        if name := _twice(field.type):
+            return f"{field.name}.{name}"
+    return ""
+
+
+def read_rows(
+    path: Path, file: pq.ParquetFile, *, most: int, usual_bytes: int, most_bytes: int, row_groups: Iterable[int]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file, some at a time: what is repeated takes no room in a file, but in memory it does.
+
+    Args:
+        path: Its name in errors.
+        file: The file.
+        most: Rows read at a time.
+        usual_bytes: What they may take as far as their averages tell.
+        most_bytes: What the process may grow by as they are read.
+        row_groups: Which parts of the file.
+
+    Raises:
+        UserError: The file cannot be read, or a row takes more memory.
+    """
+    for group in row_groups:
+        rows = _rows_at_a_time(file.metadata.row_group(group), most, usual_bytes)
+        batches, done = (
+            file.iter_batches(rows, row_groups=[group], use_threads=False),
+            0,
+        )  # a thread reserves memory, too
+        while True:
+            try:
+                with memory_growth(most_bytes):
+                    batch = next(batches, None)
+            except MemoryError as error:
+                raise UserError(
+                    f"rows of {path} must take at most {most_bytes // 2**20} MiB as they are read, got more after row "
+                    f"{done} of row group {group}: {error}; take that row out"
+                ) from error
+            except (pa.ArrowException, OSError) as error:
+                raise _unreadable(path, error) from error
+            if batch is None:
+                break
+            done += len(batch)
+            yield batch
+
+
+def _rows_at_a_time(group: pq.RowGroupMetaData, most: int, usual_bytes: int) -> int:
+    """By the bytes of an average row; one where a value is written as what it shares with the one before."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    if any("DELTA_BYTE_ARRAY" in column.encodings for column in columns):
+        return 1
+    total = group.total_byte_size + _VALUE_BYTES * sum(column.num_values for column in columns)
+    return int(min(max(usual_bytes * group.num_rows / max(total, 1), 1), most))
