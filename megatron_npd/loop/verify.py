@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_npd.data.order import PACKS_KIND, load_schedule
 from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore
-from megatron_npd.data.teacher_records import broken_records
 from megatron_npd.links import link_in_words, links_of
 from megatron_npd.lock import LOCK
 from megatron_npd.log import UserError, progress
+from megatron_npd.loop.books import RECOUNTS, Books, check_rollouts, check_store_shard, set_aside
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, unlisted
-from megatron_npd.records import (
-    PACKS_FILE,
-    PROMPTS_FILE,
-    QUARANTINE_FILE,
-    ROLLOUTS_FILE,
-    SAMPLES_FILE,
-    SELECTION_FILE,
-    defined_logprobs,
-    sample_id,
-    teacher_record_dtype,
-)
+from megatron_npd.records import sample_id
 
 SCHEDULE_FILE = "schedule.jsonl"
 # Kind of a stage: its directory, where its input lies, and what its manifest calls the hash of the input's manifest.
@@ -43,24 +29,6 @@ _INPUTS = {
     "selection": ("annotations", "annotations_sha256"),
     PACKS_KIND: ("selection", "selection_sha256"),
 }
-
-
-@dataclass(kw_only=True)
-class Books:
-    """What was found of a stage: ids of kept samples, (id, reason) of those set aside, and further sums."""
-
-    kept: list[str] = field(default_factory=list)
-    aside: list[tuple[str, str]] = field(default_factory=list)
-    sums: Counter[str] = field(default_factory=Counter)
-
-    def __iadd__(self, other: Books) -> Books:
-        self.kept += other.kept
-        self.aside += other.aside
-        self.sums.update(other.sums)
-        return self
-
-    def reasons(self) -> dict[str, int]:
-        return dict(sorted(Counter(reason for _, reason in self.aside).items()))
 
 
 @dataclass(kw_only=True)
@@ -165,6 +133,8 @@ class _Audit:
         books, complete = Books(), manifest is not None or not is_sealed(path)
         for shard in sorted(path.glob("shard-*")):
             part = self._read(shard) if is_sealed(shard) else None
+            if part is not None:
+                self._compare_policy(shard, part)
             if part is not None and part.kind == SHARD_KIND:
                 self._compare_origin(shard, part, path.parent / "rollouts" / shard.name, "rollouts_sha256")
             if part is not None and (counted := self._recount(shard, part)) is not None:
@@ -173,13 +143,14 @@ class _Audit:
         counted = self._recount(path, manifest) if manifest else None
         if counted is not None:
             books += counted
-        known = manifest is None or kind in _RECOUNTS or kind in (STORE_KIND, "rollouts")
+        known = manifest is None or kind in RECOUNTS or kind in (STORE_KIND, "rollouts")
         if known and complete:
             if kind != PACKS_KIND:  # nothing is compared with packs
                 self.books[path.resolve()] = books
             pending = self._compare_with_input(path, kind, manifest, books)
             if manifest is not None:
                 self._compare(path, manifest, books)
+                self._compare_policy(path, manifest)
                 self._look_inside(path, manifest)
             entered = len(books.kept) + len(books.aside) + (pending or 0)
             numbers = (entered, len(books.kept), books.reasons(), "?" if pending is None else pending)
@@ -203,12 +174,12 @@ class _Audit:
 
     def _recount(self, path: Path, manifest: Manifest) -> Books | None:
         """What the files of one directory, without its shards, hold."""
-        books = Books(aside=_set_aside(path))
-        if (recount := _RECOUNTS.get(manifest.kind)) is not None:
+        books = Books(aside=set_aside(path))
+        if (recount := RECOUNTS.get(manifest.kind)) is not None:
             try:
                 recount(path, books)
                 if self.full and manifest.kind == "rollouts-shard":
-                    _check_rollouts(path)
+                    check_rollouts(path)
             except (pa.ArrowException, KeyError, OSError, UserError) as error:
                 self.problem(f"{path} must hold readable tables of its kind, got {error}")
                 return None
@@ -281,6 +252,17 @@ class _Audit:
             self.problem(f"{path} must come from {source} as it is now, got another {key}")
         return same
 
+    def _compare_policy(self, path: Path, manifest: Manifest) -> None:
+        """Rollouts name the weights of the run's policy; v0000, the student as given, is not among the policies."""
+        about = manifest.provenance
+        policy = self.run / "policies" / str(about.get("policy_version"))
+        made = _manifest_or_none(policy) if "weights" in about else None
+        if made is not None and about["weights"] != made.provenance.get("weights"):
+            self.problem(
+                f"{path} must hold responses of {policy} as it is now, got weights {about['weights']} for "
+                f"{made.provenance.get('weights')}"
+            )
+
     def _look_inside(self, path: Path, manifest: Manifest) -> None:
         """What only the readers know: indices that fit their data; with ``full``, every teacher record."""
         try:
@@ -289,7 +271,7 @@ class _Audit:
             if manifest.kind == STORE_KIND:
                 store = AnnotationStore(path)
                 for shard in sorted(path.glob("shard-*")) if self.full else ():
-                    _check_store_shard(shard, store)
+                    check_store_shard(shard, store)
         except UserError as error:
             self.problem(error)
 
@@ -313,86 +295,3 @@ def _manifest_or_none(path: Path) -> Manifest | None:
         return read_manifest(path, verify=False)
     except UserError:
         return None
-
-
-def _set_aside(path: Path) -> list[tuple[str, str]]:
-    """(id, reason) of each line of a quarantine file; "" where a record has no id yet."""
-    file = path / QUARANTINE_FILE
-    if not file.is_file():
-        return []
-    entries = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [(entry.get("sample_id", entry.get("prompt_id", "")), entry["reason"]) for entry in entries]
-
-
-def _columns(file: Path, *names: str) -> list[pa.ChunkedArray]:
-    return pq.read_table(file, columns=list(names)).columns
-
-
-def _count_prompts(path: Path, books: Books) -> None:
-    books.kept += _columns(path / PROMPTS_FILE, "prompt_id")[0].to_pylist()
-
-
-def _count_rollouts(path: Path, books: Books) -> None:
-    ids, responses, finish = _columns(path / ROLLOUTS_FILE, "sample_id", "response_ids", "finish_reason")
-    books.kept += ids.to_pylist()
-    books.sums["tokens"] += len(responses.combine_chunks().flatten())
-    books.sums["stopped"] += finish.to_pylist().count("stop")
-
-
-def _count_samples(path: Path, books: Books) -> None:
-    ids, lengths = _columns(path / SAMPLES_FILE, "sample_id", "response_len")
-    books.kept += ids.to_pylist()
-    books.sums["response_tokens"] += int(lengths.to_numpy().sum())
-
-
-def _count_selection(path: Path, books: Books) -> None:
-    ids, kept, reasons = (
-        column.to_pylist() for column in _columns(path / SELECTION_FILE, "sample_id", "kept", "reason")
-    )
-    books.kept += [identity for identity, keep in zip(ids, kept, strict=True) if keep]
-    books.aside += [(identity, why) for identity, keep, why in zip(ids, kept, reasons, strict=True) if not keep]
-
-
-def _count_packs(path: Path, books: Books) -> None:
-    with pa.memory_map(str(path / PACKS_FILE)) as source:
-        table = pa.ipc.open_file(source).read_all()
-    store = AnnotationStore(path / read_manifest(path, verify=False).provenance["store"], verify=False)
-    books.kept += store.metadata("sample_id")["sample_id"].take(table["sample_index"]).to_pylist()
-    books.sums["rows"] += int(table["row"].to_numpy().max(initial=-1)) + 1
-    books.sums["tokens"] += int(table["length"].to_numpy().sum())
-
-
-_RECOUNTS: dict[str, Callable[[Path, Books], None]] = {
-    "prompts": _count_prompts,
-    "rollouts-shard": _count_rollouts,
-    SHARD_KIND: _count_samples,
-    "selection": _count_selection,
-    PACKS_KIND: _count_packs,
-}
-
-
-def _check_rollouts(path: Path) -> None:
-    responses, logprobs = _columns(path / ROLLOUTS_FILE, "response_ids", "logprobs")
-    ids, values = (column.combine_chunks().flatten().to_numpy() for column in (responses, logprobs))
-    lengths = [column.combine_chunks().value_lengths().to_numpy() for column in (responses, logprobs)]
-    if not np.array_equal(*lengths) or not (lengths[0] > 0).all():
-        raise UserError("answers without tokens, or with more or fewer log-probabilities than tokens")
-    if ids.min(initial=0) < 0 or not defined_logprobs(values).all():
-        raise UserError("token ids below 0, or log-probabilities that no model gives")
-
-
-def _check_store_shard(path: Path, store: AnnotationStore) -> None:
-    for name, dtype in (("tokens", np.dtype("<i4")), ("teacher", teacher_record_dtype(store.top_k))):
-        file = path / f"{name}.bin"
-        if not file.is_file() or not file.stat().st_size:
-            continue
-        items = np.memmap(file, dtype=dtype, mode="r")
-        if name == "tokens":
-            broken = (items < 0) | (items >= store.vocab_size)
-        else:
-            broken = broken_records(items, store.vocab_size)
-        if broken.any():
-            first = int(np.flatnonzero(broken)[0])
-            raise UserError(
-                f"{file} must hold what a model can give, got {items[first]} at item {first}; annotate again"
-            )

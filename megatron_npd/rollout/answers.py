@@ -94,8 +94,8 @@ def read_answer(request: Request, body: Any, vocab_size: int) -> Answer | Failur
     """
     choice = first_of(field(body, "choices"), "choices")
     ids, reason = field(choice, "token_ids"), field(choice, "finish_reason")
-    if reason not in ("stop", "length"):
-        return Failure(reason="request_failed", detail=f"finish reason {str(reason)[:100]}")
+    if reason not in ("stop", "length"):  # "abort" of a server that was interrupted, "error", null
+        raise Malformed(f"finish reason {str(reason)[:100]} in place of stop or length")
     check_ids(ids, vocab_size)
     if not 0 < len(ids) <= request.max_tokens:
         raise Malformed(f"{len(ids)} tokens where 1 to {request.max_tokens} were asked for")

@@ -202,6 +202,22 @@ def test_only_full_looks_at_every_number(run: Path) -> None:
     assert "teacher.bin must hold what a model can give" in problem and "at item 3" in problem
 
 
+def test_responses_of_other_weights_than_the_policys_are_named(run: Path) -> None:
+    """The policy was made anew after its responses, under the same version."""
+    rollouts = here(run) / "rollouts"
+    about = read_manifest(rollouts, verify=False).provenance
+    policy = run / "policies" / about["policy_version"]
+    policy.mkdir(parents=True)
+    seal(policy, kind="policy", provenance={"weights": about["weights"]})
+    assert verify_run(run).problems == []
+    (policy / MANIFEST).unlink()
+    seal(policy, kind="policy", provenance={"weights": "fedcba9876543210"})
+    problems = verify_run(run).problems
+    assert len(problems) == 1 + len(list(rollouts.glob("shard-*")))
+    words = f"must hold responses of {policy} as it is now, got weights {about['weights']} for fedcba9876543210"
+    assert all(words in problem for problem in problems)
+
+
 def test_what_is_not_done_yet_is_pending(run: Path) -> None:
     rollouts = here(run) / "rollouts"
     for name in ("annotations", "selection", "packs"):
