@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import TrainConfig
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import TrainConfig
 from megatron_npd.log import run_main, wrote
 from megatron_npd.paths import check_training
 from megatron_npd.platform import get_platform

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from measure import best_seconds, hardware, require_device
 
-from megatron_npd.config import AnnotateConfig
+from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.log import run_main
 from megatron_npd.platform import get_platform
 
@@ -63,7 +63,7 @@ def make_samples(tokens: int, seq_length: int) -> tuple[list[np.ndarray], list[n
 def bare_forward(scorer: Any, micro_batches: list[Any], all_logits: bool) -> Callable[[], None]:
     """The model over the rows, and the output layer at response positions or at all of them."""
     from megatron_npd.models.build import head_weight, packed_params, without_output_layer
-    from megatron_npd.teacher.scorer import HEAD_ROWS
+    from megatron_npd.teacher.megatron_scorer import HEAD_ROWS
 
     def forward() -> None:
         for micro in micro_batches:
@@ -119,7 +119,7 @@ def main() -> None:
     require_device(args.device)
     get_platform(args.device)
     from megatron_npd.platform.initialize import initialize_distributed
-    from megatron_npd.teacher.scorer import Scorer
+    from megatron_npd.teacher.megatron_scorer import Scorer
 
     dtype = "bfloat16" if args.bf16 else "float32"
     root = Path(tempfile.mkdtemp(prefix="npd-annotate-"))
@@ -160,7 +160,7 @@ def main() -> None:
                 path, args.device, pairs, dtype
             )
         if "vllm" in args.rivals:
-            from megatron_npd.rollout.score import ServerScorer
+            from megatron_npd.teacher.vllm_scorer import ServerScorer
 
             cfg = AnnotateConfig(top_k=TOP_K, seq_length=args.seq_length, bf16=args.bf16, backend="vllm")
             servers = stack.enter_context(ServerScorer(path, cfg))

@@ -29,17 +29,17 @@ import pyarrow.parquet as pq
 import torch
 from measure import best_seconds
 
-from megatron_npd.config import PackConfig, SelectConfig
-from megatron_npd.data.decode import taken_apart
-from megatron_npd.data.order import microbatch_positions
+from megatron_npd.config.settings import PackConfig, SelectConfig
 from megatron_npd.data.packed_dataset import PackedRows, Streams, make_batch
 from megatron_npd.data.packing import pack_lengths, pack_selection
 from megatron_npd.data.prefetch import Prefetcher
-from megatron_npd.data.store import AnnotationStore, StoreShardWriter
+from megatron_npd.data.row_schedule import microbatch_positions
 from megatron_npd.log import get_logger, progress, run_main
 from megatron_npd.manifest import file_sha256, read_manifest, seal, writing
 from megatron_npd.records import SAMPLE_SCHEMA, SAMPLES_FILE, teacher_record_dtype
 from megatron_npd.selection.select import select_round
+from megatron_npd.store.annotation_store import AnnotationStore, StoreShardWriter
+from megatron_npd.store.decode import taken_apart
 
 SEQ_LENGTH, TOP_K, VOCAB_SIZE, SHARD = 32768, 10, 151936, 4096
 SHRINK = 100  # of the bodies of the large run

@@ -26,14 +26,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.config import PackConfig, SelectConfig
+from megatron_npd.config.settings import PackConfig, SelectConfig
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.seen import Seen
-from megatron_npd.data.store import StoreShardWriter
 from megatron_npd.log import get_logger, progress, run_main
 from megatron_npd.manifest import config_hash, seal, writing
 from megatron_npd.records import SAMPLE_SCHEMA, SAMPLES_FILE, teacher_record_dtype
 from megatron_npd.selection.select import select_round
+from megatron_npd.store.annotation_store import StoreShardWriter
 
 SHARD, SEQ_LENGTH, RESPONSE = 4096, 256, 2
 PROVENANCE = {"top_k": 1, "vocab_size": 1000, "round": 0, "policy_version": "v0000"}
@@ -95,7 +95,7 @@ def run_stage(root: Path, stage: str, samples: int) -> None:
             root / "store", root / "selection", root / "packs", PackConfig(seq_length=SEQ_LENGTH)
         ),
     }
-    from megatron_npd.data.store import _indexed_dataset
+    from megatron_npd.store.annotation_store import _indexed_dataset
 
     _indexed_dataset()  # megatron-core's memory is not the stage's
     print(_memory("self", "status", "RssAnon"), flush=True)

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_npd.ops import distill_loss_triton, topk_triton
 from megatron_npd.ops.arguments import Problem
-from megatron_npd.ops.buckets import Objective, Rows, gradient_rule
+from megatron_npd.ops.divergences import Objective, Rows, gradient_rule
 from megatron_npd.ops.vocab_parallel import VocabShard
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}

@@ -5,7 +5,7 @@ torchrun's agent, and the process that the environment names (controller or laun
 Linux's PR_SET_PDEATHSIG would not do: it knows the direct parent alone, torchrun, which stands between a controller and
 its ranks, is not ours to change, and it fires when the parent's *thread* ends. Nor would a pidfd: kernels before 5.3
 have none, and Python as conda and uv ship it cannot open one. vLLM, which runs no code of ours early enough, is ended
-by the guard in ``rollout/server.py``.
+by the guard in ``serving/server.py``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_npd.config import TrainConfig
+from megatron_npd.config.settings import TrainConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, is_sealed
 

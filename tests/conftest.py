@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npd.config import RolloutConfig
-from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.config.settings import RolloutConfig
+from megatron_npd.serving.pool import ServerPool
 from tests.helpers import make_tiny_model
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_npd.config import NPDConfig
-from megatron_npd.loop.controller import _Loop
+from megatron_npd.config.settings import NPDConfig
+from megatron_npd.pipeline.runner import _Loop
 
 STARTER = """
 import subprocess, sys
@@ -24,8 +24,8 @@ subprocess.run(sys.argv[1:], env=child_environment())
 CONTROLLER = """
 import sys
 from pathlib import Path
-from megatron_npd.config import AnnotateConfig, NPDConfig
-from megatron_npd.loop import controller
+from megatron_npd.config.settings import AnnotateConfig, NPDConfig
+from megatron_npd.pipeline import runner as controller
 
 loop = controller._Loop(Path("run"), NPDConfig(updates=0, annotate=AnnotateConfig(follow_seconds=60.0)))
 loop._annotate_command = lambda *_: [sys.executable, *sys.argv[1:]]
@@ -56,7 +56,7 @@ POOL = """
 import os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from megatron_npd.data.preprocess import _begin_worker
+from megatron_npd.store.preprocess import _begin_worker
 
 def work(path):
     open(path, "w").write(f"{os.getpid()}\\n")

@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.config import RolloutConfig
-from megatron_npd.rollout.pool import Request, ServerPool
-from tests.rollout.fake import FakeServer
+from megatron_npd.config.settings import RolloutConfig
+from megatron_npd.serving.pool import Request, ServerPool
+from tests.serving.fake import FakeServer
 
 COUNT = 60
 

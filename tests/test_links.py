@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npd.config import NPDConfig
+from megatron_npd.audit.verify import verify_run
+from megatron_npd.config.settings import NPDConfig
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.links import PARTS, refuse_links
 from megatron_npd.log import UserError
-from megatron_npd.loop import controller
-from megatron_npd.loop.verify import verify_run
 from megatron_npd.manifest import seal, writing
-from tests.loop.test_verify import whole  # noqa: F401  (a fixture)
+from megatron_npd.pipeline import runner as controller
+from tests.audit.test_verify import whole  # noqa: F401  (a fixture)
 
 LINKS = ["rounds", "rounds/0000", "rounds/0000/annotations", "rounds/0000/packs/packs.arrow", "schedule.jsonl"]
 

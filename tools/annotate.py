@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import AnnotateConfig, PlatformName
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import AnnotateConfig, PlatformName
 from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.paths import check_model_dir, check_out_dir, check_sealed
 from megatron_npd.platform import get_platform
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.backend == "megatron":
         annotate()
     else:
-        from megatron_npd.rollout.score import ServerScorer
+        from megatron_npd.teacher.vllm_scorer import ServerScorer
 
         with ServerScorer(command.teacher, cfg, log_dir=Path(command.out).parent / "logs") as servers:
             annotate(servers=servers)

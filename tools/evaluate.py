@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import EvalConfig, RolloutConfig
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import EvalConfig, RolloutConfig
 from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.manifest import is_sealed
-from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.serving.pool import ServerPool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ else:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from megatron_npd.command import CommandParser
+    from megatron_npd.config.command_line import CommandParser
     from megatron_npd.log import UserError, run_main, wrote
     from megatron_npd.manifest import read_manifest
     from megatron_npd.platform import get_platform
@@ -35,7 +35,7 @@ else:
             parser.error("one of --sample and --export must be given")
         get_platform(arguments.platform)
         if arguments.export:
-            from megatron_npd.data.export import export_store, find_annotations
+            from megatron_npd.store.export import export_store, find_annotations
 
             annotations = find_annotations(arguments.run, arguments.round)
             Path(arguments.export).parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ else:
             print(f"{number} samples of round {which} ({annotations}) in {arguments.export}")
             wrote(arguments.export, f"tools/preprocess_data.py --input {arguments.export} --hf-model STUDENT --out DIR")
             return
-        from megatron_npd.loop.sample import describe_sample  # after the platform is chosen
+        from megatron_npd.audit.sample import describe_sample  # after the platform is chosen
 
         decode = None
         if directory := arguments.tokenizer or _student(Path(arguments.run)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_npd.command import parse_config
+from megatron_npd.config.command_line import parse_config
 from megatron_npd.log import UserError, run_main, wrote
 
 

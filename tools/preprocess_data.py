@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import PlatformName
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import PlatformName
 from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.platform import get_platform
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         store_prompts(prompts, config.out, vocab_size=vocab_size)
         wrote(config.out, f"tools/pack.py --annotations {config.out} --out PACKS")
         return
-    from megatron_npd.data.preprocess import preprocess
+    from megatron_npd.store.preprocess import preprocess
 
     preprocess(
         config.input,

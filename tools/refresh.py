@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import RolloutConfig
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.log import UserError, run_main, wrote
 from megatron_npd.manifest import is_sealed
-from megatron_npd.rollout.pool import ServerPool
-from megatron_npd.rollout.refresh import refresh
+from megatron_npd.serving.pool import ServerPool
+from megatron_npd.serving.refresh import refresh
 
 
 @dataclass(frozen=True, kw_only=True)

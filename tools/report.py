@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_npd.command import parse_config
+from megatron_npd.config.command_line import parse_config
 from megatron_npd.log import UserError, run_main, wrote
 
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Path(parse_config(ReportCommand, argv).run_dir)
     if not (run / "rounds").is_dir():
         raise UserError(f"--run-dir must be the directory of a run, got {run} without rounds; check the path")
-    from megatron_npd.loop.report import write_report
+    from megatron_npd.audit.report import write_report
 
     print(write_report(run))
     wrote(run / "report" / "report.html")

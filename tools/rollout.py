@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import RolloutConfig
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.log import UserError, get_logger, run_main, wrote
 from megatron_npd.rollout.generate import finished_round, generate_round
-from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.serving.pool import ServerPool
 
 
 @dataclass(frozen=True, kw_only=True)

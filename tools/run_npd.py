@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import NPDConfig
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import NPDConfig
 from megatron_npd.log import run_main
-from megatron_npd.loop.preflight import check_paths
+from megatron_npd.pipeline.preflight import check_paths
 from megatron_npd.platform import get_platform
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(NPDConfig, argv)
     check_paths(cfg)  # before anything heavy is imported
     get_platform(cfg.platform)
-    from megatron_npd.loop.controller import results, run_npd  # after the platform is chosen
+    from megatron_npd.pipeline.runner import results, run_npd  # after the platform is chosen
 
     print(run_npd(cfg))
     print(f"\n{results(cfg)}")

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import PlatformName
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import PlatformName
 from megatron_npd.log import run_main, wrote
 from megatron_npd.manifest import read_manifest
 from megatron_npd.platform import get_platform
@@ -35,8 +35,8 @@ def main() -> None:
     """Check the packs and append their line; the same line a second time changes nothing."""
     cfg = parse_config(ScheduleToolConfig, description=__doc__ or "")
     get_platform(cfg.platform)
-    from megatron_npd.data.order import ScheduleEntry
-    from megatron_npd.loop.schedule import append_entry
+    from megatron_npd.data.row_schedule import ScheduleEntry
+    from megatron_npd.pipeline.schedule import append_entry
 
     read_manifest(cfg.packs, kind="packs", verify=False)
     packs = os.path.relpath(cfg.packs, Path(cfg.schedule).parent)

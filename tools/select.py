@@ -10,8 +10,8 @@ else:
     from collections.abc import Sequence
     from dataclasses import dataclass
 
-    from megatron_npd.command import parse_config
-    from megatron_npd.config import PlatformName, SelectConfig
+    from megatron_npd.config.command_line import parse_config
+    from megatron_npd.config.settings import PlatformName, SelectConfig
     from megatron_npd.log import UserError, run_main, wrote
     from megatron_npd.platform import get_platform
 

@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_npd.command import parse_config
-from megatron_npd.config import PlatformName, RolloutConfig
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import PlatformName, RolloutConfig
 from megatron_npd.log import UserError, get_logger, run_main
 from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
-from megatron_npd.rollout.access import keep_token
-from megatron_npd.rollout.server import VLLMServer, start_servers
+from megatron_npd.serving.access import keep_token
+from megatron_npd.serving.server import VLLMServer, start_servers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_npd.command import CommandParser
+from megatron_npd.config.command_line import CommandParser
 from megatron_npd.log import run_main
 from megatron_npd.platform import get_platform
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--platform", default="auto", choices=("auto", "cpu", "cuda", "npu"), help="device platform")
     arguments = parser.parse_args(argv)
     get_platform(arguments.platform)
-    from megatron_npd.loop.verify import verify_run  # after the platform is chosen
+    from megatron_npd.audit.verify import verify_run  # after the platform is chosen
 
     result = verify_run(arguments.run, full=arguments.full)
     print(result.table())

@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # problems.py and models.py; pretrain_npd.py
 
 import pretrain_npd  # noqa: E402
-from megatron_npd.command import command_flags, parse_config  # noqa: E402
-from megatron_npd.config import NPDConfig, TrainConfig  # noqa: E402
+from megatron_npd.config.command_line import command_flags, parse_config  # noqa: E402
+from megatron_npd.config.settings import NPDConfig, TrainConfig  # noqa: E402
 from megatron_npd.log import get_logger, run_main  # noqa: E402
 from megatron_npd.manifest import is_sealed, write_atomic  # noqa: E402
 from megatron_npd.platform import get_platform  # noqa: E402
@@ -34,16 +34,16 @@ from problems import write_splits  # noqa: E402
 
 get_platform("cpu")  # before anything imports megatron.core
 
+from megatron_npd.audit.report import write_report  # noqa: E402
 from megatron_npd.data.packing import pack_prompts  # noqa: E402
 from megatron_npd.data.prompts import prepare_prompts  # noqa: E402
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer  # noqa: E402
-from megatron_npd.loop.controller import results, run_npd, timed  # noqa: E402
-from megatron_npd.loop.report import write_report  # noqa: E402
 from megatron_npd.models.convert import megatron_to_hf  # noqa: E402
 from megatron_npd.models.families import load_spec  # noqa: E402
+from megatron_npd.pipeline.runner import results, run_npd, timed  # noqa: E402
 from megatron_npd.rollout.evaluate import exact_match  # noqa: E402
-from megatron_npd.rollout.pool import ServerPool  # noqa: E402
-from megatron_npd.rollout.refresh import refresh  # noqa: E402
+from megatron_npd.serving.pool import ServerPool  # noqa: E402
+from megatron_npd.serving.refresh import refresh  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

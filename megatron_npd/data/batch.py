@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from megatron_npd.data.decode import decoded
+from megatron_npd.store.decode import decoded
 
 
 @dataclass(frozen=True, kw_only=True)

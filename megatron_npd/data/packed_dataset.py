@@ -1,4 +1,4 @@
-"""The packed data set: training rows gathered from the memory-mapped store, in the order of ``data/order.py``.
+"""The packed data set: training rows gathered from the memory-mapped store, in the order of ``data/row_schedule.py``.
 
 Legend: T tokens of a micro-batch, K teacher columns, S segments, R rows of a packs directory, P prompt tokens, n
 response tokens.
@@ -17,13 +17,13 @@ import pyarrow as pa
 import torch
 
 from megatron_npd.data.batch import HostBatch
-from megatron_npd.data.decode import as_items, check_records, empty_records, filler_record
-from megatron_npd.data.order import PACKS_KIND, RowSchedule, load_schedule
-from megatron_npd.data.store import AnnotationStore, check_token_ids
+from megatron_npd.data.row_schedule import PACKS_KIND, RowSchedule, load_schedule
 from megatron_npd.links import refuse_links
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest, verified_file
 from megatron_npd.records import PACK_SCHEMA, PACKS_FILE
+from megatron_npd.store.annotation_store import AnnotationStore, check_token_ids
+from megatron_npd.store.decode import as_items, check_records, empty_records, filler_record
 
 
 @dataclass(frozen=True, kw_only=True)

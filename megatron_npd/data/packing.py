@@ -18,9 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.config import PackConfig
-from megatron_npd.data.order import PACKS_KIND
-from megatron_npd.data.store import SHARD_KIND, STORE_KIND, AnnotationStore, StoreShardWriter
+from megatron_npd.config.settings import PackConfig
+from megatron_npd.data.row_schedule import PACKS_KIND
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, in_words, read_manifest, seal, sealed_from, writing
 from megatron_npd.records import (
@@ -34,6 +33,7 @@ from megatron_npd.records import (
     parquet_batches,
     sample_id,
 )
+from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND, AnnotationStore, StoreShardWriter
 
 DATA_POLICY = "data"  # policy version of responses that come from a data set
 _BATCH = 1024  # prompts read at a time

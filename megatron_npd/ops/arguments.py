@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_npd.log import UserError
-from megatron_npd.ops.buckets import DIVERGENCES, Objective, Rows
+from megatron_npd.ops.divergences import DIVERGENCES, Objective, Rows
 from megatron_npd.ops.vocab_parallel import VocabShard, vocab_shard
 
 Mode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_npd.ops import distill_loss_torch
 from megatron_npd.ops.arguments import LossOptions, Problem, make_problem, refuse
-from megatron_npd.ops.buckets import Losses, gradient_rule, losses_of
+from megatron_npd.ops.divergences import Losses, gradient_rule, losses_of
 from megatron_npd.ops.implementation import Impl, use_triton
 from megatron_npd.ops.vocab_parallel import merge_stats
 

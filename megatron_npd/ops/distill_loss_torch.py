@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_npd.ops.arguments import Problem
-from megatron_npd.ops.buckets import GradientRule
+from megatron_npd.ops.divergences import GradientRule
 from megatron_npd.ops.vocab_parallel import Stats
 
 CHUNK_ELEMENTS = 3 << 18

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton import knobs
 
 from megatron_npd.ops.arguments import Problem
-from megatron_npd.ops.buckets import GradientRule
+from megatron_npd.ops.divergences import GradientRule
 from megatron_npd.ops.vocab_parallel import Stats
 
 INTERPRETED = knobs.runtime.interpret

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_npd.ops.arguments import LossOptions, Problem, make_problem, refuse
-from megatron_npd.ops.buckets import Losses, gradient_rule, losses_of
 from megatron_npd.ops.distill_loss import DistillLoss, as_distill_loss, implementation
+from megatron_npd.ops.divergences import Losses, gradient_rule, losses_of
 from megatron_npd.ops.implementation import Impl
 from megatron_npd.ops.vocab_parallel import VocabShard, merge_stats
 

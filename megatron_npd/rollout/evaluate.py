@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import read_manifest
-from megatron_npd.rollout.answers import Answer, Failure, Request
-from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.serving.answers import Answer, Failure, Request
+from megatron_npd.serving.pool import ServerPool
 
 _WRONG_KEPT = 5
 

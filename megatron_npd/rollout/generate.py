@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd.config import RolloutConfig
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import (
@@ -30,11 +30,11 @@ from megatron_npd.manifest import (
     writing,
 )
 from megatron_npd.records import QUARANTINE_FILE
-from megatron_npd.rollout.answers import Answer, Failure, Request
 from megatron_npd.rollout.journal import Recorded, check_settings
-from megatron_npd.rollout.pool import ServerPool
-from megatron_npd.rollout.server import tag
 from megatron_npd.rollout.shard import Shard, forget_journal
+from megatron_npd.serving.answers import Answer, Failure, Request
+from megatron_npd.serving.pool import ServerPool
+from megatron_npd.serving.server import tag
 
 _SETTINGS = (
     "greedy_paths",

@@ -17,12 +17,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.config import RolloutConfig
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.manifest import Manifest, is_sealed, seal, writing
 from megatron_npd.records import QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
-from megatron_npd.rollout.answers import Failure, Request
 from megatron_npd.rollout.journal import Journal, Recorded
+from megatron_npd.serving.answers import Failure, Request
 
 _PROMPT_COLUMNS = ("prompt_id", "prompt_ids", "header_len", "teacher_prompt_ids")  # the others may be of any size
 

@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_npd.config import SelectConfig
+from megatron_npd.config.settings import SelectConfig
 from megatron_npd.data.prompt_rows import PromptRows
-from megatron_npd.data.store import AnnotationStore
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
 from megatron_npd.records import SELECTION_FILE, SELECTION_SCHEMA
 from megatron_npd.selection.metrics import FILTERS, ZONES, Floats, Zones, histogram, measures, sample_weights, zones
+from megatron_npd.store.annotation_store import AnnotationStore
 
 SELECTION_KIND = "selection"
 LEAST_KEPT_SHARE = 0.9

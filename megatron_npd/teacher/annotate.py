@@ -1,4 +1,4 @@
-"""The annotation stage: a round of rollouts in, the annotation store out (``data/store.py``).
+"""The annotation stage: a round of rollouts in, the annotation store out (``store/annotation_store.py``).
 
 A sample has four losses from three forwards: student without the prompt, then teacher with and without it; the
 student's loss with the prompt is the mean of the generator's own log-probabilities. One model is resident at a time,
@@ -24,20 +24,20 @@ import numpy.typing as npt
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_npd.config import AnnotateConfig
-from megatron_npd.data.scores import TokenScorer
-from megatron_npd.data.store import STORE_KIND
-from megatron_npd.data.teacher_records import warn_of_few_in_top_k
+from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.data.tokenizer import check_vocabularies, document_start, load_tokenizer, turn_header
 from megatron_npd.log import UserError, get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, in_words, read_manifest, seal, writing
 from megatron_npd.models.families.base import load_sizes, load_spec
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.records import QUARANTINE_FILE
+from megatron_npd.store.annotation_store import STORE_KIND
+from megatron_npd.store.scores import TokenScorer
+from megatron_npd.store.teacher_records import warn_of_few_in_top_k
+from megatron_npd.teacher.megatron_scorer import Scorer
 from megatron_npd.teacher.samples import Setting, read_samples
-from megatron_npd.teacher.scorer import Scorer
 from megatron_npd.teacher.shard import write_shard
-from megatron_npd.teacher.waves import RolloutWaves, Wave
+from megatron_npd.teacher.shard_follower import RolloutWaves, Wave
 from megatron_npd.weights import model_fingerprint
 
 
@@ -50,7 +50,7 @@ def annotate_round(
     cfg: AnnotateConfig,
     servers: TokenScorer | None = None,
 ) -> Manifest | None:
-    """Annotate every rollout shard and seal ``out_dir`` as a store (``data/store.py``); every rank calls it.
+    """Annotate every rollout shard and seal ``out_dir`` as a store (``store/annotation_store.py``); every rank calls it.
 
     The shards of a wave are dealt to the data-parallel ranks. Sealed shards are kept: a killed stage goes on at the
     first unsealed one, and an ``out_dir`` sealed from the same input is left as it is.
@@ -61,7 +61,7 @@ def annotate_round(
         teacher_dir: Hugging Face directory of the teacher.
         student_dir: Hugging Face directory of the student that generated the rollouts.
         cfg: Settings.
-        servers: What scores in the teacher's place with ``cfg.backend`` vllm (``rollout/score.py``).
+        servers: What scores in the teacher's place with ``cfg.backend`` vllm (``teacher/vllm_scorer.py``).
 
     Returns:
         The manifest on rank 0 (counts: ``in`` = ``kept`` + sum of ``quarantined``, and ``response_tokens``), None on

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.config import AnnotateConfig
-from megatron_npd.data.scores import Ids
+from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.models.families.base import ModelSpec
 from megatron_npd.records import ROLLOUT_SCHEMA, ROLLOUTS_FILE, defined_logprobs
+from megatron_npd.store.scores import Ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.data.scores import Scores, mean_loss
-from megatron_npd.data.store import SHARD_KIND, StoreShardWriter
-from megatron_npd.data.teacher_records import RECORD_RULES, broken_records, count_in_top_k
 from megatron_npd.manifest import Manifest, seal, writing
 from megatron_npd.records import (
     QUARANTINE_FILE,
@@ -27,6 +24,9 @@ from megatron_npd.records import (
     defined_logprobs,
     teacher_record_dtype,
 )
+from megatron_npd.store.annotation_store import SHARD_KIND, StoreShardWriter
+from megatron_npd.store.scores import Scores, mean_loss
+from megatron_npd.store.teacher_records import RECORD_RULES, broken_records, count_in_top_k
 from megatron_npd.teacher.samples import Samples
 
 

@@ -16,7 +16,7 @@ from typing import Any, Unpack
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_npd.config import TrainConfig
+from megatron_npd.config.settings import TrainConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.ops.arguments import LossOptions
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss

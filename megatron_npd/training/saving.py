@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_npd.config import TrainConfig
+from megatron_npd.config.settings import TrainConfig
 from megatron_npd.manifest import fsync_path, is_sealed
 from megatron_npd.models.checkpoint import save_checkpoint, saved_state
 from megatron_npd.platform import get_platform

@@ -13,11 +13,11 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_npd.config import TrainConfig
+from megatron_npd.config.settings import TrainConfig
 from megatron_npd.data.batch import PackedBatch
-from megatron_npd.data.order import ScheduleEntry, microbatch_positions
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.prefetch import Prefetcher
+from megatron_npd.data.row_schedule import ScheduleEntry, microbatch_positions
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.models.build import ModelSpec, build_model, load_spec

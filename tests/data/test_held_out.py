@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_npd.audit.verify import verify_run
 from megatron_npd.data.held_out import HELD_OUT_FILE, prepare_held_out
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import ModelTokens
-from megatron_npd.loop.verify import verify_run
 from megatron_npd.manifest import read_manifest
 from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE
 from tests.helpers import make_tiny_tokenizer

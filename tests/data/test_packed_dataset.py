@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_npd.config import PackConfig
+from megatron_npd.config.settings import PackConfig
 from megatron_npd.data.batch import PackedBatch
-from megatron_npd.data.decode import decode_teacher
-from megatron_npd.data.order import ScheduleEntry, load_schedule, schedule_text
 from megatron_npd.data.packed_dataset import PackedDataset, PackedRows, Streams
 from megatron_npd.data.packed_dataset import make_batch as make_host_batch
 from megatron_npd.data.packing import pack_prompts, pack_selection
-from megatron_npd.data.store import AnnotationStore
+from megatron_npd.data.row_schedule import ScheduleEntry, load_schedule, schedule_text
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.records import PACKS_FILE, teacher_record_dtype
-from tests.data.make_store import VOCAB_SIZE, make_records, make_store
+from megatron_npd.store.annotation_store import AnnotationStore
+from megatron_npd.store.decode import decode_teacher
 from tests.data.test_packing import make_prompts, make_selection
+from tests.store.make_store import VOCAB_SIZE, make_records, make_store
 
 LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (4, 12), (1, 1), (30, 2), (6, 6), (1, 63), (7, 4), (2, 11)]
 CFG = PackConfig(seq_length=64, segment_align=8)

@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_npd.config import PackConfig
+from megatron_npd.config.settings import PackConfig
 from megatron_npd.data.packing import pack_lengths, pack_prompts, pack_selection
-from megatron_npd.data.store import AnnotationStore
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, file_sha256, is_sealed, read_manifest, seal, writing
 from megatron_npd.records import (
@@ -26,8 +25,9 @@ from megatron_npd.records import (
     SELECTION_FILE,
     SELECTION_SCHEMA,
 )
-from tests.data.make_store import make_store
+from megatron_npd.store.annotation_store import AnnotationStore
 from tests.helpers import VOCAB_SIZE
+from tests.store.make_store import make_store
 from tools import pack as pack_tool
 
 LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (8, 60), (4, 12), (1, 1), (30, 2), (6, 6)]

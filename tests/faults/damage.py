@@ -13,19 +13,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.config import AnnotateConfig, PackConfig
+from megatron_npd.config.settings import AnnotateConfig, PackConfig
 from megatron_npd.data import prompts as prompts_reader
-from megatron_npd.data.order import load_schedule
 from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompt_files import read_batches
-from megatron_npd.data.store import AnnotationStore
+from megatron_npd.data.row_schedule import load_schedule
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, read_manifest
 from megatron_npd.records import BadRecord
 from megatron_npd.rollout import generate
 from megatron_npd.rollout.journal import Journal, Recorded
+from megatron_npd.store.annotation_store import AnnotationStore
 from megatron_npd.weights import read_weights
 from tests.faults.world import OUTPUTS, ROLLOUT
 

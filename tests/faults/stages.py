@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_npd.loop.verify import verify_run
+from megatron_npd.audit.verify import verify_run
 from megatron_npd.manifest import MANIFEST
 from tests.faults.world import OUTPUTS, STAGES, content, make_inputs
 from tests.faults.zygote import Outcome, Zygote
-from tests.rollout.fake import FakeServer
+from tests.serving.fake import FakeServer
 
 
 class Bench:

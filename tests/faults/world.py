@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd.config import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig, TrainConfig
+from megatron_npd.config.settings import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig, TrainConfig
 from megatron_npd.manifest import MANIFEST, is_sealed
 from megatron_npd.training.metrics import METRICS_FILE
-from tests.data.make_store import make_records
 from tests.helpers import VOCAB_SIZE, make_tiny_model
+from tests.store.make_store import make_records
 
 ROLLOUT = RolloutConfig(
     max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=20.0
@@ -46,7 +46,7 @@ class StandInScorer:
         self.name = Path(hf_dir).name
 
     def score(self, prefixes: Any, responses: Any, *, top_k: int = 0, on_forward: Any = None) -> Any:
-        from megatron_npd.data.scores import Scores
+        from megatron_npd.store.scores import Scores
 
         parts = []
         for prefix, response in zip(prefixes, responses, strict=True):
@@ -73,7 +73,7 @@ def prompts(run: Path) -> None:
 
 def rollouts(run: Path) -> None:
     from megatron_npd.rollout.generate import generate_round
-    from megatron_npd.rollout.pool import ServerPool
+    from megatron_npd.serving.pool import ServerPool
 
     pool = ServerPool([os.environ[SERVER]], ROLLOUT)
     out = run / "rounds/0000/rollouts"
@@ -92,7 +92,7 @@ def annotations(run: Path, follow_seconds: float = 0.0) -> None:
 
 def following(run: Path) -> None:
     """The annotations of a round that another process generates."""
-    from megatron_npd.teacher import waves
+    from megatron_npd.teacher import shard_follower as waves
 
     waves._POLL_SECONDS = 0.02
     annotations(run, follow_seconds=2.0)
@@ -114,8 +114,8 @@ def packs(run: Path) -> None:
 
 
 def schedule(run: Path) -> None:
-    from megatron_npd.data.order import ScheduleEntry
-    from megatron_npd.loop.schedule import append_entry
+    from megatron_npd.data.row_schedule import ScheduleEntry
+    from megatron_npd.pipeline.schedule import append_entry
 
     entry = ScheduleEntry(from_row=0, packs="rounds/0000/packs", round=0, policy_version="v0000")
     append_entry(run / "schedule.jsonl", entry)

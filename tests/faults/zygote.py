@@ -81,8 +81,8 @@ def _serve() -> None:
 
     # isort: split
     import megatron_npd.data.packing
-    import megatron_npd.loop.schedule
     import megatron_npd.models.convert
+    import megatron_npd.pipeline.schedule
     import megatron_npd.rollout.generate
     import megatron_npd.selection.select
     import megatron_npd.teacher.annotate

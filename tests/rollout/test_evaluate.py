@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_npd.config import EvalConfig, RolloutConfig
+from megatron_npd.config.settings import EvalConfig, RolloutConfig
 from megatron_npd.log import UserError
 from megatron_npd.records import PROMPTS_FILE
 from megatron_npd.rollout.evaluate import exact_match, find_answer
-from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.serving.pool import ServerPool
 from tests.helpers import make_tiny_tokenizer
-from tests.rollout.fake import EOS, FakeServer, write_prompts
+from tests.serving.fake import EOS, FakeServer, write_prompts
 
 REGEX = EvalConfig().answer_regex
 CFG = RolloutConfig(max_model_len=64, concurrency=4, request_timeout=5.0)

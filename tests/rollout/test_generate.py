@@ -18,16 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_npd.config import RolloutConfig
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, is_sealed, read_manifest, seal, writing
 from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
-from megatron_npd.rollout import asking
 from megatron_npd.rollout import shard as shard_module
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.journal import Journal, Recorded
-from megatron_npd.rollout.pool import ServerPool
-from tests.rollout.fake import CONTENT, EOS, VOCAB_SIZE, FakeServer, die_after, fake_answer, write_prompts
+from megatron_npd.serving import asking
+from megatron_npd.serving.pool import ServerPool
+from tests.serving.fake import CONTENT, EOS, VOCAB_SIZE, FakeServer, die_after, fake_answer, write_prompts
 
 CFG = RolloutConfig(max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=5.0)
 FIRST_JOURNAL = "answers-00000.journal"
@@ -259,7 +259,7 @@ def test_what_is_appended_after_a_torn_line_is_kept(tmp_path: Path) -> None:
 def test_kill_of_the_client_loses_nothing(prompts: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     program = (
-        "import sys; from megatron_npd.config import RolloutConfig; from megatron_npd.rollout.pool import ServerPool\n"
+        "import sys; from megatron_npd.config.settings import RolloutConfig; from megatron_npd.serving.pool import ServerPool\n"
         "from megatron_npd.rollout.generate import generate_round\n"
         f"cfg = {CFG!r}\n"
         "generate_round(sys.argv[1], sys.argv[2], pool=ServerPool([sys.argv[3]], cfg), cfg=cfg, round_index=3,"

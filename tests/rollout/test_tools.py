@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_npd.manifest import is_sealed, read_manifest
-from megatron_npd.rollout.pool import ServerPool
+from megatron_npd.serving.pool import ServerPool
 from tests.helpers import make_tiny_model
-from tests.rollout.fake import FakeServer, die_after, write_prompts
+from tests.serving.fake import FakeServer, die_after, write_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--max-model-len", "64", "--max-tokens", "20", "--concurrency", "4"]

@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from megatron_npd.config import SelectConfig
+from megatron_npd.config.settings import SelectConfig
 from megatron_npd.selection import metrics
 from megatron_npd.selection.metrics import FILTERS, histogram, sample_weights
 

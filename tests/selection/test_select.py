@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_npd.config import SelectConfig
+from megatron_npd.config.settings import SelectConfig
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.log import UserError, get_logger
 from megatron_npd.manifest import is_sealed, seal, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, SELECTION_FILE, SELECTION_SCHEMA
 from megatron_npd.selection.select import frozen_taus, select_round
-from tests.data.make_store import make_store
+from tests.store.make_store import make_store
 from tools import select as select_tool
 
 STUDENT = 0.5  # IFD of the student of every sample
@@ -146,7 +146,7 @@ def test_a_second_call_changes_nothing_and_another_filter_is_refused(tmp_path: P
 
 
 def test_the_selection_packs(tmp_path: Path) -> None:
-    from megatron_npd.config import PackConfig
+    from megatron_npd.config.settings import PackConfig
 
     store = store_of(tmp_path / "a", DELTAS)
     select_round(store, tmp_path / "s", SelectConfig(tau=0.5))

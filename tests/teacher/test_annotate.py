@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_npd.config import AnnotateConfig
+from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 from tests.dist import run_distributed
@@ -67,7 +67,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def test_the_store_holds_what_transformers_says(tmp_path: Path, models: dict[str, Path]) -> None:
-    from megatron_npd.data.store import AnnotationStore
+    from megatron_npd.store.annotation_store import AnnotationStore
 
     make_rollouts(tmp_path / "rollouts", LENGTHS)
     manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models)
@@ -199,7 +199,7 @@ def test_scores_that_no_model_gives_set_their_sample_aside(
         "teacher_logprob_undefined": 1,
     }
     assert (counts["in"], counts["kept"]) == (8, 5)
-    from megatron_npd.data.store import AnnotationStore
+    from megatron_npd.store.annotation_store import AnnotationStore
 
     whole, out = AnnotationStore(tmp_path / "whole"), AnnotationStore(tmp_path / "out")
     rows = samples(tmp_path / "whole")
@@ -308,7 +308,7 @@ def test_a_round_is_annotated_while_it_is_generated(tmp_path: Path, models: dict
 
 def test_the_wait_for_a_round_ends_once_no_answer_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers show in the journal of the rollout stage, long before they fill a shard."""
-    from megatron_npd.teacher import waves as module
+    from megatron_npd.teacher import shard_follower as module
 
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])

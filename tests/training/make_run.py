@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd.config import PackConfig, TrainConfig
+from megatron_npd.config.settings import PackConfig, TrainConfig
 from megatron_npd.data.packing import pack_prompts, pack_selection
-from tests.data.make_store import make_store
 from tests.data.test_packing import make_prompts, make_selection
 from tests.helpers import VOCAB_SIZE
+from tests.store.make_store import make_store
 
 SEQ_LENGTH = 64
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_npd.data.decode import decode_teacher
 from megatron_npd.data.packed_dataset import PackedRows, Streams
-from megatron_npd.data.store import AnnotationStore
+from megatron_npd.store.annotation_store import AnnotationStore
+from megatron_npd.store.decode import decode_teacher
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE
 from tests.training.make_run import column, config, make_packs

@@ -10,11 +10,11 @@ from typing import Any, get_args
 import pytest
 
 import pretrain_npd
-from megatron_npd.config import KDMode, TrainConfig
-from megatron_npd.data.order import ScheduleEntry, schedule_text
+from megatron_npd.audit.verify import verify_run
+from megatron_npd.config.settings import KDMode, TrainConfig
+from megatron_npd.data.row_schedule import ScheduleEntry, schedule_text
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import UserError
-from megatron_npd.loop.verify import verify_run
 from megatron_npd.models.convert import hf_to_megatron
 from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train

@@ -1,0 +1,1 @@
+"""A run looked at: its books, its report, one sample of it."""

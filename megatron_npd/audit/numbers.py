@@ -1,0 +1,277 @@
+"""The numbers of a run's report: read from the files that the stages left, put into one dictionary, and judged.
+
+Nothing is measured here. What a run does not have is left out, and said in words under ``missing``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.log import UserError
+from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.pipeline.environment import ENVIRONMENT_FILE, read_json
+from megatron_npd.pipeline.evaluation import EVAL_PROMPTS, HELD_OUT, read_measures, read_samples
+
+ZONES = ("degenerate", "proximal", "disconnect", "undefined")
+LAG_BOUND = 0.10  # nats a token, METHOD section 4
+DROPPED_BOUND = CUT_BOUND = 0.10  # shares of a round's responses
+_ESSENTIAL = (
+    *("teacher", "student", "prompts", "updates", "rollout.greedy_paths", "rollout.sampled_paths"),
+    *("rollout.temperature", "rollout.max_tokens", "rollout.seed", "annotate.top_k", "annotate.backend"),
+    *("select.filter", "train.kd_alpha", "train.kd_mode", "train.train_iters", "train.global_batch_size"),
+    *("train.global_batch_tokens", "pack.seq_length", "train.lr", "train.min_lr", "train.lr_decay_style"),
+    *("train.lr_warmup_iters", "train.weight_decay", "train.bf16", "train.seed", "eval.prompts", "nproc_per_node"),
+)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The trainer's line of each step."""
+    return _json_lines(run / "report" / "metrics.jsonl")
+
+
+def summarise(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The numbers of the report.
+
+    Returns:
+        ``headline``, ``verdicts`` and ``missing`` (sentences); ``accuracy`` (``start``, ``teacher``, ``further_sft``,
+        ``rounds``, in percent; the number of ``problems``, and of those that train too); ``measures`` and ``samples``
+        (``pipeline/evaluation.py``); ``zones``, ``lag`` and ``training`` (one entry a round; lag in nats a token);
+        ``policies`` (names of finished ones); ``seconds`` by stage, ``distillation_seconds`` (what belongs to a round)
+        and ``total_seconds``; ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned)
+        and ``written``.
+    """
+    config = read_json(run / "config.json", {})
+    timed = _json_lines(run / "report" / "seconds.jsonl")
+    seconds: dict[str, float] = {}
+    for record in timed:
+        seconds[record["stage"]] = round(seconds.get(record["stage"], 0.0) + record["seconds"], 3)
+    rounds = sorted({line["round"] for line in metrics})
+    by_round = [(index, [line for line in metrics if line["round"] == index]) for index in rounds]
+    summary = {
+        "accuracy": _accuracy(run),
+        "measures": read_measures(run),
+        "samples": read_samples(run, config["student"]) if "student" in config else [],
+        "zones": list(_selections(run)),
+        "lag": [entry for index, lines in by_round if (entry := _lag(index, lines))],
+        "training": [_training(index, lines) for index, lines in by_round],
+        "policies": [path.name for path in sorted((run / "policies").glob("v*")) if is_sealed(path)],
+        "seconds": seconds,
+        "distillation_seconds": sum(line["seconds"] for line in timed if line["round"] is not None),
+        "total_seconds": sum(line["seconds"] for line in timed),
+        "environment": read_json(run / "report" / ENVIRONMENT_FILE, []),
+        "config": _essentials(config),
+        "rounds": config["updates"] + 1 if "updates" in config else None,
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    summary |= {"verdicts": list(verdicts(summary)), "missing": list(_missing(summary))}
+    return {"headline": headline(summary)} | summary
+
+
+def accuracy_rows(accuracy: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """What was evaluated, in the order in which it is shown, with its percentage."""
+    rows = [("start", accuracy["start"])]
+    rows += [(f"round {index}", value) for index, value in enumerate(accuracy["rounds"])]
+    rows += [("further SFT", accuracy["further_sft"]), ("teacher", accuracy["teacher"])]
+    return [(label, value) for label, value in rows if value is not None]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: ``2 h 5 min``, ``3 min 7 s``, ``41 s``."""
+    whole = round(seconds)
+    for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {name}"
+    return f"{whole} s" if seconds >= 1 or not seconds else f"{seconds:.1f} s"
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """What was done, from where to where, against what, in how long: one sentence."""
+    finished, planned = len(summary["policies"]), summary["rounds"]
+    if not finished:
+        return "The first round has not ended yet." if summary["seconds"] else "Nothing has been run yet."
+    accuracy, measures = summary["accuracy"], summary["measures"]
+    span = f"{finished} round{'s' * (finished > 1)}"
+    if planned and finished < planned:
+        span = f"the first {span} of {planned}" if finished > 1 else f"the first of {planned} rounds"
+    if summary["distillation_seconds"]:
+        span += f" and {duration(summary['distillation_seconds'])}"
+    if accuracy["start"] is not None and accuracy["rounds"]:
+        problems = f"{accuracy['problems']} held-out problems" if accuracy["problems"] else "held-out problems"
+        sentence = f"from {accuracy['start']:.1f} % to {accuracy['rounds'][-1]:.1f} % exact match on {problems}"
+    elif len(measures) > 1 and None not in (measures[0]["kl"], measures[-1]["kl"]):
+        values = f"from {measures[0]['kl']:.2f} to {measures[-1]['kl']:.2f}"
+        sentence = f"{values} nats a token of KL to its teacher, on {measures[-1]['prompts']} held-out prompts"
+    else:
+        return f"Near-policy distillation trained the student in {span}; nothing was measured on held-out prompts."
+    sentence = f"Near-policy distillation took the student {sentence}, in {span}"
+    others = [("the teacher", accuracy["teacher"]), ("further SFT", accuracy["further_sft"])]
+    others = [f"{name} reaches {value:.1f} %" for name, value in others if value is not None and accuracy["rounds"]]
+    return "; ".join([sentence, ", ".join(others)] if others else [sentence]) + "."
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, none where it is missing; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    lines = path.read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise UserError(f"{path}:{number} must hold JSON, got {error}; remove the line") from error
+    return records
+
+
+def _accuracy(run: Path) -> dict[str, Any]:
+    known = read_json(run / "report" / "accuracy.json", {})
+    accuracy = {name: known.get(name) for name in ("start", "further_sft", "teacher")}
+    problems, held_out = (
+        read_manifest(path, verify=False).counts if is_sealed(path) else {}
+        for path in (run / EVAL_PROMPTS, run / HELD_OUT / "prompts")
+    )
+    counts = {"problems": problems.get("kept"), "also_training": held_out.get("also_training", 0)}
+    return accuracy | {"rounds": known.get("rounds", [])} | counts
+
+
+def _selections(run: Path) -> Iterator[dict[str, Any]]:
+    """What was selected in each finished round, in order."""
+    for directory in sorted((run / "rounds").glob("*/selection")):
+        if not is_sealed(directory):
+            continue
+        manifest = read_manifest(directory, kind="selection")
+        fields = ("in", "kept", "kept_share", "cut", "measure", "lower", "tau", "zones", "histogram")
+        yield {
+            "round": int(directory.parent.name),
+            "filter": manifest.provenance["filter"],
+            **{name: manifest.counts[name] for name in fields},
+        }
+
+
+def _lag(index: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Mean, highest and last running mean over a tenth of the round's steps, and largest k3 of a round.
+
+    None where it is not defined.
+    """
+    values = [line["lag_k3"] for line in lines if line.get("lag_k3") is not None]
+    if not values:
+        return None
+    width = max(1, len(values) // 10)
+    means = [sum(values[first : first + width]) / width for first in range(len(values) - width + 1)]
+    return {
+        "round": index,
+        "mean": sum(values) / len(values),
+        "highest": max(means),
+        "end": means[-1],
+        "max": max(values),
+        "steps": len(values),
+    }
+
+
+def _training(index: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """First and last steps of a round, its tokens a second, and loss, CE and KD over its last tenth."""
+    end = lines[-max(1, len(lines) // 10) :]
+    entry: dict[str, Any] = {"round": index, "steps": [lines[0]["iteration"], lines[-1]["iteration"]]}
+    for name, part in (("loss", end), ("ce", end), ("kd", end), ("teacher_mass", end), ("tokens_per_second", lines)):
+        values = [line[name] for line in part if line.get(name) is not None]
+        entry[name] = sum(values) / len(values) if values else None
+    return entry
+
+
+def _essentials(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a reader of the numbers has to know."""
+    essentials = {}
+    for name in _ESSENTIAL:
+        value: Any = config
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value not in (None, ""):
+            essentials[name] = value
+    return essentials
+
+
+# -- judging -------------------------------------------------------------------------------------------------------
+
+
+def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Each bound that was passed, by how much in the worst round, and what helps."""
+    if lags := [entry for entry in summary["lag"] if entry["highest"] > LAG_BOUND]:
+        worst = max(lags, key=lambda entry: entry["highest"])
+        yield (
+            f"{_where(worst, lags)}: the policy lag reached {worst['highest']:.2f} nats a token (mean over a tenth of "
+            f"the steps), {worst['highest'] / LAG_BOUND:.1f} times its bound of {LAG_BOUND:.2f}. More updates, fewer "
+            "steps or a lower learning rate keep the training data closer to the policy."
+        )
+    zones = summary["zones"]
+    if few := [entry for entry in zones if 1 - entry["kept_share"] > DROPPED_BOUND]:
+        worst = min(few, key=lambda entry: entry["kept_share"])
+        zone = max(("degenerate", "disconnect", "undefined"), key=lambda name: worst["zones"][name]["count"])
+        bound = {"degenerate": "select.lower", "disconnect": "select.tau", "undefined": "select.filter"}[zone]
+        yield (
+            f"{_where(worst, few)}: {100 * (1 - worst['kept_share']):.1f} % of the responses were dropped "
+            f"({worst['in'] - worst['kept']} of {worst['in']}, most of them {zone}), above "
+            f"{100 * DROPPED_BOUND:.0f} %. tools/select.py --dry-run shows what other bounds keep ({bound})."
+        )
+    if cut := [entry for entry in zones if entry["cut"] > CUT_BOUND * entry["in"]]:
+        worst = max(cut, key=lambda entry: entry["cut"] / entry["in"])
+        yield (
+            f"{_where(worst, cut)}: {100 * worst['cut'] / worst['in']:.1f} % of the responses were cut at "
+            f"rollout.max_tokens, above {100 * CUT_BOUND:.0f} %. They have no end to learn from: raise it."
+        )
+    accuracy = summary["accuracy"]
+    if accuracy["also_training"]:
+        yield (
+            f"{accuracy['also_training']} of {accuracy['problems']} problems of eval.prompts are among the prompts "
+            "that train: the accuracy flatters. The distance from the teacher leaves them out."
+        )
+    reached = [value for value in (accuracy["start"], *accuracy["rounds"]) if value is not None]
+    if reached and reached[-1] < max(reached) - 1:
+        yield f"The accuracy ends at {reached[-1]:.1f} %, below the {max(reached):.1f} % that it had reached before."
+    for before, after in pairwise(summary["measures"]):
+        if None in (before["kl"], after["kl"]):
+            continue
+        if after["kl"] - before["kl"] > 2 * (before["kl_error"] ** 2 + after["kl_error"] ** 2) ** 0.5:
+            yield (
+                f"Round {after['policy'] - 1}: the KL to the teacher rose from {before['kl']:.2f} to {after['kl']:.2f} "
+                "nats a token. A lower learning rate is the first thing to try."
+            )
+
+
+def _where(worst: Mapping[str, Any], entries: Sequence[Any]) -> str:
+    others = f", and in {len(entries) - 1} more" if len(entries) > 1 else ""
+    return f"Round {worst['round']}{others}"
+
+
+def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
+    accuracy = summary["accuracy"]
+    if not accuracy_rows(accuracy):
+        yield "No accuracy: the run has no evaluation (eval.prompts)."
+    else:
+        if accuracy["teacher"] is None:
+            yield "No accuracy of the teacher: eval.teacher measures it."
+        if accuracy["further_sft"] is None:
+            yield "No student with further SFT to compare with."
+    if not summary["measures"]:
+        yield "No distance from the teacher and no samples: no prompts were held out (eval.held_out)."
+    if not summary["training"]:
+        yield "No losses: no training step has been recorded."
+    elif not summary["lag"]:
+        yield "No policy lag: no token that trained was sampled at temperature 1 over the whole vocabulary."
+    if not summary["zones"]:
+        yield "No zones: no round has been selected."
+    if not summary["seconds"]:
+        yield "No times: the stages have not recorded any."
+    if not summary["environment"]:
+        yield "No machine and versions: the run was not started by tools/run_npd.py."
+    elif "commit" not in summary["environment"][-1]:
+        yield "No commit: the program does not run from a clone of its repository."

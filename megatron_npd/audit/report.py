@@ -1,0 +1,84 @@
+"""The report of a run, written after each round: `report.html`, figures as PNG, `summary.json` and a text table."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.audit import figures
+from megatron_npd.audit.numbers import ZONES, accuracy_rows, duration, read_metrics, summarise
+from megatron_npd.audit.page import page
+from megatron_npd.manifest import write_atomic
+
+
+def write_report(run_dir: str | Path) -> str:
+    """Write ``report/report.html``, ``report/*.png`` and ``report/summary.json`` of a run, finished or not.
+
+    Reads ``config.json``, ``report/metrics.jsonl``, ``report/accuracy.json`` (``start``, ``rounds``, optional
+    ``teacher`` and ``further_sft``, in percent), ``report/seconds.jsonl``, ``report/environment.json``, the manifests
+    of ``rounds/*/selection``, and ``held_out/``.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Returns:
+        The headline and a text table of what was measured.
+
+    Raises:
+        UserError: One of these files cannot be read.
+    """
+    run = Path(run_dir)
+    metrics = read_metrics(run)
+    summary = summarise(run, metrics)
+    report = run / "report"
+    report.mkdir(parents=True, exist_ok=True)
+    drawn = figures.draw_all(summary, metrics)
+    for file in report.glob("*.png"):  # a figure of an earlier report must not outlive its data
+        if file.stem not in drawn:
+            file.unlink()
+    for name, figure in drawn.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", facecolor="white")
+        write_atomic(report / f"{name}.png", buffer.getvalue())
+    write_atomic(report / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomic(report / "report.html", page(run, summary, {name: figures.svg(f, name) for name, f in drawn.items()}))
+    return text_table(summary)
+
+
+def text_table(summary: Mapping[str, Any]) -> str:
+    """The report as plain text, for a terminal."""
+    lines = [summary["headline"]]
+    lines += ["", *summary["verdicts"]] if summary["verdicts"] else []
+    if rows := accuracy_rows(summary["accuracy"]):
+        lines += ["", "accuracy on held-out problems (exact match)"]
+        lines += [f"  {label:<16}{value:6.1f} %" for label, value in rows]
+    if summary["measures"]:
+        lines += [
+            "",
+            "held-out prompts",
+            "                  KL to teacher  (nats/token)  top-1 agreement  response tokens",
+        ]
+        for entry in summary["measures"]:
+            label = f"round {entry['policy'] - 1}" if entry["policy"] else "start"
+            kl = "-" if entry["kl"] is None else f"{entry['kl']:.3f} +- {entry['kl_error']:.3f}"
+            agreed = "-" if entry["top1_agreement"] is None else f"{100 * entry['top1_agreement']:.1f} %"
+            lines += [f"  {label:<16}{kl:>27}{agreed:>17}{entry['response_tokens']:>17.1f}"]
+    if summary["zones"]:
+        lines += ["", "responses by zone of Delta-IFD"]
+        lines += ["  round" + "".join(f"{zone:>12}" for zone in ZONES) + "    kept"]
+        for entry in summary["zones"]:
+            counts = "".join(f"{entry['zones'][zone]['count']:>12}" for zone in ZONES)
+            lines += [f"  {entry['round']:>5}{counts}{100 * entry['kept_share']:>6.1f} %"]
+    if summary["lag"]:
+        lines += ["", "policy lag k3 (nats a token)", "  round     mean  highest   at end"]
+        names = ("mean", "highest", "end")
+        lines += [f"  {entry['round']:>5}" + "".join(f"{entry[n]:>9.4f}" for n in names) for entry in summary["lag"]]
+    if summary["seconds"]:
+        lines += ["", f"seconds by stage ({duration(summary['total_seconds'])} in all)"]
+        lines += [f"  {stage:<22}{value:8.1f}" for stage, value in summary["seconds"].items()]
+    if summary["missing"]:
+        lines += ["", *summary["missing"]]
+    return "\n".join(lines)

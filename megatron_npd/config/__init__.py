@@ -1,0 +1,1 @@
+"""Settings of every stage, and the command line that gives them."""

@@ -1,0 +1,397 @@
+"""Every setting of every stage, as frozen dataclasses; ``config/command_line.py`` makes the command line from them.
+
+Names are Megatron's where Megatron has the thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_npd.log import UserError
+
+PlatformName = Literal["auto", "cpu", "cuda", "npu"]
+KDMode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]
+KDDivergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
+
+
+def _require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:
+    if not holds:
+        raise UserError(f"{name} must be {rule}, got {got}; {remedy}")
+
+
+def _require_share(name: str, value: float) -> None:
+    _require(0 <= value <= 1, name, "in [0, 1]", value, "0.1 is the default, 1 sets no limit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How the student's answers are generated."""
+
+    urls: tuple[str, ...] = ()
+    """Base URLs of running vLLM servers; empty: servers are launched on this machine."""
+    token_file: str = ""
+    """File with the servers' token, as tools/serve.py keeps it; its owner alone may read it."""
+    num_servers: int = 1
+    """Number of servers to launch where no URLs are given."""
+    greedy_paths: int = 1
+    """Greedy answers a prompt (0 or 1)."""
+    sampled_paths: int = 1
+    """Sampled answers a prompt; the policy-lag meter needs at least one, at temperature 1 and top_p 1."""
+    temperature: float = 1.0
+    """Sampling temperature of the sampled paths."""
+    top_p: float = 1.0
+    """Nucleus probability of the sampled paths."""
+    max_tokens: int = 256
+    """Longest answer, in tokens."""
+    max_model_len: int = 1024
+    """Context of the server, prompt + answer, in tokens."""
+    concurrency: int = 128
+    """Requests in flight a server."""
+    shard_size: int = 4096
+    """Samples a sealed shard, in whole prompts."""
+    merge_identical: bool = True
+    """Keep one of the identical answers to a prompt, with their number; it weighs as much as all of them."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Computing type of the servers; auto: the checkpoint's."""
+    request_timeout: float = 600.0
+    """Time after which an unanswered request counts as failed, in seconds."""
+    start_timeout: float = 600.0
+    """Time a launched server may take to answer, in seconds."""
+    server_args: tuple[str, ...] = ()
+    """Further arguments of the launched vLLM servers, as vLLM spells them."""
+    seed: int = 1234
+    """Seed of the run, from which each answer's seed is derived."""
+    max_quarantined: float = 0.1
+    """Share of the prompts, or of the answers, that may be set aside before the stage stops."""
+
+    def __post_init__(self) -> None:
+        _require(self.greedy_paths in (0, 1), "greedy_paths", "0 or 1", self.greedy_paths, "greedy answers are equal")
+        _require(
+            self.greedy_paths + self.sampled_paths > 0,
+            "greedy_paths + sampled_paths",
+            "at least 1",
+            0,
+            "ask for a path",
+        )
+        _require(self.temperature > 0, "temperature", "> 0", self.temperature, "use greedy_paths for greedy answers")
+        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
+        for name in ("num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size"):
+            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+        _require_share("max_quarantined", self.max_quarantined)
+        own = {"model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode", "load-format"}
+        own |= {"max-model-len", "max-num-seqs", "dtype", "seed"}
+        for argument in self.server_args:
+            name = argument.partition("=")[0].lstrip("-").replace("_", "-")
+            remedy = "max_model_len, concurrency, dtype and seed have fields, the others are fixed"
+            _require(argument[:2] != "--" or name not in own, "server_args", f"without --{name}", argument, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateConfig:
+    """How the teacher scores answers: one packed prefill on megatron-core."""
+
+    top_k: int = 10
+    """Teacher logits kept a response token."""
+    seq_length: int = 2048
+    """Tokens of a packed prefill row."""
+    micro_batch_size: int = 1
+    """Rows of one forward."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share a layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the depth."""
+    bf16: bool = False
+    """Compute in bfloat16 rather than float32."""
+    max_quarantined: float = 0.1
+    """Share of the samples that may be set aside before the stage stops."""
+    follow_seconds: float = 0.0
+    """Annotate a round that is still being generated, shard by shard as they are sealed, and wait for the next one as
+    long as answers arrive within this time, in seconds; 0: the round must be sealed."""
+    backend: Literal["megatron", "vllm"] = "megatron"
+    """What runs the teacher: megatron-core, or vLLM servers (prompt_logprobs) for teachers that no family covers."""
+    urls: tuple[str, ...] = ()
+    """Base URLs of running vLLM servers of the teacher, for backend vllm; empty: one is launched on this machine."""
+    token_file: str = ""
+    """File with the servers' token, as tools/serve.py keeps it; its owner alone may read it."""
+    concurrency: int = 32
+    """Requests in flight a server of the teacher."""
+
+    def __post_init__(self) -> None:
+        _require_share("max_quarantined", self.max_quarantined)
+        _require(self.follow_seconds >= 0, "follow_seconds", "at least 0", self.follow_seconds, "0 does not follow")
+        _require(not self.urls or self.backend == "vllm", "urls", "empty", list(self.urls), "they go with backend vllm")
+        for name in (
+            "top_k",
+            "seq_length",
+            "concurrency",
+            "micro_batch_size",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+        ):
+            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which answers train (METHOD section 3)."""
+
+    filter: Literal[
+        "delta_ifd", "delta_ifd_lower", "delta_ifd_upper", "student_ifd", "teacher_ifd", "perplexity", "none"
+    ] = "delta_ifd"
+    """delta_ifd: keep lower <= Delta-IFD <= tau, _lower and _upper: one bound alone; student_ifd, teacher_ifd: the same
+    bounds on one model's IFD; perplexity: keep all with a defined IFD, weighted by 1 / the teacher's perplexity; none:
+    keep all with a defined IFD."""
+    lower: float = 0.0
+    """Lower bound of the proximal zone."""
+    tau: float | None = None
+    """Upper bound of the proximal zone; null: the tau_quantile of the first round, frozen from then on."""
+    tau_quantile: float = 0.988
+    """Quantile of the first round's measure that becomes tau."""
+    domain_column: str = ""
+    """Column of the prompts whose values have a tau of their own, by the same quantile; empty: one tau."""
+    cut_by_length: Literal["keep", "drop"] = "keep"
+    """What becomes of answers that were cut at max_tokens; they are counted either way."""
+    prompt_weights: bool = False
+    """Share the weight of one answer among all kept answers of a prompt, so that prompts with more of them do not count
+    more; the mean over all response tokens stays 1."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.tau_quantile <= 1, "tau_quantile", "in (0, 1]", self.tau_quantile, "0.988 is the default")
+        if self.tau is not None:
+            _require(self.tau >= self.lower, "tau", f">= lower ({self.lower})", self.tau, "swap the bounds")
+            _require(not self.domain_column, "tau", "null with domain_column", self.tau, "give tau_quantile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """How kept answers become training rows."""
+
+    seq_length: int = 2048
+    """Tokens of a training row."""
+    segment_align: int = 16
+    """Segments start at multiples of this many tokens; 2 x context-parallel size must divide it."""
+    too_long: Literal["drop", "truncate"] = "drop"
+    """What becomes of samples longer than a row: dropped, or cut at its end where the response has begun by then."""
+
+    def __post_init__(self) -> None:
+        _require(self.segment_align > 0, "segment_align", "at least 1", self.segment_align, "16 is the default")
+        _require(
+            self.seq_length > 0 and self.seq_length % self.segment_align == 0,
+            "seq_length",
+            f"a positive multiple of segment_align ({self.segment_align})",
+            self.seq_length,
+            "round it up",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run of ``pretrain_npd.py``: SFT (kd_alpha 0) or distillation."""
+
+    hf_model: str = ""
+    """Hugging Face directory of the starting weights, configuration and tokenizer."""
+    data_path: str = ""
+    """A packs directory, or a schedule.jsonl that says which packs train from which row on."""
+    save: str = ""
+    """Directory under which checkpoints iter_0000100/ are written; empty: none."""
+    load: str = ""
+    """Directory whose newest whole checkpoint the run starts from while save holds none; empty: hf_model starts it."""
+    save_interval: int = 0
+    """Steps between checkpoints that are kept; 0: only the one at the end."""
+    save_interval_in_mins: float = 10.0
+    """Minutes of training after which one is saved between those; it is removed when the next is whole. 0: none."""
+    log_interval: int = 10
+    """Steps between log lines."""
+    log_entropy: bool = False
+    """Log the student's entropy over the whole vocabulary too, one more operation on the logits."""
+    train_iters: int = 100
+    """Optimizer steps of the whole run; the learning-rate schedule spans them."""
+    exit_at_iteration: int = 0
+    """Stop, with a checkpoint, after this step, and leave the rest to a later call; 0: go on to train_iters."""
+
+    micro_batch_size: int = 1
+    """Rows of one forward-backward pass a data-parallel rank."""
+    global_batch_size: int = 8
+    """Rows of one optimizer step."""
+    global_batch_tokens: int = 0
+    """Tokens of one optimizer step; where given, it sets global_batch_size = global_batch_tokens / row length."""
+    balance_attention: bool = True
+    """Deal a global batch's rows to data-parallel ranks by attention cost, so that they finish together."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share a layer."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks along the sequence."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the depth, under the 1F1B schedule."""
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer state over the data-parallel ranks."""
+
+    kd_alpha: float = 0.9
+    """Weight of KD in (1 - kd_alpha) * CE + kd_alpha * KD; 0 is SFT."""
+    kd_mode: KDMode = "tail"
+    """What becomes of the probability outside the teacher's top-k (METHOD section 2)."""
+    kd_divergence: KDDivergence = "forward_kl"
+    """Divergence of student and teacher; those but forward_kl need kd_mode tail or renorm_both."""
+    kd_beta: float = 0.5
+    """Teacher's share of the mixture in jsd."""
+    kd_skew: float = 0.1
+    """Share of the first distribution in the second one of skew_kl and skew_reverse_kl."""
+    kd_temperature: float = 1.0
+    """Divides both sets of logits in KD, which is multiplied by its square; other than 1 for the renormalised modes."""
+    fused_linear_loss: bool = False
+    """Fuse the output layer into the loss: the logits are never whole, but from forward to backward there is a float32
+    gradient of the output layer's weight."""
+    loss_impl: Literal["auto", "torch", "triton"] = "auto"
+    """Implementation of the loss; auto: triton on CUDA where it is installed, else torch."""
+
+    lr: float = 1e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up, the first with lr / (lr_warmup_iters + 1)."""
+    weight_decay: float = 0.01
+    """AdamW weight decay; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """AdamW first-moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW second-moment decay."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    bf16: bool = False
+    """Train in bfloat16 with float32 main weights rather than in float32."""
+    seed: int = 1234
+    """Seed of the row order (and of dropout, where a model has it)."""
+
+    metrics_path: str = ""
+    """JSONL file of the metrics of each step; empty: metrics.jsonl under save."""
+    tensorboard_dir: str = ""
+    """Directory of TensorBoard event files; empty: none."""
+    wandb_project: str = ""
+    """Weights & Biases project, where one save directory is one run; empty: none. WANDB_MODE=offline works, and its
+    files lie in WANDB_DIR, or under save where that is not set."""
+    wandb_exp_name: str = ""
+    """Weights & Biases run name."""
+    platform: PlatformName = "auto"
+    """Device platform; auto: cuda, npu or cpu, the first that is there."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "train_iters",
+            "micro_batch_size",
+            "global_batch_size",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "log_interval",
+        ):
+            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+        for name in (
+            "save_interval",
+            "save_interval_in_mins",
+            "exit_at_iteration",
+            "global_batch_tokens",
+            "lr_warmup_iters",
+            "clip_grad",
+        ):
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name), "0 switches it off")
+        _require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "0 is SFT, 1 is KD alone")
+        _require(self.lr > 0, "lr", "> 0", self.lr, "give a positive learning rate")
+        _require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr, "lower it")
+        _require(
+            self.lr_warmup_iters < self.train_iters,
+            "lr_warmup_iters",
+            f"< train_iters ({self.train_iters})",
+            self.lr_warmup_iters,
+            "shorten the warm-up",
+        )
+
+    def kd_settings(self) -> dict[str, Any]:
+        """The ``kd_`` fields under the names that the loss and ``ops.arguments.check_objective`` take."""
+        names = ("alpha", "mode", "divergence", "beta", "skew", "temperature")
+        return {name: getattr(self, f"kd_{name}") for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured on held-out prompts, before the run and after each round: the distance from the teacher, and
+    the accuracy where there are reference responses."""
+
+    prompts: str = ""
+    """JSONL or Parquet of problems with reference responses; empty: no accuracy."""
+    answer_regex: str = r"####\s*(-?[0-9.,]+)"
+    """Its first group, at its last match, is the answer, in reference and response alike (GSM8K's form by default);
+    empty: no accuracy, and the prompts need no reference responses."""
+    max_tokens: int = 256
+    """Longest answer, in tokens."""
+    held_out: int = 64
+    """Prompts on which the KL to the teacher, the agreement of the most likely tokens and the response length are
+    measured, and of which the report shows some: of eval.prompts, or else kept from training (at most a tenth); 0:
+    none."""
+    teacher: bool = False
+    """Measure the teacher's accuracy too, once, on a server of its own that is started before the student's."""
+
+    def __post_init__(self) -> None:
+        _require(self.held_out >= 0, "held_out", "at least 0", self.held_out, "0 measures nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPDConfig:
+    """A whole near-policy distillation run (METHOD section 1)."""
+
+    run_dir: str = "runs/npd"
+    """Directory of the run; running again there goes on where it stopped."""
+    teacher: str = ""
+    """Hugging Face directory of the teacher."""
+    student: str = ""
+    """Hugging Face directory of the student to start from."""
+    prompts: str = ""
+    """JSONL or Parquet of prompts (messages or prompt, optional response)."""
+    special_tokens_in_text: bool = False
+    """Take special tokens that users' texts spell (<|im_end|>) for control tokens rather than for text."""
+    updates: int = 1
+    """Refreshes of the rollout servers, spread evenly over the run; there are updates + 1 rounds."""
+    redo: bool = False
+    """Where settings were changed: remove the results that depend on them, and make these anew; else they are named,
+    and the run is refused."""
+    nproc_per_node: int = 1
+    """Processes of the teacher's and trainer's stages on this machine; 1 runs them inside this process."""
+    platform: PlatformName = "auto"
+    """Device platform; auto: cuda, npu or cpu, the first that is there."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Rollout stage."""
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    """Annotation stage."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Selection stage."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    """Packing stage."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training stage; hf_model, data_path, save and load are set by the run."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.updates >= 0, "updates", "at least 0", self.updates, "1 or 2 are the paper's best")
+        _require(
+            self.updates < self.train.train_iters,
+            "updates",
+            f"< train.train_iters ({self.train.train_iters})",
+            self.updates,
+            "a round needs a training step",
+        )
+        _require(self.nproc_per_node > 0, "nproc_per_node", "at least 1", self.nproc_per_node, "1 is a laptop")
+        for name in ("hf_model", "data_path", "save", "load", "exit_at_iteration", "metrics_path"):
+            given = getattr(self.train, name)
+            _require(not given, f"train.{name}", "left to the run", given, "drop it; run_dir says where all of it lies")
+        _require(
+            self.annotate.backend == "megatron" or self.nproc_per_node == 1 or bool(self.annotate.urls),
+            "annotate.urls",
+            "given with backend vllm and several processes",
+            "none",
+            "start the teacher's servers with tools/serve.py",
+        )

@@ -1,0 +1,1 @@
+"""The loop: stages in their order, started, resumed and measured."""

@@ -1,0 +1,1 @@
+"""vLLM servers: started, spoken to, refreshed."""

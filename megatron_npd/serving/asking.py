@@ -1,0 +1,141 @@
+"""Many requests over the servers of a pool at once: retries, probes, and the clearing of a cache that holds NaN."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import httpx
+
+from megatron_npd.log import get_logger
+from megatron_npd.serving.answers import UNDEFINED, Failure, Malformed, check_ids, field, first_of, json_of
+from megatron_npd.serving.server import GENERATE, PROBE
+
+if TYPE_CHECKING:
+    from megatron_npd.serving.pool import ServerPool
+
+Asked = TypeVar("Asked")
+Read = TypeVar("Read")
+CONTROL_TIMEOUT = 60.0  # seconds, of requests that generate at most one token
+_RETRY_DELAYS = (0.2, 1.0)  # seconds, after a connection broke, or an answer that another try may better
+_LONGEST_DELAY = 30.0  # seconds, of what a server may ask for in Retry-After
+_REFUSALS = frozenset(range(400, 500)) - {408, 425, 429}  # what another try would not change
+
+
+class Asking(Generic[Asked, Read]):
+    """One call of ``ServerPool.ask``; arguments as for it."""
+
+    def __init__(
+        self,
+        pool: ServerPool,
+        on_result: Callable[[Asked, Read | Failure], None],
+        body: Callable[[Asked], dict[str, Any]],
+        read: Callable[[Asked, Any, int], Read | Failure],
+    ) -> None:
+        self.pool, self.on_result, self.body, self.read = pool, on_result, body, read
+        self.vocab_size = pool.vocab_size()
+        self.cleared: set[str] = set()  # servers; what they still leave undefined is the model's
+
+    def run(self, requests: Iterable[Asked]) -> None:
+        """Ask until every request has its result."""
+        waiting = iter(requests)
+        while undefined := asyncio.run(self._work(waiting)):
+            for url in (sick := {url for url, _ in undefined}):
+                get_logger().warning("%s gave an undefined log-probability: its cache is cleared", url)
+                self.pool.clear(url)
+            self.cleared |= sick
+            waiting = chain((request for _, request in undefined), waiting)
+
+    async def _work(self, requests: Iterator[Asked]) -> list[tuple[str, Asked]]:
+        """Ask until there is no request or no healthy server left; sick servers and what to ask again."""
+        undefined: list[tuple[str, Asked]] = []
+
+        async def worker(url: str) -> None:
+            # A client of its own: httpx's shared connection pool looks at every connection for every request.
+            async with httpx.AsyncClient(timeout=timeout, **self.pool.client_options()) as client:
+                while all(url != sick for sick, _ in undefined):
+                    try:
+                        request = next(requests)
+                    except StopIteration:
+                        return
+                    result = await self._result(client, url, request)
+                    if isinstance(result, Failure) and result.reason == UNDEFINED and url not in self.cleared:
+                        undefined.append((url, request))
+                    else:
+                        self.on_result(request, result)
+
+        timeout = httpx.Timeout(self.pool.cfg.request_timeout, connect=CONTROL_TIMEOUT)
+        tasks = [asyncio.create_task(worker(url)) for _ in range(self.pool.cfg.concurrency) for url in self.pool.urls]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return undefined
+
+    async def _result(self, client: httpx.AsyncClient, url: str, request: Asked) -> Read | Failure:
+        trouble = ""
+        body = self.body(request)
+        for delay in (*_RETRY_DELAYS, None):
+            asked_for = 0.0
+            try:
+                response = await client.post(url + GENERATE, json=body)
+                if response.status_code == 401:
+                    raise self.pool.unauthorised(url)
+                if response.status_code == 200:
+                    return self.read(request, json_of(response.content), self.vocab_size)
+                trouble = f"{response.status_code}: {detail(response)}"
+                if response.status_code in _REFUSALS:
+                    return Failure(reason="request_failed", detail=trouble)
+                asked_for = _retry_after(response)
+            except httpx.TimeoutException as error:
+                await self._probe(client, url, f"got {words(error)}")
+                return Failure(reason="timeout", detail=f"no answer in {self.pool.cfg.request_timeout:.0f} s")
+            except httpx.RequestError as error:
+                trouble = words(error)
+            except Malformed as error:
+                trouble = f"an answer that is none: {error}"
+            if delay is not None:
+                await asyncio.sleep(max(delay, asked_for))
+        await self._probe(client, url, f"got {trouble}")
+        return Failure(reason="request_failed", detail=trouble)
+
+    async def _probe(self, client: httpx.AsyncClient, url: str, trouble: str) -> None:
+        """Raise UserError unless the server still generates a token: then the request was at fault."""
+        timeout = min(CONTROL_TIMEOUT, self.pool.cfg.request_timeout)
+        try:
+            response = (await client.post(url + GENERATE, json=PROBE, timeout=timeout)).raise_for_status()
+            choice = first_of(field(json_of(response.content), "choices"), "choices")
+            check_ids(field(choice, "token_ids"), self.vocab_size)
+        except httpx.TimeoutException as error:
+            raise self.pool.dead(
+                url, f"must generate, got no token in {timeout:.0f} s: it hangs ({trouble})"
+            ) from error
+        except (httpx.HTTPError, Malformed) as error:
+            raise self.pool.dead(url, f"must generate, {trouble}, then {words(error)}") from error
+
+
+def words(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__} {error}".strip()
+
+
+def detail(response: httpx.Response) -> str:
+    """The start of what a server says, in one line."""
+    return " ".join(response.text.split())[:300]
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds that a server asks to wait, given as a number or as a date, up to a limit."""
+    text = response.headers.get("Retry-After", "0")
+    try:
+        date = email.utils.parsedate_to_datetime(text).timestamp() if not text[:1].isdigit() else None
+        seconds = float(text) if date is None else date - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+    return min(max(seconds, 0.0), _LONGEST_DELAY)

@@ -1,0 +1,287 @@
+"""The rollout servers as one resource: token ids in, token ids and log-probabilities out, over HTTP."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from megatron_npd.config.settings import RolloutConfig
+from megatron_npd.limits import allow_connections
+from megatron_npd.log import UserError
+from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.serving.access import bearer, keep_token, make_token, read_token
+from megatron_npd.serving.answers import (
+    Answer,
+    Failure,
+    Malformed,
+    Request,
+    field,
+    first_of,
+    generate_body,
+    json_of,
+    read_answer,
+)
+from megatron_npd.serving.asking import CONTROL_TIMEOUT, Asking, detail, words
+from megatron_npd.serving.server import GENERATE, PROBE, VLLMServer, start_servers
+
+Asked = TypeVar("Asked")
+Read = TypeVar("Read")
+UNUSABLE = "unusable"  # the version of a server whose weights were left half loaded
+_HASH_DIGITS = 16
+
+
+class ServerPool:
+    """vLLM servers that serve the same policy.
+
+    Args:
+        urls: Their base URLs.
+        cfg: Concurrency and timeouts.
+        servers: Those of them that this process launched; their logs explain a failure, and ``close`` stops them.
+        token: What their requests must carry; empty: what ``cfg.token_file`` holds, if it names one.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], cfg: RolloutConfig, servers: Sequence[VLLMServer] = (), *, token: str = ""
+    ) -> None:
+        if not urls:
+            raise UserError("urls must name at least one vLLM server, got none; start one or leave urls out")
+        self.urls = [url.rstrip("/") for url in urls]
+        self.cfg = cfg
+        self.servers = {server.url: server for server in servers}
+        self.token = token or (read_token(cfg.token_file) if cfg.token_file else "")
+        self._vocab_size = 0
+        self._tls = ssl.create_default_context()  # made once: it reads all certificates
+
+    @classmethod
+    def open(
+        cls, model_dir: str | Path, cfg: RolloutConfig, *, version: str, log_dir: str | Path | None = None
+    ) -> ServerPool:
+        """The servers of ``cfg.urls``, or ``cfg.num_servers`` launched with ``model_dir``, all at the same time.
+
+        Args:
+            model_dir: Hugging Face directory for launched servers; running ones keep what they serve.
+            cfg: Rollout settings; launched servers keep their token in ``cfg.token_file``, if it names one.
+            version: Policy version that launched servers are tagged with.
+            log_dir: Directory of their logs; None: a private one among the temporary files.
+
+        Raises:
+            UserError: ``model_dir`` is a damaged policy, or a server could not be started.
+        """
+        if cfg.urls:
+            return cls(cfg.urls, cfg)
+        if is_sealed(model_dir):  # a flipped bit loads silently
+            read_manifest(model_dir)
+        token = keep_token(cfg.token_file) if cfg.token_file else make_token()
+        servers = [
+            VLLMServer(model_dir, cfg, log_dir=log_dir, index=index, token=token) for index in range(cfg.num_servers)
+        ]
+        start_servers(servers, version=version)
+        return cls([server.url for server in servers], cfg, servers, token=token)
+
+    def close(self) -> None:
+        """Stop the servers that were launched for this pool."""
+        for server in self.servers.values():
+            server.stop()
+
+    def __enter__(self) -> ServerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def control(
+        self,
+        url: str,
+        path: str,
+        *,
+        body: Any = None,
+        params: dict[str, str] | None = None,
+        method: str = "POST",
+        timeout: float = CONTROL_TIMEOUT,
+    ) -> Any:
+        """Call one server's endpoint and return its JSON value.
+
+        Raises:
+            UserError: No answer within ``timeout`` seconds, or one that is not 2xx or no JSON.
+        """
+        try:
+            with httpx.Client(timeout=timeout, **self.client_options()) as client:
+                response = client.request(method, url + path, json=body, params=params)
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            raise self.dead(url, f"must answer {path}, got {words(error)}") from error
+        if response.status_code == 404:
+            raise UserError(
+                f"the server {url} must have {path}, got 404; start it with tools/serve.py, or with "
+                "VLLM_SERVER_DEV_MODE=1 and the arguments that serving/server.py gives it"
+            )
+        if response.status_code == 401:
+            raise self.unauthorised(url)
+        if not response.is_success:
+            raise UserError(f"the server {url} must accept {path}, got {response.status_code}: {detail(response)}")
+        try:
+            return json_of(response.content or b"{}")
+        except Malformed as error:
+            raise UserError(f"the server {url} must answer {path} in JSON, got {error}; restart it") from error
+
+    def call_worker(self, url: str, method: str, *args: str, timeout: float = CONTROL_TIMEOUT) -> dict[str, Any]:
+        """Call a method of the worker extension in every worker of a server; what all of them answer, or the first.
+
+        Raises:
+            UserError: A worker reports an error, the workers hold different weights, or there is no such method.
+        """
+        call = {"method": method, "args": args}
+        try:
+            answers = field(self.control(url, "/collective_rpc", body=call, timeout=timeout), "results")
+            first = first_of(answers, "results")
+            for answer in answers:
+                if not isinstance(answer, dict):
+                    raise Malformed(f"{str(answer)[:100]} in place of an object")
+                if "error" in answer:
+                    raise UserError(f"the server {url} must do {method}, got: {answer['error']}")
+                if answer.get("weights") != first.get("weights"):
+                    raise UserError(f"the workers of {url} must hold the same weights, got several; refresh it again")
+        except Malformed as error:
+            raise UserError(f"the server {url} must do {method}, got {error}; restart it") from error
+        return first
+
+    def tag(self, url: str) -> str:
+        """What a server marks its answers with: policy version, a hyphen, and the hash of the weights."""
+        return str(self._told(url, "/weight_info", lambda told: field(told, "weight_version")))
+
+    def version(self, url: str) -> str:
+        """The policy version that a server marks its answers with."""
+        return self.tag(url).rpartition("-")[0] or self.tag(url)
+
+    def vocab_size(self) -> int:
+        """Size of the served model's vocabulary."""
+        if not self._vocab_size:
+            told = self.call_worker(self.urls[0], "npd_describe").get("vocab_size")
+            if type(told) is not int or told < 1:
+                raise UserError(f"the server {self.urls[0]} must tell its vocabulary, got {told!r}; restart it")
+            self._vocab_size = told
+        return self._vocab_size
+
+    def check(self, *, version: str | None = None) -> str:
+        """See that every server generates tokens, has the context of ``cfg.max_model_len`` and the policy ``version``.
+
+        Returns:
+            What all of them mark their answers with: the version and the hash of the same weights.
+
+        Raises:
+            UserError: One of them does not, or they differ.
+        """
+        tags: dict[str, str] = {}
+        for url in self.urls:
+            context = self._told(
+                url, "/v1/models", lambda told: field(first_of(field(told, "data"), "data"), "max_model_len")
+            )
+            if type(context) is not int or context < self.cfg.max_model_len:
+                raise UserError(
+                    f"the context of {url} must be at least max_model_len ({self.cfg.max_model_len}), got "
+                    f"{context}; lower max_model_len or restart the server"
+                )
+            tags[url] = self.tag(url)
+            got, _, weights = tags[url].rpartition("-")
+            if version is not None and (got or weights) != version:
+                raise UserError(
+                    f"the server {url} must serve policy {version}, got {got or weights}; load it first: "
+                    f"tools/refresh.py --urls {url} --policy DIR --version {version}"
+                )
+            if weights == UNUSABLE:
+                raise UserError(
+                    f"the server {url} must hold whole weights, got a refresh that failed half-way; refresh it with a "
+                    "good policy or restart it"
+                )
+            if not got or len(weights) != _HASH_DIGITS:
+                raise UserError(
+                    f"the server {url} must say which weights it holds, got {tags[url]}; start it with tools/serve.py, "
+                    f"or load them: tools/refresh.py --urls {url} --policy DIR --version v0000"
+                )
+            if tags[url] != tags[self.urls[0]]:
+                raise UserError(
+                    f"all servers must hold the same weights, got {tags[url]} on {url} and {tags[self.urls[0]]} on "
+                    f"{self.urls[0]}; load one policy on all of them with tools/refresh.py"
+                )
+            self.control(url, GENERATE, body=PROBE)
+        return tags[self.urls[0]]
+
+    def run(self, requests: Iterable[Request], on_result: Callable[[Request, Answer | Failure], None]) -> None:
+        """Generate all answers, ``cfg.concurrency`` at a time on each server, whichever is free taking the next.
+
+        What comes back without sense is asked for again, a moment later. An undefined log-probability says that NaN
+        lies in the server's cache or weights: once everything else that it works on is done, its cache is cleared, and
+        the request is asked again; from a server that was cleared it is a failure.
+
+        Args:
+            requests: In the order to start them; drawn from as servers become free.
+            on_result: Called once for each request, in the order of arrival.
+
+        Raises:
+            UserError: A server died or hangs; ``on_result`` has been called for everything that had arrived.
+        """
+        self.ask(requests, on_result, body=generate_body, read=read_answer)
+
+    def ask(
+        self,
+        requests: Iterable[Asked],
+        on_result: Callable[[Asked, Read | Failure], None],
+        *,
+        body: Callable[[Asked], dict[str, Any]],
+        read: Callable[[Asked, Any, int], Read | Failure],
+    ) -> None:
+        """``run`` for requests and answers of any form.
+
+        Args:
+            requests: What is asked for, in the order to start them.
+            on_result: Called once for each, in the order of arrival.
+            body: The JSON object that is sent for one.
+            read: What is made of the JSON value that comes back for one, given the size of the vocabulary; it raises
+                Malformed for what should be asked again.
+
+        Raises:
+            UserError: As for ``run``, or the system allows too few open files for that many requests in flight.
+        """
+        allow_connections(len(self.urls) * self.cfg.concurrency)
+        Asking(self, on_result, body, read).run(requests)
+
+    def clear(self, url: str) -> None:
+        """Let a server forget everything that it computed of earlier tokens, between two requests."""
+        self.control(url, "/pause", params={"mode": "wait"}, timeout=max(600.0, self.cfg.request_timeout))
+        try:
+            self.call_worker(url, "npd_clear")
+            self.forget_prefixes(url)
+        finally:
+            self.control(url, "/resume")
+
+    def forget_prefixes(self, url: str) -> None:
+        """Drop the prefix cache of a paused server; raise UserError if it keeps it."""
+        if self.control(url, "/reset_prefix_cache") != {"success": True}:
+            raise UserError(f"the server {url} must drop its prefix cache of the old weights, got a refusal")
+
+    def client_options(self) -> dict[str, Any]:
+        """What every client of these servers is made with; no proxy comes in between."""
+        return {"verify": self._tls, "trust_env": False, "headers": bearer(self.token)}
+
+    def _told(self, url: str, path: str, read: Callable[[Any], Any]) -> Any:
+        """A part of what a server tells of itself."""
+        try:
+            return read(self.control(url, path, method="GET"))
+        except Malformed as error:
+            raise UserError(f"the server {url} must answer {path}, got {error}; restart it") from error
+
+    def unauthorised(self, url: str) -> UserError:
+        """The error for a server that does not take our token."""
+        what = "another one" if self.token else "none"
+        return UserError(
+            f"requests to {url} must carry its token, got {what}; give --token-file, the file that tools/serve.py names"
+        )
+
+    def dead(self, url: str, what: str) -> UserError:
+        """The error for a server in trouble."""
+        if url in self.servers:
+            return self.servers[url].failure(what)
+        return UserError(f"the vLLM server {url} {what}; look at its log and restart it, then run the same again")

@@ -1,0 +1,1 @@
+"""The annotation store, and what feeds it."""

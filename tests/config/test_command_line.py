@@ -1,0 +1,166 @@
+"""Command lines and recipes with mistakes in them: each is one line that says what was meant, and where it stands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from megatron_npd.config.command_line import CommandParser, parse_config
+from megatron_npd.config.settings import NPDConfig, RolloutConfig
+from megatron_npd.log import UserError
+from tools.preprocess_data import PreprocessConfig
+from tools.rollout import RolloutCommand
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def refusal(*argv: str, cls: type = NPDConfig) -> str:
+    with pytest.raises(UserError) as error:
+        parse_config(cls, argv)
+    message = str(error.value)
+    assert "\n" not in message and "class '" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--trian.lr", "3"], "unknown option --trian.lr; did you mean --train.lr? ("),
+        (["--train.learning-rate=3"], "unknown option --train.learning_rate ("),
+        (["--rollouts.urls=a"], "unknown option --rollouts.urls; did you mean --rollout.urls? ("),
+        (["--sampled-paths=3"], "unknown option --sampled_paths; did you mean --rollout.sampled_paths? ("),
+        (["--train.lr", "foo"], "--train.lr must be a number, got foo; "),
+        (["--train.lr"], "--train.lr must have a value, got none; "),
+        (["--train.bf16=3"], "--train.bf16 must be true or false, got 3; "),
+        (["--updates=1.5"], "--updates must be an integer, got 1.5; "),
+        (
+            ["--train.kd-mode=tial"],
+            "--train.kd_mode must be one of tail, truncated, renorm_teacher, ",
+        ),
+        (["recipe.yaml"], "arguments must be flags with their values, got recipe.yaml; "),
+        (["--config", "/nowhere.yaml"], "--config must be a YAML file, got /nowhere.yaml (["),
+        (["--config", str(ROOT)], f"--config must be a YAML file, got {ROOT} (["),
+    ],
+)
+def test_flags(argv: list[str], words: str) -> None:
+    assert refusal(*argv).startswith(words)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--input", "a.jsonl", "b.parquet", "--out", "x"],
+        ["--out=x", "--input=a.jsonl,b.parquet"],
+        ["--input=a.jsonl", "b.parquet", "--out=x"],
+        ["--input", "a.jsonl,", "b.parquet", "--out=x"],
+        ["--out", "x", "--input", "[a.jsonl, b.parquet]"],
+    ],
+)
+def test_a_list_is_written_apart_with_commas_or_in_brackets(argv: list[str]) -> None:
+    cfg = parse_config(PreprocessConfig, [*argv, "--vocab-size", "9"])
+    assert cfg.input == ("a.jsonl", "b.parquet") and cfg.out == "x"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    """Lists of other types, and nested."""
+
+    taus: tuple[float, ...] = ()
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+def test_lists_of_numbers_and_nested_lists_are_written_the_same_way() -> None:
+    cfg = parse_config(Lists, ["--taus", "0.1", "0.2", "--rollout.urls", "http://a:1", "http://b:2"])
+    assert cfg == Lists(taus=(0.1, 0.2), rollout=RolloutConfig(urls=("http://a:1", "http://b:2")))
+
+
+def test_a_flag_that_must_be_given() -> None:
+    assert refusal("--out=x", cls=RolloutCommand).startswith("--prompts must be given, got no value; ")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("updates: 1\ntrain:\n  trian_iters: 3\n", 3, "train.trian_iters is unknown; did you mean train.train_iters?"),
+        ("updates: 1\nlr: 1.0\n", 2, "lr is unknown; did you mean train.lr?"),
+        ("train:\n  lr: 1e-4\nrolout:\n  max_tokens: 3\n", 3, "rolout is unknown; did you mean rollout?"),
+        ("updates: 1\ntrain:\n  lr: bar\n", 3, "train.lr must be a number, got bar; "),
+        ("# a remark\ntrain:\n\n  kd_alpha: 7\n", 4, "kd_alpha must be in [0, 1], got 7.0; 0 is SFT, 1 is KD alone"),
+        ("train: 3\n", 1, "train must hold fields, indented below it, got none; "),
+        ("updates: 1\nselect:\ntrain:\n  lr: 1.0\n", 2, "select must hold fields, indented below it, got none; "),
+        ("updates: 1\ntrain:\n  lr: 1.0\nupdates: 2\n", 4, "updates must be given once, got it at "),
+        ("train.lr: 1.0\ntrain:\n  lr: 2.0\n", 3, "train.lr must be given once, got it at "),
+        ("updates: 1\na: b: c\n", 2, "must be YAML, got: mapping values are not allowed"),
+        ("updates: 1\ntrain:\n  lr: [\n", 4, "must be YAML, got: expected the node content"),
+    ],
+)
+def test_a_recipe(tmp_path: Path, text: str, line: int, words: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    message = refusal("--config", str(recipe))
+    assert message.startswith(f"{recipe} line {line}") and words in message
+    assert refusal(f"--config={recipe}") == message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "just text\n", "\x00"])
+def test_a_recipe_without_fields(tmp_path: Path, text: str) -> None:
+    (recipe := tmp_path / "recipe.yaml").write_text(text)
+    assert str(recipe) in refusal("--config", str(recipe))
+
+
+def test_a_flag_is_blamed_where_it_overrides_the_recipe(tmp_path: Path) -> None:
+    (recipe := tmp_path / "recipe.yaml").write_text("train:\n  lr: 1.0\n  kd_alpha: 0.5\n")
+    assert refusal("--config", str(recipe), "--train.lr=x").startswith("--train.lr must be")
+    assert refusal("--config", str(recipe), "--train.kd-alpha=7").startswith("kd_alpha must be")
+    assert parse_config(NPDConfig, ["--config", str(recipe), "--train.lr=2"]).train.lr == 2.0
+
+
+def test_merged_fields_of_a_recipe_are_read(tmp_path: Path) -> None:
+    (recipe := tmp_path / "recipe.yaml").write_text("train: &t\n  lr: 1.0\n  <<: {kd_alpha: 0.5}\n")
+    assert parse_config(NPDConfig, ["--config", str(recipe)]).train.kd_alpha == 0.5
+
+
+def test_commands_with_arguments_that_are_no_fields() -> None:
+    parser = CommandParser(prog="verify.py")
+    parser.add_argument("run")
+    parser.add_argument("--full", action="store_true")
+    for argv, words in [
+        (["run", "--ful"], "unknown option --ful; did you mean --full? ("),
+        ([], "run must be given, got no value; "),
+        (["a", "b"], "arguments must be flags with their values, got b; "),
+    ]:
+        with pytest.raises(UserError) as error:
+            parser.parse_args(argv)
+        assert str(error.value).startswith(words)
+    assert parser.parse_args(["run", "--full"]).full
+
+
+@pytest.mark.parametrize("tool", ["pretrain_npd.py", *(f"tools/{path.name}" for path in ROOT.glob("tools/[a-z]*.py"))])
+def test_no_command_answers_a_mistake_with_its_usage(tool: str) -> None:
+    """Every command, before it imports anything heavy: an import of torch would fail here."""
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = ['{tool}', '--nonsense']; sys.path[0] = 'tools'; "
+    code += f"import runpy; runpy.run_path('{tool}', run_name='__main__')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == f"error: unknown option --nonsense ({tool} --help lists all)\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--server-args=--tensor-parallel-size,2"],
+        ["--server-args=[--tensor-parallel-size, 2]"],
+        ['--server-args=["--tensor-parallel-size", "2"]'],
+        ["--server-args=--tensor-parallel-size", "2"],
+    ],
+)
+def test_items_of_a_list_of_texts_may_look_like_numbers(argv: list[str]) -> None:
+    assert parse_config(RolloutConfig, argv).server_args == ("--tensor-parallel-size", "2")

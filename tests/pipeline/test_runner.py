@@ -1,0 +1,270 @@
+"""The whole loop on real engines, small: stop it anywhere, start it again, and the result is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import EvalConfig, NPDConfig
+from megatron_npd.data.row_schedule import load_schedule
+from megatron_npd.log import UserError
+from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.platform import get_platform
+from megatron_npd.records import ROLLOUTS_FILE
+from megatron_npd.serving.pool import ServerPool
+from megatron_npd.serving.refresh import refresh
+from tests.helpers import make_tiny_model
+
+get_platform("cpu")
+
+pytestmark = pytest.mark.server
+
+from megatron_npd.audit.verify import verify_run  # noqa: E402
+from megatron_npd.pipeline import evaluation
+from megatron_npd.pipeline import runner as controller  # noqa: E402
+
+NOT_MEASURED = EvalConfig(held_out=0)
+STAGES = ("generate_round", "select_round", "pack_selection")
+
+
+@pytest.fixture(scope="module")
+def recipe(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, served_pool: ServerPool, token_file: Path
+) -> Iterator[NPDConfig]:
+    root = tmp_path_factory.mktemp("loop")
+    teacher = make_tiny_model(root / "teacher", seed=1, num_hidden_layers=3)
+    for name, count, first in (("prompts", 12, 0), ("test", 4, 50)):
+        lines = [
+            {"prompt": f"Tom has {n} apples and buys 7 more. How many?", "response": f"#### {n + 7}"}
+            for n in range(first, first + count)
+        ]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = {
+        "run_dir": root / "undisturbed",
+        "teacher": teacher,
+        "student": tiny_model_dir,
+        "prompts": root / "prompts.jsonl",
+        "eval.prompts": root / "test.jsonl",
+        "eval.max_tokens": 8,
+        "rollout.urls": json.dumps(served_pool.urls),
+        "rollout.token_file": token_file,
+        "rollout.max_tokens": 12,
+        "rollout.max_model_len": 128,
+        "rollout.shard_size": 16,
+        "annotate.seq_length": 256,
+        "annotate.top_k": 4,
+        "select.filter": "none",
+        "pack.seq_length": 256,
+        "train.train_iters": 4,
+        "train.global_batch_size": 2,
+        "train.lr": 1e-3,
+        "platform": "cpu",
+    }
+    yield parse_config(NPDConfig, [f"--{name}={value}" for name, value in flags.items()])
+    refresh(served_pool, tiny_model_dir, "v0000")  # as other tests expect to find it
+
+
+def weights(run: Path, version: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "policies" / version / "model.safetensors")
+
+
+def test_two_rounds_and_a_report(recipe: NPDConfig) -> None:
+    table = controller.run_npd(recipe)
+    run = Path(recipe.run_dir)
+    for line, name in zip(controller.results(recipe).splitlines(), ("policy", "report"), strict=True):
+        assert line.split()[0] == name and Path(line.split()[1]).exists()
+    for index in (0, 1):
+        for stage in ("rollouts", "annotations", "selection", "packs"):
+            manifest = read_manifest(run / "rounds" / f"{index:04d}" / stage)
+            books = manifest.counts
+            assert books["in"] == books["kept"] + sum(books["quarantined"].values()) + books.get("pending", 0), stage
+        rollouts = read_manifest(run / "rounds" / f"{index:04d}" / "rollouts")
+        assert rollouts.provenance["policy_version"] == f"v{index:04d}"
+    assert [entry.from_row for entry in load_schedule(run / "schedule.jsonl")] == [0, 4]
+    metrics = [json.loads(line) for line in (run / "report" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in metrics] == [1, 2, 3, 4]
+    assert [line["round"] for line in metrics] == [0, 0, 1, 1]
+    assert all(line["lag_k3"] is not None for line in metrics)
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    assert summary["accuracy"]["start"] is not None and len(summary["accuracy"]["rounds"]) == 2
+    assert (run / "report" / "report.html").stat().st_size > 10_000
+    assert table.strip()
+    checked = verify_run(run)
+    assert checked.problems == [] and "held_out/rounds/0002/annotations" in {row[0] for row in checked.rows}
+    assert not torch.equal(
+        weights(run, "v0001")["model.norm.weight"],
+        load_file(Path(recipe.student) / "model.safetensors")["model.norm.weight"],
+    )
+
+
+def test_a_finished_run_repeats_nothing(recipe: NPDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a finished stage was repeated")
+
+    for name in STAGES:
+        monkeypatch.setattr(controller, name, forbidden)
+    monkeypatch.setattr(evaluation, "exact_match", forbidden)
+    monkeypatch.setattr(controller, "record_environment", forbidden)  # with what it was computed stays as it was
+    controller.run_npd(recipe)
+
+
+def test_the_distance_from_the_teacher_is_that_of_transformers(recipe: NPDConfig) -> None:
+    """Before the run and after each round: KL(student || teacher) and agreement, from the two models' own logits."""
+    run = Path(recipe.run_dir)
+    measures = evaluation.read_measures(run)
+    assert [entry["policy"] for entry in measures] == [0, 1, 2]
+    policies = [Path(recipe.student), *(run / "policies" / f"v000{index}" for index in (1, 2))]
+    for entry, policy in zip(measures, policies, strict=True):
+        models = [AutoModelForCausalLM.from_pretrained(path) for path in (policy, recipe.teacher)]
+        (shard,) = (run / "held_out" / "rounds" / f"{entry['policy']:04d}" / "rollouts").glob("shard-*")
+        rows = pq.read_table(shard / ROLLOUTS_FILE).to_pylist()
+        assert len(rows) == 8 and entry["prompts"] == 4
+        kl: list[float] = []
+        agreed: list[bool] = []
+        for row in rows:
+            ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+            first, response = len(row["prompt_ids"]), ids[0, len(row["prompt_ids"]) :]
+            with torch.no_grad():
+                own, teachers = (model(ids).logits[0, first - 1 : -1].log_softmax(-1) for model in models)
+            if row["path"]:
+                kl += (own - teachers).gather(1, response[:, None]).flatten().tolist()
+            else:
+                agreed += (own.argmax(-1) == teachers.argmax(-1)).tolist()
+        assert entry["kl"] == pytest.approx(sum(kl) / len(kl), abs=1e-4)
+        assert entry["top1_agreement"] == pytest.approx(sum(agreed) / len(agreed))
+        assert entry["response_tokens"] == pytest.approx(sum(len(row["response_ids"]) for row in rows) / 8)
+        assert entry["cut"] == sum(row["finish_reason"] == "length" for row in rows) / 8
+        assert 0 < entry["kl_error"] < entry["kl"]
+
+
+def test_samples_are_the_greedy_responses_of_each_policy(recipe: NPDConfig) -> None:
+    samples = evaluation.read_samples(Path(recipe.run_dir), recipe.student, number=2)
+    assert len(samples) == 2 and "buys 7 more" in samples[0]["prompt"]
+    for sample in samples:
+        assert [response["policy"] for response in sample["responses"]] == [0, 1, 2]
+        assert all(response["tokens"] <= 12 for response in sample["responses"])
+
+
+def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
+    """Another process annotates shards while this one generates; the store is the undisturbed run's."""
+    undisturbed = Path(recipe.run_dir)
+    cfg = dataclasses.replace(
+        recipe,
+        run_dir=str(undisturbed.with_name("followed")),
+        updates=0,
+        eval=NOT_MEASURED,
+        annotate=dataclasses.replace(recipe.annotate, follow_seconds=120.0),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controller._Loop, "_annotate", None)  # this process has no part in it
+        controller.run_npd(cfg)
+    for file in sorted((undisturbed / "rounds/0000/annotations").rglob("[!.]*.*")):
+        other = Path(cfg.run_dir) / file.relative_to(undisturbed)
+        assert other.read_bytes() == file.read_bytes(), file
+    stages = [json.loads(line)["stage"] for line in (Path(cfg.run_dir) / "report/seconds.jsonl").open()]
+    assert stages.index("rollout") < stages.index("annotate") < stages.index("select")
+
+
+@pytest.mark.parametrize("stage", ["_annotate", "_train", "_export", "_measure"])
+def test_a_run_stopped_in_its_second_round_ends_the_same(
+    recipe: NPDConfig, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Path(recipe.run_dir)
+    cfg = dataclasses.replace(recipe, run_dir=str(undisturbed.with_name(f"stopped{stage}")))
+    if stage != "_measure":
+        cfg = dataclasses.replace(cfg, eval=NOT_MEASURED)
+    original = getattr(controller._Loop, stage)
+    calls = []
+
+    def stopped(self: Any, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(controller._Loop, stage, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            controller.run_npd(cfg)
+    assert not is_sealed(Path(cfg.run_dir) / "policies" / "v0002")
+    if stage != "_measure":  # the first round's report is there when the second one begins
+        assert "in the first of 2 rounds" in (Path(cfg.run_dir) / "report" / "report.html").read_text()
+    controller.run_npd(cfg)
+    expected, got = weights(undisturbed, "v0002"), weights(Path(cfg.run_dir), "v0002")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+    if stage == "_measure":
+        for entry, other in zip(*map(evaluation.read_measures, (undisturbed, Path(cfg.run_dir))), strict=True):
+            assert other == pytest.approx(entry, abs=1e-4)
+
+
+def test_another_configuration_is_refused(recipe: NPDConfig) -> None:
+    changed = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, lr=2e-3))
+    with pytest.raises(UserError, match=r"train\.lr: 0\.001 -> 0\.002"):
+        controller.run_npd(changed)
+
+
+def test_a_lower_learning_rate_after_the_teacher_s_work(recipe: NPDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped before its first step, a run takes another rate; once steps were made with it, only when asked to."""
+    run = Path(recipe.run_dir).with_name("lower")
+    cfg = dataclasses.replace(recipe, run_dir=str(run), updates=0, eval=dataclasses.replace(recipe.eval, prompts=""))
+
+    def lower(lr: float, **fields: Any) -> NPDConfig:
+        return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, lr=lr), **fields)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def rates() -> list[float]:
+        return [json.loads(line)["lr"] for line in (run / "report" / "metrics.jsonl").read_text().splitlines()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(controller._Loop, "_train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            controller.run_npd(cfg)
+    controller.run_npd(lower(5e-4))
+    assert len(rates()) == 4 and max(rates()) == 5e-4
+    first = weights(run, "v0001")
+    with pytest.raises(UserError, match=r"checkpoints/iter_0000004, policies/v0001; .*--redo"):
+        controller.run_npd(lower(2e-4))
+    made = (run / "rounds/0000/packs/manifest.json").stat().st_mtime_ns
+    controller.run_npd(lower(2e-4, redo=True))
+    assert len(rates()) == 4 and max(rates()) == 2e-4
+    assert (run / "rounds/0000/packs/manifest.json").stat().st_mtime_ns == made, "what does not depend on it stays"
+    assert not torch.equal(weights(run, "v0001")["model.norm.weight"], first["model.norm.weight"])
+
+
+def test_seconds_go_on_behind_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "report" / "seconds.jsonl"
+    with controller.timed(tmp_path, "rollout", 0):
+        pass
+    path.write_text(path.read_text() + '{"stage": "tr')
+    with controller.timed(tmp_path, "train", 0):
+        pass
+    assert [json.loads(line)["stage"] for line in path.read_text().splitlines()] == ["rollout", "train"]
+
+
+@pytest.mark.parametrize(("field", "match"), [("teacher", "--teacher must be"), ("prompts", "--prompts must be")])
+def test_missing_inputs_are_named(recipe: NPDConfig, field: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        controller.run_npd(dataclasses.replace(recipe, **{field: "/nowhere"}))
+
+
+def test_models_of_other_vocabularies_are_refused(recipe: NPDConfig, tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="must share their token ids, got 2 that differ"):
+        controller.run_npd(dataclasses.replace(recipe, teacher=str(other), run_dir=str(tmp_path / "run")))
