@@ -173,9 +173,9 @@ def _write_shard(
         "policy_version": ["v0000"] * N,
         "on_distribution": np.ones(N, bool),
         "teacher_loss": alone * rng.uniform(0.5, 0.9, N).astype(np.float32),
-        "teacher_loss_alone": alone,
+        "teacher_loss_unconditional": alone,
         "student_loss": alone * rng.uniform(0.2, 0.6, N).astype(np.float32),
-        "student_loss_alone": alone,
+        "student_loss_unconditional": alone,
         "teacher_logprobs": pa.ListArray.from_arrays(
             starts.astype(np.int32), records["logprobs"][:, 0].astype(np.float32)
         ),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 
 def require_device(device: str) -> None:

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 
 def allow_connections(count: int) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 # What stages write, in a run's directory.
 PARTS = ("prompts", "eval_prompts", "held_out", "rounds", "schedule.jsonl", "checkpoints", "policies")

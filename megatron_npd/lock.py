@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 LOCK = ".lock"
 _held: dict[Path, bytes] = {}  # lock file -> what it must say
@@ -39,13 +39,13 @@ def _start() -> dict[str, str]:
 
 
 @contextmanager
-def hold_lock(directory: str | Path, *, name: str = LOCK, believe: bool = True) -> Iterator[None]:
+def hold_lock(directory: str | Path, *, name: str = LOCK, trust_remote_holder: bool = True) -> Iterator[None]:
     """Hold ``directory/.lock``; a dead holder's is taken over.
 
     Args:
         directory: It must exist.
         name: Of the lock file, where it is for a part of the directory alone.
-        believe: Stop for a holder on another machine whose lock the kernel gives out. False where what is written is
+        trust_remote_holder: Stop for a holder on another machine whose lock the kernel gives out. False where what is written is
             safe without, and a job that starts again elsewhere must not wait for a hand.
 
     Raises:
@@ -70,7 +70,7 @@ def hold_lock(directory: str | Path, *, name: str = LOCK, believe: bool = True) 
         elsewhere = not any(before.get(name) == value != "" for name, value in here.items())
         # Slurm starts a job anew, maybe on other nodes, when nothing of its earlier starts is alive.
         requeued = start and before.get("job") == start["job"] and before.get("start") != start["start"]
-        if believe and before.get("pid") and elsewhere and not requeued:
+        if trust_remote_holder and before.get("pid") and elsewhere and not requeued:
             raise UserError(
                 f"{directory} must have one writer, got a second one beside {_words(before)}; if that one is gone, "
                 f"remove {path} and rerun"

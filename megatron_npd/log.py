@@ -1,4 +1,4 @@
-"""Logging, progress bars and the error class that users see without a traceback."""
+"""Logging, progress bars, and how a command ends."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from megatron_npd.errors import UserError
 from megatron_npd.lifeline import end_with_starter, has_starter
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend: bad input, configuration or environment.
-
-    The message says ``what must be rule, got value; remedy`` and names file and record. ``run_main`` prints it
-    without a traceback. Our own bugs are ``assert``s and other exceptions, and keep their traceback.
-    """
 
 
 class _Formatter(logging.Formatter):

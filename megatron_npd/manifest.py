@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_npd.errors import UserError
 from megatron_npd.links import link_in_words, refuse_links_beside
 from megatron_npd.lock import LOCK, check_lock, hold_lock
-from megatron_npd.log import UserError
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from megatron_npd.config.settings import TrainConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, is_sealed
 
 

@@ -72,9 +72,9 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("policy_version", pa.string(), nullable=False),
         pa.field("on_distribution", pa.bool_(), nullable=False),  # sampled at temperature 1, top_p 1: lag is defined
         pa.field("teacher_loss", pa.float32(), nullable=False),  # L(y|x), mean nats a token
-        pa.field("teacher_loss_alone", pa.float32(), nullable=False),  # L(y)
+        pa.field("teacher_loss_unconditional", pa.float32(), nullable=False),  # L(y)
         pa.field("student_loss", pa.float32(), nullable=False),
-        pa.field("student_loss_alone", pa.float32(), nullable=False),
+        pa.field("student_loss_unconditional", pa.float32(), nullable=False),
         pa.field("teacher_logprobs", _FLOATS, nullable=False),  # of the response's own tokens, fp32
     ]
 )

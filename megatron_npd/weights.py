@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -10,8 +10,8 @@ import pytest
 from megatron_npd.audit.verify import verify_run
 from megatron_npd.config.settings import NPDConfig
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
+from megatron_npd.errors import UserError
 from megatron_npd.links import PARTS, refuse_links
-from megatron_npd.log import UserError
 from megatron_npd.manifest import seal, writing
 from megatron_npd.pipeline import runner as controller
 from tests.audit.test_verify import whole  # noqa: F401  (a fixture)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npd.log import UserError, get_logger, run_main, wrote
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger, run_main, wrote
 
 ROOT = Path(__file__).resolve().parents[1]
 

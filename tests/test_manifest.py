@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_npd import lock, manifest
+from megatron_npd.errors import UserError
 from megatron_npd.lock import LOCK
-from megatron_npd.log import UserError
 from megatron_npd.manifest import (
     MANIFEST,
     PART,
@@ -288,7 +288,7 @@ def test_a_writer_on_another_machine_is_believed_until_its_lock_is_removed(tmp_p
         (out / LOCK).write_text(json.dumps(there | {known: lock._machine()[known]}))
         make(out)
     (out / LOCK).write_text(json.dumps(there))
-    with lock.hold_lock(out, believe=False):  # as the trainer holds it
+    with lock.hold_lock(out, trust_remote_holder=False):  # as the trainer holds it
         assert json.loads((out / LOCK).read_text())["pid"] == os.getpid()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.paths import check_out_dir, check_sealed
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.models.hf_checkpoint import HFCheckpoint
 from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, model_fingerprint, read_weights
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.errors import UserError
+from megatron_npd.log import run_main, wrote
 from megatron_npd.paths import check_model_dir, check_out_dir, check_sealed, latest_checkpoint
 from megatron_npd.platform import get_platform
 

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import EvalConfig, RolloutConfig
-from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.errors import UserError
+from megatron_npd.log import run_main, wrote
 from megatron_npd.manifest import is_sealed
 from megatron_npd.serving.pool import ServerPool
 

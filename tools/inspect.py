@@ -16,7 +16,8 @@ else:
     from pathlib import Path
 
     from megatron_npd.config.command_line import CommandParser
-    from megatron_npd.log import UserError, run_main, wrote
+    from megatron_npd.errors import UserError
+    from megatron_npd.log import run_main, wrote
     from megatron_npd.manifest import read_manifest
     from megatron_npd.platform import get_platform
 

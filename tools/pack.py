@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import PackConfig, PlatformName
-from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.errors import UserError
+from megatron_npd.log import run_main, wrote
 from megatron_npd.manifest import is_sealed
 from megatron_npd.platform import get_platform
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.log import UserError, run_main, wrote
+from megatron_npd.errors import UserError
+from megatron_npd.log import run_main, wrote
 
 
 @dataclass(frozen=True, kw_only=True)

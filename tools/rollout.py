@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import RolloutConfig
-from megatron_npd.log import UserError, get_logger, run_main, wrote
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger, run_main, wrote
 from megatron_npd.rollout.generate import finished_round, generate_round
 from megatron_npd.serving.pool import ServerPool
 

@@ -12,7 +12,8 @@ else:
 
     from megatron_npd.config.command_line import parse_config
     from megatron_npd.config.settings import PlatformName, SelectConfig
-    from megatron_npd.log import UserError, run_main, wrote
+    from megatron_npd.errors import UserError
+    from megatron_npd.log import run_main, wrote
     from megatron_npd.platform import get_platform
 
     @dataclass(frozen=True, kw_only=True)
@@ -42,11 +43,11 @@ else:
     def main(argv: Sequence[str] | None = None) -> None:
         config = parse_config(SelectToolConfig, argv, description=__doc__ or "")
         get_platform(config.platform)
-        from megatron_npd.selection.select import frozen_taus, select_round, what_if
+        from megatron_npd.selection.select import dry_run, frozen_taus, select_round
 
         prompts = config.prompts or None
         if config.dry_run:
-            rows = what_if(config.annotations, config, config.taus, prompts_dir=prompts)
+            rows = dry_run(config.annotations, config, config.taus, prompts_dir=prompts)
             print(
                 f"{'tau':>10} {'below lower':>12} {'inside':>9} {'above tau':>10} {'undefined':>10} {'kept':>9}", end=""
             )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import PlatformName, RolloutConfig
-from megatron_npd.log import UserError, get_logger, run_main
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger, run_main
 from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
 from megatron_npd.serving.access import keep_token

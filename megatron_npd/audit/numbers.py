@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.pipeline.environment import ENVIRONMENT_FILE, read_json
 from megatron_npd.pipeline.evaluation import EVAL_PROMPTS, HELD_OUT, read_measures, read_samples

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_npd.data.row_schedule import PACKS_KIND
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest, verified_file
 from megatron_npd.records import PACKS_FILE, QUARANTINE_FILE, ROLLOUTS_FILE, SAMPLES_FILE, SELECTION_FILE
 from megatron_npd.store.annotation_store import SHARD_KIND, AnnotationStore
@@ -66,9 +66,9 @@ def _life(directory: Path, rollout: dict[str, Any], decode: Decode | None) -> It
             f"{name} {found[0][column]:.6g}"
             for name, column in (
                 ("teacher L(y|x)", "teacher_loss"),
-                ("teacher L(y)", "teacher_loss_alone"),
+                ("teacher L(y)", "teacher_loss_unconditional"),
                 ("student L(y|x)", "student_loss"),
-                ("student L(y)", "student_loss_alone"),
+                ("student L(y)", "student_loss_unconditional"),
             )
         )
         yield _decision(directory / "selection", sample)

@@ -14,9 +14,10 @@ import pyarrow as pa
 from megatron_npd.audit.books import RECOUNTS, Books, check_rollouts, check_store_shard, set_aside
 from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.data.row_schedule import PACKS_KIND, load_schedule
+from megatron_npd.errors import UserError
 from megatron_npd.links import link_in_words, links_of
 from megatron_npd.lock import LOCK
-from megatron_npd.log import UserError, progress
+from megatron_npd.log import progress
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, unlisted
 from megatron_npd.records import sample_id
 from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND, AnnotationStore

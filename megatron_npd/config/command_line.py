@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_npd.config.recipe_file import did_you_mean, recipe_lines
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

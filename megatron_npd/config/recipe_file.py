@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 
 def recipe_lines(path: str | Path, known: Collection[str], groups: Collection[str] = ()) -> dict[str, str]:

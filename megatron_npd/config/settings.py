@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 PlatformName = Literal["auto", "cpu", "cuda", "npu"]
 KDMode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]

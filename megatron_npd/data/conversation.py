@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_npd.data.marks import Marks
 from megatron_npd.data.template import render
 from megatron_npd.data.tokenizer import suffix_after
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.records import BadRecord
 
 # What a message says. In turns before the trained one templates leave reasoning out on purpose (Qwen3), and what else

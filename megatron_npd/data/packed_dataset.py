@@ -18,8 +18,8 @@ import torch
 
 from megatron_npd.data.batch import HostBatch
 from megatron_npd.data.row_schedule import PACKS_KIND, RowSchedule, load_schedule
+from megatron_npd.errors import UserError
 from megatron_npd.links import refuse_links
-from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest, verified_file
 from megatron_npd.records import PACK_SCHEMA, PACKS_FILE
 from megatron_npd.store.annotation_store import AnnotationStore, check_token_ids

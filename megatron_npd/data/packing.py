@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from megatron_npd.config.settings import PackConfig
 from megatron_npd.data.row_schedule import PACKS_KIND
-from megatron_npd.log import UserError, get_logger, progress
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, in_words, read_manifest, seal, sealed_from, writing
 from megatron_npd.records import (
     PACK_SCHEMA,
@@ -246,9 +247,9 @@ def _data_sample(prompt: Mapping[str, Any]) -> dict[str, Any]:
         "policy_version": DATA_POLICY,
         "on_distribution": False,
         "teacher_loss": nan,
-        "teacher_loss_alone": nan,
+        "teacher_loss_unconditional": nan,
         "student_loss": nan,
-        "student_loss_alone": nan,
+        "student_loss_unconditional": nan,
         "teacher_logprobs": [],
     }
 

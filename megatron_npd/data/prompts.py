@@ -30,7 +30,8 @@ from megatron_npd.data.tokenizer import (
     turn_header,
 )
 from megatron_npd.data.user_files import parse_json
-from megatron_npd.log import UserError, get_logger, progress
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, config_hash, file_sha256, seal, sealed_from, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE, BadRecord
 

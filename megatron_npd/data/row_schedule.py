@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 
 PACKS_KIND = "packs"

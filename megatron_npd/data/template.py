@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from megatron_npd.errors import UserError
 from megatron_npd.limits import memory_growth
-from megatron_npd.log import UserError
 from megatron_npd.records import BadRecord
 
 SECONDS = 10.0  # of CPU time that a rendering may take; usual ones take some 20 us

@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_npd.data.template import check_template, limits, render
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import config_hash
 from megatron_npd.records import BadRecord
 from megatron_npd.weights import read_object

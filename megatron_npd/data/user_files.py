@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_npd.errors import UserError
 from megatron_npd.limits import memory_growth
-from megatron_npd.log import UserError
 from megatron_npd.records import BadRecord
 
 _VALUE_BYTES = 16  # of a number in a list while it is read: the value twice, and its levels

@@ -28,7 +28,8 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, PART, read_manifest, seal, unlisted, verified_file, writing
 from megatron_npd.models.unpickle import known_classes_only, refused
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import nn
 
+from megatron_npd.errors import UserError
 from megatron_npd.lock import LOCK
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import config_hash, is_sealed, seal, writing
 from megatron_npd.models.build import build_model
 from megatron_npd.models.checkpoint import load_checkpoint, save_checkpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.models.families.base import ModelSpec
 
 

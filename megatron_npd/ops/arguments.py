@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.ops.divergences import DIVERGENCES, Objective, Rows
 from megatron_npd.ops.vocab_parallel import VocabShard, vocab_shard
 

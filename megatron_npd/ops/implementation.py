@@ -7,7 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 
 Impl = Literal["auto", "torch", "triton"]
 

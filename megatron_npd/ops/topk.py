@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.ops.implementation import Impl, use_triton
 from megatron_npd.ops.vocab_parallel import VocabShard, vocab_shard
 

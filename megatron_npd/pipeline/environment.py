@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import resident_bytes

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_npd.config.settings import NPDConfig
+from megatron_npd.errors import UserError
 from megatron_npd.links import refuse_links
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.log import get_logger
 from megatron_npd.paths import check_model_dir, check_out_dir
 
 if TYPE_CHECKING:

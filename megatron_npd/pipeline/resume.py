@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config.settings import NPDConfig
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, is_sealed, write_atomic
 
 CONFIG_FILE = "config.json"

@@ -25,8 +25,9 @@ from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.row_schedule import ScheduleEntry
 from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
+from megatron_npd.errors import UserError
 from megatron_npd.lifeline import child_environment
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.pipeline.environment import record_environment
 from megatron_npd.pipeline.evaluation import (

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_npd.data.row_schedule import ScheduleEntry, load_schedule, schedule_text
+from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
-from megatron_npd.log import UserError
 from megatron_npd.manifest import file_inside, write_atomic
 
 
@@ -27,7 +27,7 @@ def append_entry(path: str | Path, entry: ScheduleEntry) -> None:
     """
     path = Path(path)
     # Not the directory's own lock, which the run's controller holds.
-    with hold_lock(path.parent, name=f".{path.name}.lock", believe=False):
+    with hold_lock(path.parent, name=f".{path.name}.lock", trust_remote_holder=False):
         _append(path, entry)
 
 

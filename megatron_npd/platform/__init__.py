@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 
 if TYPE_CHECKING:  # torch is imported with the platform, after a command has checked its flags
     from megatron_npd.platform.base import Platform

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_npd.errors import UserError
 from megatron_npd.lifeline import end_with_starter
-from megatron_npd.log import UserError
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
 

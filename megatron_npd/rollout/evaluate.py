@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megatron_npd.data.prompt_rows import PromptRows
-from megatron_npd.log import UserError, get_logger, progress
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import read_manifest
 from megatron_npd.serving.answers import Answer, Failure, Request
 from megatron_npd.serving.pool import ServerPool

@@ -17,7 +17,8 @@ import numpy as np
 
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.data.prompt_rows import PromptRows
-from megatron_npd.log import UserError, get_logger, progress
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import (
     MANIFEST,
     Manifest,

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 
 
 @dataclass(frozen=True, kw_only=True)

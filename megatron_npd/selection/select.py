@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from megatron_npd.config.settings import SelectConfig
 from megatron_npd.data.prompt_rows import PromptRows
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
 from megatron_npd.records import SELECTION_FILE, SELECTION_SCHEMA
 from megatron_npd.selection.metrics import FILTERS, ZONES, Floats, Zones, histogram, measures, sample_weights, zones
@@ -30,7 +31,7 @@ LEAST_KEPT_SHARE = 0.9
 CUT = "cut_by_length"
 REASONS = ("", *filter(None, ZONES.values()), CUT)  # why a sample is dropped; "": it is not
 QUANTILES = (0.9, 0.95, 0.98, 0.988, 0.995, 1.0)
-LOSSES = ("teacher_loss", "teacher_loss_alone", "student_loss", "student_loss_alone")
+LOSSES = ("teacher_loss", "teacher_loss_unconditional", "student_loss", "student_loss_unconditional")
 
 Taus = Mapping[str, float]  # domain -> tau; "" is that of all samples, and of domains that have none
 
@@ -191,7 +192,7 @@ def frozen_taus(selection_dir: str | Path) -> dict[str, float]:
     return read_manifest(selection_dir, kind=SELECTION_KIND).counts["taus"]
 
 
-def what_if(
+def dry_run(
     annotations_dir: str | Path, cfg: SelectConfig, taus: Sequence[float], *, prompts_dir: str | Path | None = None
 ) -> list[dict[str, Any]]:
     """What each of several taus would select; nothing is written.

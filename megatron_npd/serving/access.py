@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

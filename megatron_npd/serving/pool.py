@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_npd.config.settings import RolloutConfig
+from megatron_npd.errors import UserError
 from megatron_npd.limits import allow_connections
-from megatron_npd.log import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.serving.access import bearer, keep_token, make_token, read_token
 from megatron_npd.serving.answers import (

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.serving.pool import UNUSABLE, ServerPool
 from megatron_npd.serving.server import tag

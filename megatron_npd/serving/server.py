@@ -22,7 +22,8 @@ from typing import Any
 import httpx
 
 from megatron_npd.config.settings import RolloutConfig
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.serving.access import SECRET_VARIABLE, TOKEN_VARIABLE, bearer, make_token, proves_secret
 from megatron_npd.weights import read_config, read_weights
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.weights import ContentHash, TensorHeader, Weights, model_fingerprint, read_weights
 
 if TYPE_CHECKING:

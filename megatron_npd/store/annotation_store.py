@@ -32,7 +32,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, read_manifest
 from megatron_npd.platform import get_platform
 from megatron_npd.records import (

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.records import LOG_TAIL_FLOOR, teacher_record_dtype
 from megatron_npd.store.annotation_store import check_token_ids
 

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.log import UserError, progress
+from megatron_npd.errors import UserError
+from megatron_npd.log import progress
 from megatron_npd.manifest import fsync_path, is_sealed
 from megatron_npd.records import SAMPLE_SCHEMA
 from megatron_npd.store.annotation_store import AnnotationStore

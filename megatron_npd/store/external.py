@@ -29,7 +29,7 @@ from megatron_npd.records import (
 )
 from megatron_npd.store.teacher_records import RECORD_RULES, broken_records
 
-LOSSES = ("teacher_loss", "teacher_loss_alone", "student_loss", "student_loss_alone")
+LOSSES = ("teacher_loss", "teacher_loss_unconditional", "student_loss", "student_loss_unconditional")
 
 
 @dataclass(frozen=True, kw_only=True)

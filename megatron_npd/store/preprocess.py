@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_npd.data.user_files import open_parquet, parse_json, read_rows
+from megatron_npd.errors import UserError
 from megatron_npd.lifeline import end_with
-from megatron_npd.log import UserError, get_logger, progress
+from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import (
     Manifest,
     check_quarantined,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.records import SAMPLES_FILE, teacher_record_dtype
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.records import LOG_TAIL_FLOOR, NO_LOGPROB, defined_logprobs
 
 LEAST_IN_TOP_K = 0.5  # share of the response tokens; a record shifted by a token leaves far fewer

@@ -26,7 +26,8 @@ from megatron.core import parallel_state
 
 from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.data.tokenizer import check_vocabularies, document_start, load_tokenizer, turn_header
-from megatron_npd.log import UserError, get_logger, progress
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, in_words, read_manifest, seal, writing
 from megatron_npd.models.families.base import load_sizes, load_spec
 from megatron_npd.platform.initialize import initialize_distributed
@@ -35,9 +36,9 @@ from megatron_npd.store.annotation_store import STORE_KIND
 from megatron_npd.store.scores import TokenScorer
 from megatron_npd.store.teacher_records import warn_of_few_in_top_k
 from megatron_npd.teacher.megatron_scorer import Scorer
-from megatron_npd.teacher.samples import Setting, read_samples
+from megatron_npd.teacher.samples import ScoringContext, read_samples
 from megatron_npd.teacher.shard import write_shard
-from megatron_npd.teacher.shard_follower import RolloutWaves, Wave
+from megatron_npd.teacher.shard_follower import ShardFollower, Wave
 from megatron_npd.weights import model_fingerprint
 
 
@@ -80,7 +81,7 @@ def annotate_round(
     def load_teacher() -> TokenScorer:
         return servers or Scorer(teacher_dir, vocab_size=setting.student.vocab_size, **_scorer_settings(cfg))
 
-    waves = RolloutWaves(rollouts_dir, out_dir, cfg, _models(teacher_dir, setting))
+    waves = ShardFollower(rollouts_dir, out_dir, cfg, _models(teacher_dir, setting))
     if (manifest := _rank0(waves.finished)) is not None:
         return manifest if rank == 0 else None
     with writing(out_dir, resume=True) if rank == 0 else nullcontext():
@@ -107,7 +108,7 @@ def _layout(cfg: AnnotateConfig) -> dict[str, int]:
     }
 
 
-def check_setting(teacher_dir: str | Path, student_dir: str | Path, cfg: AnnotateConfig) -> Setting:
+def check_setting(teacher_dir: str | Path, student_dir: str | Path, cfg: AnnotateConfig) -> ScoringContext:
     """What two models and a configuration have in common, checked; arguments and errors as for ``annotate_round``."""
     student = load_spec(student_dir)
     if cfg.backend == "megatron":
@@ -119,18 +120,18 @@ def check_setting(teacher_dir: str | Path, student_dir: str | Path, cfg: Annotat
         raise UserError(f"top_k must be at most the vocabulary ({vocab_size}), got {cfg.top_k}; lower it")
     student_tokenizer, teacher_tokenizer = load_tokenizer(student_dir), load_tokenizer(teacher_dir)
     check_vocabularies(student_tokenizer, teacher_tokenizer)
-    return Setting(
+    return ScoringContext(
         cfg=cfg,
         student=student,
         longest=longest,
-        ids_end=vocab_size,
+        shared_vocab_size=vocab_size,
         teacher_header=np.array(turn_header(teacher_tokenizer)),
         teacher_start=np.array([document_start(teacher_tokenizer)]),
         student_start=np.array([document_start(student_tokenizer)]),
     )
 
 
-def _models(teacher_dir: str | Path, setting: Setting) -> dict[str, Any]:
+def _models(teacher_dir: str | Path, setting: ScoringContext) -> dict[str, Any]:
     """What the scores depend on beside the rollouts."""
     return {
         "teacher": model_fingerprint(teacher_dir),
@@ -162,7 +163,7 @@ class _Meter:
 
 
 def _annotate_wave(
-    rollouts_dir: Path, out_dir: Path, wave: Wave, load_teacher: Callable[[], TokenScorer], setting: Setting
+    rollouts_dir: Path, out_dir: Path, wave: Wave, load_teacher: Callable[[], TokenScorer], setting: ScoringContext
 ) -> None:
     """Score the shards of a wave on all ranks and seal each; the teacher is loaded once the student is gone."""
     student_losses = _student_losses(rollouts_dir, wave, setting)
@@ -186,7 +187,7 @@ def _annotate_wave(
                 samples,
                 teacher=prompted,
                 teacher_alone=alone,
-                student_loss_alone=student_losses[name],
+                student_loss_unconditional=student_losses[name],
                 vocab_size=setting.student.vocab_size,
                 provenance=wave.shards[name],
             ).counts
@@ -200,7 +201,7 @@ def _annotate_wave(
     dist.barrier()
 
 
-def _student_losses(rollouts_dir: Path, wave: Wave, setting: Setting) -> dict[str, npt.NDArray[np.float32]]:
+def _student_losses(rollouts_dir: Path, wave: Wave, setting: ScoringContext) -> dict[str, npt.NDArray[np.float32]]:
     """L(y) of the student for each scorable sample of each shard, on every rank."""
     # The widest layout within the teacher's that the student's heads allow; its other ranks are data-parallel.
     width = math.gcd(setting.cfg.tensor_model_parallel_size, setting.student.num_kv_heads)
@@ -238,7 +239,7 @@ def _writes() -> bool:
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-def _seal_round(waves: RolloutWaves) -> Manifest:
+def _seal_round(waves: ShardFollower) -> Manifest:
     out_dir, books, reasons = waves.out_dir, waves.books(), waves.reasons()
     counts = {name: sum(book[name] for book in books) for name in ("in", "kept", "response_tokens", "in_top_k")}
     if reasons:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_npd.config.settings import AnnotateConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.models.families.base import ModelSpec
 from megatron_npd.records import ROLLOUT_SCHEMA, ROLLOUTS_FILE, defined_logprobs
@@ -22,13 +22,13 @@ from megatron_npd.store.scores import Ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ScoringContext:
     """What all shards share: what models can take, and what opens an answer where a sample's prompt does not say it."""
 
     cfg: AnnotateConfig
     student: ModelSpec
     longest: int  # tokens of prompt and response together that the teacher can score
-    ids_end: int  # teacher and student both know the ids below
+    shared_vocab_size: int  # teacher and student both know the ids below
     teacher_header: Ids  # of the teacher's chat template
     teacher_start: Ids  # the teacher's BOS or end-of-document token
     student_start: Ids
@@ -53,7 +53,7 @@ class Samples:
         return (self.table["temperature"].to_numpy() == 1) & (self.table["top_p"].to_numpy() == 1)
 
 
-def read_samples(source: Path, setting: Setting) -> Samples:
+def read_samples(source: Path, setting: ScoringContext) -> Samples:
     """Read a sealed rollout shard.
 
     Raises:
@@ -66,10 +66,10 @@ def read_samples(source: Path, setting: Setting) -> Samples:
     prompts, own_prompts, responses, logprobs = (
         _Lists.of(table[name]) for name in ("prompt_ids", "teacher_prompt_ids", "response_ids", "logprobs")
     )
-    longest, ids_end = setting.longest, setting.ids_end
+    longest, shared_vocab_size = setting.longest, setting.shared_vocab_size
     tokens_N = np.maximum(prompts.lens, own_prompts.lens) + responses.lens
     outside_N = np.logical_or.reduce(
-        [ids.any((ids.values < 0) | (ids.values >= ids_end)) for ids in (prompts, own_prompts, responses)]
+        [ids.any((ids.values < 0) | (ids.values >= shared_vocab_size)) for ids in (prompts, own_prompts, responses)]
     )
     others_N = np.array([name != policy for name in table["policy_version"].to_pylist()], bool)
     headers_N = table["header_len"].to_numpy()
@@ -80,7 +80,7 @@ def read_samples(source: Path, setting: Setting) -> Samples:
         ("lengths_differ", responses.lens != logprobs.lens, "a response token must have one log-probability"),
         ("header_outside_prompt", (headers_N < 0) | (headers_N > prompts.lens), "header_len is a part of the prompt"),
         ("too_long", tokens_N > longest, f"seq_length and the teacher's context allow {longest} tokens"),
-        ("token_outside_vocabulary", outside_N, f"teacher and student both know the ids 0..{ids_end - 1}"),
+        ("token_outside_vocabulary", outside_N, f"teacher and student both know the ids 0..{shared_vocab_size - 1}"),
         (
             "undefined_logprob",
             logprobs.any(~defined_logprobs(logprobs.values)),

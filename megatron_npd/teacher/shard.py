@@ -36,7 +36,7 @@ def write_shard(
     *,
     teacher: Scores,
     teacher_alone: Scores,
-    student_loss_alone: npt.NDArray[np.float32],
+    student_loss_unconditional: npt.NDArray[np.float32],
     vocab_size: int,
     provenance: Mapping[str, Any],
 ) -> Manifest:
@@ -47,7 +47,7 @@ def write_shard(
         samples: What was scored, and what was set aside before.
         teacher: The teacher's scores of each response after its prompt, with the top-k.
         teacher_alone: The same after the header of the turn alone.
-        student_loss_alone: L(y) of the student, nats a token, float32 [N].
+        student_loss_unconditional: L(y) of the student, nats a token, float32 [N].
         vocab_size: V*.
         provenance: What made it.
 
@@ -55,12 +55,12 @@ def write_shard(
         Its manifest (counts: ``in`` = ``kept`` + sum of ``quarantined``, ``response_tokens``, and how many of
         these are ``in_top_k``).
     """
-    assert len(student_loss_alone) == len(samples.responses)
+    assert len(student_loss_unconditional) == len(samples.responses)
     losses = {
         "teacher_loss": teacher.losses(),
-        "teacher_loss_alone": teacher_alone.losses(),
+        "teacher_loss_unconditional": teacher_alone.losses(),
         "student_loss": mean_loss(_joined(samples.generator_logprobs, np.float32), teacher.starts_N),
-        "student_loss_alone": student_loss_alone,
+        "student_loss_unconditional": student_loss_unconditional,
     }
     records_R = _records(samples, teacher)
     kept, refused = _checked(samples, teacher, records_R, vocab_size)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_npd.config.settings import AnnotateConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import (
     MANIFEST,
     Manifest,
@@ -39,7 +39,7 @@ class Wave:
     round_size: int | None
 
 
-class RolloutWaves:
+class ShardFollower:
     """Which rollout shards are sealed, and which of these are annotated; one process looks for all.
 
     Args:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_npd.config.settings import TrainConfig
 from megatron_npd.data.batch import PackedBatch
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.models.build import head_weight, packed_params, without_output_layer
 from megatron_npd.ops.distill_loss import DistillLoss
 from megatron_npd.training.lag import lag_sums
@@ -122,7 +122,7 @@ class TrainStep:
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
 
-    def use_settings(self) -> None:
+    def reapply_optimizer_config(self) -> None:
         """Put the configuration's Adam settings and rates in force again after a checkpoint was loaded over them."""
         cfg = self._cfg
         for group in self.optimizer.param_groups:

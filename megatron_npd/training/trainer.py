@@ -18,8 +18,9 @@ from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.prefetch import Prefetcher
 from megatron_npd.data.row_schedule import ScheduleEntry, microbatch_positions
+from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.log import get_logger
 from megatron_npd.models.build import ModelSpec, build_model, load_spec
 from megatron_npd.models.checkpoint import (
     load_checkpoint,
@@ -106,7 +107,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     )
     if checkpoint is not None:
         load_checkpoint(checkpoint, model=model, optimizer=step.optimizer, scheduler=step.scheduler)
-        step.use_settings()
+        step.reapply_optimizer_config()
         get_logger().info("resumed from %s after %d rows", checkpoint, state["rows_consumed"])
     get_logger().info(
         "training %s to step %d of %d: %d rows of %d tokens a step, TP %d, PP %d, DP %d",
@@ -121,7 +122,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     )
     iteration, saver = state["iteration"], Saver(cfg, stop)
     with (
-        _Feed(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
+        BatchLoader(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
         MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
     ):
         while iteration < stop:
@@ -168,7 +169,7 @@ def _only_trainer(cfg: TrainConfig) -> Iterator[None]:
             with together():
                 if dist.get_rank() == 0:
                     Path(cfg.save).mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(hold_lock(cfg.save, believe=False))
+                    stack.enter_context(hold_lock(cfg.save, trust_remote_holder=False))
         yield
 
 
@@ -223,7 +224,7 @@ def check_batch(cfg: TrainConfig, seq_length: int, dp_size: int) -> int:
     return rows
 
 
-class _Feed(Iterator[PackedBatch]):
+class BatchLoader(Iterator[PackedBatch]):
     """This rank's micro-batches, one global batch after another, made ahead by a thread.
 
     Attributes:
@@ -274,7 +275,7 @@ class _Feed(Iterator[PackedBatch]):
         """Seconds waited for micro-batches since the last call."""
         return self._batches.take_wait()
 
-    def __enter__(self) -> _Feed:
+    def __enter__(self) -> BatchLoader:
         return self
 
     def __exit__(self, *_: object) -> None:

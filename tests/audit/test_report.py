@@ -16,7 +16,7 @@ from megatron_npd.audit.figures import draw_all
 from megatron_npd.audit.numbers import duration, headline, summarise, verdicts
 from megatron_npd.audit.page import page
 from megatron_npd.audit.report import text_table, write_report
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import seal
 from megatron_npd.pipeline import environment
 from megatron_npd.pipeline.environment import record_environment

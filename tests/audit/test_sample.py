@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_npd.audit.sample import describe_sample
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.records import PACKS_FILE, ROLLOUTS_FILE, SELECTION_FILE
 from megatron_npd.store.annotation_store import AnnotationStore
 from tests.audit.test_verify import here, whole  # noqa: F401  (a fixture)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_npd.audit.verify import verify_run
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, read_manifest, seal
 from megatron_npd.records import PACKS_FILE, ROLLOUTS_FILE, SELECTION_FILE, teacher_record_dtype
 from tests.faults import world

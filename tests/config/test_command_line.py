@@ -12,7 +12,7 @@ import pytest
 
 from megatron_npd.config.command_line import CommandParser, parse_config
 from megatron_npd.config.settings import NPDConfig, RolloutConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from tools.preprocess_data import PreprocessConfig
 from tools.rollout import RolloutCommand
 

@@ -16,7 +16,7 @@ from megatron_npd.data import prompt_files, template
 from megatron_npd.data.conversation import Codec
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import ModelTokens, load_tokenizer, turn_end, turn_header
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from tests.data.test_prompts import write_lines
 from tests.helpers import CHAT_TEMPLATE, make_tiny_tokenizer
 

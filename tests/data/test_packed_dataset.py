@@ -14,7 +14,7 @@ from megatron_npd.data.packed_dataset import PackedDataset, PackedRows, Streams
 from megatron_npd.data.packed_dataset import make_batch as make_host_batch
 from megatron_npd.data.packing import pack_prompts, pack_selection
 from megatron_npd.data.row_schedule import ScheduleEntry, load_schedule, schedule_text
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.records import PACKS_FILE, teacher_record_dtype
 from megatron_npd.store.annotation_store import AnnotationStore

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_npd.config.settings import PackConfig
 from megatron_npd.data.packing import pack_lengths, pack_prompts, pack_selection
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, file_sha256, is_sealed, read_manifest, seal, writing
 from megatron_npd.records import (
     PACKS_FILE,

@@ -23,7 +23,7 @@ from megatron_npd.data.tokenizer import (
     turn_end,
     turn_header,
 )
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.records import PROMPT_SCHEMA
 from tests.helpers import make_tiny_tokenizer

@@ -15,7 +15,7 @@ from megatron_npd.data.row_schedule import (
     microbatch_positions,
     schedule_text,
 )
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 
 
 def entry(from_row: int, packs: str = "p", round_index: int = 0) -> ScheduleEntry:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_npd.data import seen as seen_module
 from megatron_npd.data.seen import Seen
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import config_hash
 from tests.data.test_conversation import prepare, tokenizer, tokenizer_dir
 from tests.data.test_prompts import write_lines

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_npd.data.user_files import open_parquet, read_rows
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.store.preprocess import preprocess
 from tests.data.test_conversation import TOOL, prepare, tokenizer, tokenizer_dir
 from tests.data.test_prompts import write_lines

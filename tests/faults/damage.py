@@ -19,8 +19,8 @@ from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompt_files import read_batches
 from megatron_npd.data.row_schedule import load_schedule
+from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
-from megatron_npd.log import UserError
 from megatron_npd.manifest import MANIFEST, read_manifest
 from megatron_npd.records import BadRecord
 from megatron_npd.rollout import generate

@@ -59,7 +59,7 @@ def test_made_up_files_are_refused_in_words(readers: Readers) -> None:
 
 def test_hostile_shard_names(readers: Readers) -> None:
     """A round whose manifest names a shard elsewhere is not read, whatever its hash."""
-    from megatron_npd.log import UserError
+    from megatron_npd.errors import UserError
     from megatron_npd.manifest import MANIFEST, read_manifest
     from tests.test_manifest import rewrite
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.platform.initialize import initialize_distributed
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model

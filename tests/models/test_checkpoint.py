@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.paths import latest_checkpoint
 from tests.dist import run_distributed

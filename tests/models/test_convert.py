@@ -66,7 +66,7 @@ def packed_row(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_layouts(rank: int, world_size: int, layouts: tuple[tuple[int, int], ...], work: Path) -> dict[str, float]:
     """In each layout and for each model: compare logits, then export weights and gradients, then save a checkpoint."""
-    from megatron_npd.log import UserError
+    from megatron_npd.errors import UserError
     from megatron_npd.models.build import build_model
     from megatron_npd.models.checkpoint import load_checkpoint, save_checkpoint
     from megatron_npd.models.convert import export_hf, load_hf_weights
@@ -282,7 +282,7 @@ def test_checkpoints_of_any_layout_convert_in_one_process(
 
 def convert_all(rank: int, world_size: int, jobs: list[tuple[Path, Path, Path]]) -> str:
     """Do the jobs, then the last one again, into a directory that is there; returns what that says."""
-    from megatron_npd.log import UserError
+    from megatron_npd.errors import UserError
     from megatron_npd.models.convert import megatron_to_hf
 
     for job in jobs:

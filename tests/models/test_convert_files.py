@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.models.convert import hf_to_megatron
 from megatron_npd.models.families import load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, ShardWriter

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.models.families import FAMILIES, load_spec
 from megatron_npd.models.families.base import load_sizes
 

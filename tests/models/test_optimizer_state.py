@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
 from tests.models.common import TinyTrainer, full_state, make_trainer, restore, save

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import seal
 from megatron_npd.models.convert import megatron_to_hf
 from megatron_npd.models.unpickle import _Unpickler

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_npd import ops
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.ops import distill_loss_triton, implementation
 from megatron_npd.ops.distill_loss import distill_loss
 from megatron_npd.ops.implementation import use_triton

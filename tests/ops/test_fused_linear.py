@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.ops import fused_linear
 from megatron_npd.ops.arguments import MODES
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.ops import topk
 from megatron_npd.ops.topk import TopK, topk_logprobs
 from tests.dist import run_distributed

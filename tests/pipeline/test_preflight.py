@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import NPDConfig, RolloutConfig
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.platform import get_platform
 from tests.helpers import make_tiny_model
 

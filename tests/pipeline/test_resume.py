@@ -11,7 +11,7 @@ import pytest
 
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import NPDConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import seal
 from megatron_npd.pipeline.resume import HARMLESS, STAGES, keep_config, recorded, stage_of
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import EvalConfig, NPDConfig
 from megatron_npd.data.row_schedule import load_schedule
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.platform import get_platform
 from megatron_npd.records import ROLLOUTS_FILE

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_npd.data.row_schedule import ScheduleEntry, load_schedule
+from megatron_npd.errors import UserError
 from megatron_npd.lock import LOCK, hold_lock
-from megatron_npd.log import UserError
 from megatron_npd.pipeline.schedule import append_entry, round_boundaries
 
 

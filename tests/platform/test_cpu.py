@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.platform import get_platform
 from tests.dist import run_distributed
 

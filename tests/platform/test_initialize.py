@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.platform import get_platform, initialize
 from megatron_npd.platform.initialize import initialize_distributed, shutdown
 from tests.dist import run_distributed

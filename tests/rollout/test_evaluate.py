@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_npd.config.settings import EvalConfig, RolloutConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.records import PROMPTS_FILE
 from megatron_npd.rollout.evaluate import exact_match, find_answer
 from megatron_npd.serving.pool import ServerPool

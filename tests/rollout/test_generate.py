@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_npd.config.settings import RolloutConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, is_sealed, read_manifest, seal, writing
 from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
 from megatron_npd.rollout import shard as shard_module

@@ -14,7 +14,8 @@ import pytest
 
 from megatron_npd.config.settings import SelectConfig
 from megatron_npd.data.packing import pack_selection
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, seal, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, SELECTION_FILE, SELECTION_SCHEMA
 from megatron_npd.selection.select import frozen_taus, select_round
@@ -28,9 +29,9 @@ DELTAS = [-0.2, 0.0, 0.1, 0.3, 0.9, None]
 def store_of(path: Path, deltas: list[float | None]) -> Path:
     columns = {
         "teacher_loss": [1.0 if delta is None else 2 * (delta + STUDENT) for delta in deltas],
-        "teacher_loss_alone": [0.0 if delta is None else 2.0 for delta in deltas],
+        "teacher_loss_unconditional": [0.0 if delta is None else 2.0 for delta in deltas],
         "student_loss": [STUDENT * 3] * len(deltas),
-        "student_loss_alone": [3.0] * len(deltas),
+        "student_loss_unconditional": [3.0] * len(deltas),
     }
     return make_store(path, [(3, 4)] * len(deltas), columns=columns)
 
@@ -118,8 +119,8 @@ def test_a_warning_below_ninety_percent_and_none_above(tmp_path: Path, caplog: p
 def test_few_or_none_kept_name_the_bound_that_drops_them_and_nothing_is_not_sealed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, cfg: SelectConfig, cut: bool, advice: str
 ) -> None:
-    columns = {"teacher_loss": [0.6] * 8, "teacher_loss_alone": [2.0] * 8, "student_loss": [1.0] * 8}
-    columns |= {"student_loss_alone": [2.0] * 8, "finish_reason": ["length" if cut else "stop"] * 8}
+    columns = {"teacher_loss": [0.6] * 8, "teacher_loss_unconditional": [2.0] * 8, "student_loss": [1.0] * 8}
+    columns |= {"student_loss_unconditional": [2.0] * 8, "finish_reason": ["length" if cut else "stop"] * 8}
     store = make_store(tmp_path / "a", [(3, 4)] * 8, columns=columns)  # delta -0.2
     with pytest.raises(UserError, match=rf"must leave a sample that trains, got none of 8 .*: {advice}"):
         select_round(store, tmp_path / "s", cfg)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_npd.config.settings import RolloutConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.serving.access import (
     SECRET_VARIABLE,
     TOKEN_VARIABLE,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import load_model_tokens
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest, seal
 from megatron_npd.records import ROLLOUTS_FILE
 from megatron_npd.rollout.evaluate import exact_match

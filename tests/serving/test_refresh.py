@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_npd.config.settings import RolloutConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.serving.pool import UNUSABLE, ServerPool
 from megatron_npd.serving.refresh import refresh
 from megatron_npd.serving.server import tag

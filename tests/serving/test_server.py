@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_npd.config.settings import RolloutConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.serving.server import VLLMServer, start_servers
 from megatron_npd.weights import SINGLE_FILE
 from tests.helpers import make_tiny_model

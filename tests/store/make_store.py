@@ -65,9 +65,9 @@ def make_store(
                         "policy_version": "v0000",
                         "on_distribution": True,
                         "teacher_loss": 0.5,
-                        "teacher_loss_alone": 1.0,
+                        "teacher_loss_unconditional": 1.0,
                         "student_loss": 0.4,
-                        "student_loss_alone": 1.0,
+                        "student_loss_unconditional": 1.0,
                         "teacher_logprobs": [-0.5] * response_len,
                     }
                     rows.append(row | {name: values[index] for name, values in (columns or {}).items()})

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, seal, writing
 from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLES_FILE, teacher_record_dtype
 from megatron_npd.store.annotation_store import AnnotationStore, StoreShardWriter

@@ -17,7 +17,8 @@ import pytest
 from megatron_npd.config.settings import PackConfig, SelectConfig
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.packing import pack_selection
-from megatron_npd.log import UserError, get_logger
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest
 from megatron_npd.records import QUARANTINE_FILE, SAMPLES_FILE, BadRecord
 from megatron_npd.selection.select import select_round
@@ -437,7 +438,12 @@ def test_bytes_are_the_same_for_any_number_of_workers_and_after_a_kill(
 
 
 def test_the_store_is_selected_packed_and_trained_on(tmp_path: Path) -> None:
-    losses = {"teacher_loss": 0.9, "teacher_loss_alone": 1.0, "student_loss": 0.4, "student_loss_alone": 1.0}
+    losses = {
+        "teacher_loss": 0.9,
+        "teacher_loss_unconditional": 1.0,
+        "student_loss": 0.4,
+        "student_loss_unconditional": 1.0,
+    }
     source = write_jsonl(tmp_path / "in.jsonl", [record(seed=seed, **losses) for seed in range(6)])
     arguments = ["--input", str(source), "--out", str(tmp_path / "annotations"), "--top-k", str(K)]
     tool.main([*arguments, "--vocab-size", str(VOCAB_SIZE)])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_npd.config.settings import AnnotateConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 from tests.dist import run_distributed
 from tests.helpers import VOCAB_SIZE, make_tiny_model
@@ -103,9 +103,9 @@ def test_the_store_holds_what_transformers_says(tmp_path: Path, models: dict[str
             assert np.isnan(records["generator_logprob"]).all()
         losses = {
             "teacher_loss": expected.loss,
-            "teacher_loss_alone": teacher(header, response).loss,
+            "teacher_loss_unconditional": teacher(header, response).loss,
             "student_loss": -np.mean(rollout["logprobs"]),
-            "student_loss_alone": student(header, response).loss,
+            "student_loss_unconditional": student(header, response).loss,
         }
         for name, value in losses.items():
             assert abs(sample[name] - value) < 1e-4, (index, name)
@@ -129,8 +129,8 @@ def test_the_teacher_reads_its_own_prompt(tmp_path: Path, models: dict[str, Path
             continue
         response = rollout["response_ids"]
         assert abs(sample["teacher_loss"] - teacher(own[index], response).loss) < 1e-4
-        assert abs(sample["teacher_loss_alone"] - teacher(header, response).loss) < 1e-4
-        assert abs(sample["student_loss_alone"] - student(HEADER, response).loss) < 1e-4
+        assert abs(sample["teacher_loss_unconditional"] - teacher(header, response).loss) < 1e-4
+        assert abs(sample["student_loss_unconditional"] - student(HEADER, response).loss) < 1e-4
         assert sample["prompt_len"] == len(rollout["prompt_ids"])
 
 
@@ -313,7 +313,7 @@ def test_the_wait_for_a_round_ends_once_no_answer_arrives(tmp_path: Path, monkey
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
-    waves = module.RolloutWaves(tmp_path, tmp_path / "out", FOLLOWING, {})
+    waves = module.ShardFollower(tmp_path, tmp_path / "out", FOLLOWING, {})
     journal = tmp_path / "answers.journal"
     for second in range(0, 200, 40):
         now[0] = float(second)

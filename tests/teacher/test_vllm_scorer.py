@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_npd.config.settings import AnnotateConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.models.families import FAMILIES
 from megatron_npd.serving import asking

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_npd.config.settings import TrainConfig
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.models.build import build_model, load_spec
 from megatron_npd.models.checkpoint import load_checkpoint
 from megatron_npd.training import saving

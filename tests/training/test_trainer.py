@@ -13,8 +13,8 @@ import pretrain_npd
 from megatron_npd.audit.verify import verify_run
 from megatron_npd.config.settings import KDMode, TrainConfig
 from megatron_npd.data.row_schedule import ScheduleEntry, schedule_text
+from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
-from megatron_npd.log import UserError
 from megatron_npd.models.convert import hf_to_megatron
 from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train

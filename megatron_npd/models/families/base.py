@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_npd.log import UserError
+from megatron_npd.errors import UserError
 from megatron_npd.weights import read_config
 
 RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]

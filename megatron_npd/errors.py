@@ -1,0 +1,11 @@
+"""The one error class that users see without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: bad input, configuration or environment.
+
+    The message says ``what must be rule, got value; remedy`` and names file and record. ``run_main`` prints it
+    without a traceback. Our own bugs are ``assert``s and other exceptions, and keep their traceback.
+    """
