@@ -1,43 +1,6 @@
-"""Train a model: SFT or near-policy distillation on packed rows. In one process, or under torchrun."""
+"""``npd train``, by the name that Megatron users look for; in one process, or under torchrun."""
 
-from __future__ import annotations
-
-import os
-from collections.abc import Sequence
-
-from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import TrainConfig
-from megatron_npd.log import run_main, wrote
-from megatron_npd.paths import check_training
-from megatron_npd.platform import get_platform
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says; ``argv`` without the program's name, default: the process's."""
-    cfg = parse_config(TrainConfig, argv, description=__doc__ or "")
-    check_training(cfg)  # before anything is imported that takes seconds
-    from megatron_npd.ops.arguments import check_objective
-    from megatron_npd.platform.initialize import check_world_size
-
-    check_objective(**cfg.kd_settings())
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    check_world_size(world, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size)
-    get_platform(cfg.platform)  # before megatron.core is imported
-    from megatron_npd.training.trainer import train
-
-    result = train(cfg)
-    if cfg.save:
-        checkpoint = f"{cfg.save}/iter_{result.iteration:07d}"
-        convert = "tools/convert_checkpoint.py --direction megatron-to-hf"
-        wrote(checkpoint, f"{convert} --checkpoint {checkpoint} --hf-model {cfg.hf_model} --out POLICY")
-
-
-def _main() -> None:
-    main()
-    from megatron_npd.platform.initialize import shutdown
-
-    shutdown()
-
+from megatron_npd.__main__ import main
 
 if __name__ == "__main__":
-    run_main(_main)
+    main("train")

@@ -50,20 +50,20 @@ def test_a_command_says_what_it_wrote_and_to_a_user_what_comes_next(
     monkeypatch.delenv("MEGATRON_NPD_STARTER", raising=False)
     get_logger().addHandler(caplog.handler)
     try:
-        wrote("out", "tools/pack.py --annotations out")
+        wrote("out", "npd pack --annotations out")
         monkeypatch.setenv("MEGATRON_NPD_STARTER", "1")  # of a run, which goes on by itself
-        wrote("out", "tools/pack.py --annotations out")
+        wrote("out", "npd pack --annotations out")
     finally:
         get_logger().removeHandler(caplog.handler)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["wrote out; next: tools/pack.py --annotations out", "wrote out"]
+    assert lines == ["wrote out; next: npd pack --annotations out", "wrote out"]
 
 
-@pytest.mark.parametrize("tool", sorted(ROOT.glob("tools/[a-z]*.py")), ids=lambda path: path.name)
-def test_every_tool_that_writes_says_so(tool: Path) -> None:
-    """serve.py prints its URLs, verify.py its table, run_npd.py where policy and report are."""
+@pytest.mark.parametrize("tool", sorted(ROOT.glob("megatron_npd/cli/[a-z]*.py")), ids=lambda path: path.name)
+def test_every_command_that_writes_says_so(tool: Path) -> None:
+    """serve.py prints its URLs, verify.py its table, run.py where policy and report are."""
     source = tool.read_text()
-    ends = {"serve.py": "print(urls", "verify.py": "print(result.table())", "run_npd.py": "results(cfg)"}
+    ends = {"serve.py": "print(urls", "verify.py": "print(result.table())", "run.py": "results(cfg)"}
     assert ends.get(tool.name, "wrote(") in source
 
 

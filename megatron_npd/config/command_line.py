@@ -14,7 +14,7 @@ import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -30,7 +30,8 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, descri
     """Build a frozen configuration from ``--config recipe.yaml`` and overriding flags.
 
     Args:
-        cls: A dataclass of ``config/settings.py``, or a tool's own; its fields become flags, nested ones ``--train.lr``.
+        cls: A dataclass of ``config/settings.py``, or a tool's own; its fields become flags, nested ones
+            ``--train.lr``.
         argv: Arguments without the program name; default: the process's.
         description: First lines of ``--help``.
 
@@ -62,20 +63,6 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, descri
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
-class CommandParser(argparse.ArgumentParser):
-    """argparse, for commands with arguments that are no fields, whose errors are one line like all others."""
-
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
-        """As argparse's, but options are not abbreviated."""
-        given = list(sys.argv[1:] if args is None else args)
-        _checked_flags(given, self)
-        return super().parse_args(given)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError in place of printing the usage."""
-        raise UserError(_in_words(message, {}, {}))
-
-
 def command_flags(fields: Mapping[str, object]) -> list[str]:
     """The flags that give a flat configuration's fields to another process: ``--lr=0.001``."""
     return [
@@ -86,11 +73,14 @@ def command_flags(fields: Mapping[str, object]) -> list[str]:
 def _normalise(cls: type, argv: list[str]) -> list[str]:
     """Let flags be written as users write them.
 
-    Dashes in names become underscores, bare boolean flags (``--bf16``) get their value, and lists need no brackets:
-    their items stand apart or with commas (``--input a.jsonl b.parquet``, ``--urls=http://a,http://b``).
+    A first word that is no flag is the field that ``cls.POSITIONAL`` names. Dashes in names become underscores, bare
+    boolean flags (``--bf16``) get their value, and lists need no brackets: their items stand apart or with commas
+    (``--input a.jsonl b.parquet``, ``--urls=http://a,http://b``).
     """
     hints = dict(_hints(cls))
     flags = {name for name, hint in hints.items() if hint is bool}
+    if argv and not argv[0].startswith("-") and (positional := getattr(cls, "POSITIONAL", "")):
+        argv = [f"--{positional}={argv[0]}", *argv[1:]]
     lists = {name: typing.get_args(hint)[0] is str for name, hint in hints.items() if typing.get_origin(hint) is tuple}
     result: list[str] = []
     name = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npd.config.command_line import CommandParser, parse_config
-from megatron_npd.config.settings import NPDConfig, RolloutConfig
+from megatron_npd.cli.preprocess import PreprocessCommand
+from megatron_npd.cli.rollout import RolloutCommand
+from megatron_npd.cli.show import ShowCommand
+from megatron_npd.cli.verify import VerifyCommand
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.run import NPDConfig
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
-from tools.preprocess_data import PreprocessConfig
-from tools.rollout import RolloutCommand
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def refusal(*argv: str, cls: type = NPDConfig) -> str:
@@ -62,7 +66,7 @@ def test_flags(argv: list[str], words: str) -> None:
     ],
 )
 def test_a_list_is_written_apart_with_commas_or_in_brackets(argv: list[str]) -> None:
-    cfg = parse_config(PreprocessConfig, [*argv, "--vocab-size", "9"])
+    cfg = parse_config(PreprocessCommand, [*argv, "--vocab-size", "9"])
     assert cfg.input == ("a.jsonl", "b.parquet") and cfg.out == "x"
 
 
@@ -125,19 +129,19 @@ def test_merged_fields_of_a_recipe_are_read(tmp_path: Path) -> None:
     assert parse_config(NPDConfig, ["--config", str(recipe)]).train.kd_alpha == 0.5
 
 
-def test_commands_with_arguments_that_are_no_fields() -> None:
-    parser = CommandParser(prog="verify.py")
-    parser.add_argument("run")
-    parser.add_argument("--full", action="store_true")
+def test_a_first_word_without_a_flag_is_the_commands_subject() -> None:
     for argv, words in [
         (["run", "--ful"], "unknown option --ful; did you mean --full? ("),
-        ([], "run must be given, got no value; "),
+        ([], "--run must be given, got no value; "),
         (["a", "b"], "arguments must be flags with their values, got b; "),
     ]:
         with pytest.raises(UserError) as error:
-            parser.parse_args(argv)
+            parse_config(VerifyCommand, argv)
         assert str(error.value).startswith(words)
-    assert parser.parse_args(["run", "--full"]).full
+    assert parse_config(VerifyCommand, ["there", "--full"]) == VerifyCommand(run="there", full=True)
+    assert parse_config(ShowCommand, ["there", "--sample", "a"]).run == "there"
+    with pytest.raises(UserError, match="one of --sample and --export must be given, got neither"):
+        parse_config(ShowCommand, ["there"])
 
 
 @pytest.mark.parametrize("tool", ["pretrain_npd.py", *(f"tools/{path.name}" for path in ROOT.glob("tools/[a-z]*.py"))])
@@ -149,7 +153,7 @@ def test_no_command_answers_a_mistake_with_its_usage(tool: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stderr == f"error: unknown option --nonsense ({tool} --help lists all)\n"
+    assert re.fullmatch(r"error: unknown option --nonsense \(npd \w+ --help lists all\)\n", done.stderr)
     assert done.returncode == 2
 
 

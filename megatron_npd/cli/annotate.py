@@ -1,0 +1,78 @@
+"""Score a round of rollouts with the teacher, alone or under torchrun.
+
+``torchrun --nproc-per-node 8 npd annotate --rollouts DIR --out DIR --teacher DIR --student DIR``
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import AnnotateConfig, PlatformName
+from megatron_npd.errors import UserError
+from megatron_npd.log import wrote
+from megatron_npd.paths import check_model_dir, check_out_dir, check_sealed
+from megatron_npd.platform import get_platform
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateCommand(AnnotateConfig):
+    """Score a round of rollouts with the teacher, alone or under torchrun."""
+
+    rollouts: str
+    """Sealed directory of rollouts."""
+    out: str
+    """Directory to seal: the annotation store."""
+    teacher: str
+    """Hugging Face directory of the teacher."""
+    student: str
+    """Hugging Face directory of the student that generated the rollouts."""
+    platform: PlatformName = "auto"
+    """Device platform; auto: cuda, npu or cpu, the first that is there."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the configuration and annotate."""
+    command = parse_config(AnnotateCommand, argv)
+    _check(command)
+    get_platform(command.platform)
+    from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
+
+    cfg = AnnotateConfig(**{field.name: getattr(command, field.name) for field in fields(AnnotateConfig)})
+    annotate = partial(
+        annotate_round,
+        command.rollouts,
+        command.out,
+        teacher_dir=command.teacher,
+        student_dir=command.student,
+        cfg=cfg,
+    )
+    if cfg.backend == "megatron":
+        annotate()
+    else:
+        from megatron_npd.teacher.vllm_scorer import ServerScorer
+
+        with ServerScorer(command.teacher, cfg, log_dir=Path(command.out).parent / "logs") as servers:
+            annotate(servers=servers)
+    wrote(command.out, f"npd select --annotations {command.out} --out SELECTION")
+
+
+def _check(command: AnnotateCommand) -> None:
+    """What can be refused before anything is imported that takes seconds."""
+    check_model_dir("teacher", command.teacher)
+    check_model_dir("student", command.student)
+    if not command.follow_seconds:
+        check_sealed("rollouts", command.rollouts)
+    check_out_dir("out", command.out)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if command.backend == "vllm":
+        if not command.urls and world > 1:
+            raise UserError("urls must name the teacher's servers under torchrun, got none; start npd serve")
+        return
+    from megatron_npd.platform.initialize import check_world_size
+
+    check_world_size(world, command.tensor_model_parallel_size, command.pipeline_model_parallel_size)

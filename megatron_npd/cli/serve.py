@@ -1,0 +1,74 @@
+"""Run rollout servers on this node until it is stopped, for stages that other commands or nodes start."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.settings import PlatformName, RolloutConfig
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
+from megatron_npd.manifest import write_atomic
+from megatron_npd.platform import get_platform
+from megatron_npd.serving.access import keep_token
+from megatron_npd.serving.server import VLLMServer, start_servers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeCommand(RolloutConfig):
+    """Run rollout servers on this node until it is stopped, for stages that other commands or nodes start."""
+
+    model: str
+    """Hugging Face directory to serve."""
+    policy_version: str = "v0000"
+    """Version that the servers tag their answers with."""
+    host: str = "127.0.0.1"
+    """Name or address of the interface to listen on, under which other nodes reach this one."""
+    port: int = 8100
+    """Port of the first server; the others follow."""
+    urls_file: str = ""
+    """File to write the base URLs to, comma-separated, once all servers answer."""
+    token_file: str = "servers.token"
+    """File with the token that every request must carry (clients: --token-file); made, for its owner alone, if there is
+    none. Several nodes may share one."""
+    log_dir: str = ""
+    """Directory of the servers' logs; empty: logs/ beside the token file."""
+    platform: PlatformName = "auto"
+    """Device platform; auto: cuda, npu or cpu, the first that is there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.urls:
+            raise UserError(f"--urls must be empty, got {','.join(self.urls)}; this command starts servers itself")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Start the servers, announce them, and stay until a signal or the first server's end."""
+    cfg = parse_config(ServeCommand, argv)
+    get_platform(cfg.platform)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the exit stack: no server outlives this command
+    token = keep_token(cfg.token_file)
+    log_dir = cfg.log_dir or Path(cfg.token_file).parent / "logs"
+    servers = [
+        VLLMServer(cfg.model, cfg, host=cfg.host, port=cfg.port + index, log_dir=log_dir, index=index, token=token)
+        for index in range(cfg.num_servers)
+    ]
+    with ExitStack() as stack:
+        start_servers(servers, version=cfg.policy_version)
+        for server in servers:
+            stack.callback(server.stop)
+        urls = ",".join(server.url for server in servers)
+        if cfg.urls_file:
+            write_atomic(cfg.urls_file, urls + "\n")
+        print(urls, flush=True)
+        get_logger().info("clients give --urls %s --token-file %s", urls, Path(cfg.token_file).resolve())
+        while True:
+            for server in servers:
+                server.check_alive()
+            time.sleep(1.0)

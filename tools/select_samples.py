@@ -1,0 +1,6 @@
+"""``npd select``, by the name that Megatron users look for."""
+
+from megatron_npd.__main__ import main
+
+if __name__ == "__main__":
+    main("select")
