@@ -52,9 +52,10 @@ def check_training(cfg: TrainConfig) -> None:
     """
     check_model_dir("hf_model", cfg.hf_model)
     data = Path(cfg.data_path)
-    if not cfg.data_path or not (data.is_file() or is_sealed(data)):
+    if not cfg.data_path or not (data.is_file() or is_sealed(data) or (data / "rounds").is_dir()):
         raise UserError(
-            f"data_path must be a sealed directory of packs or a schedule.jsonl, got {cfg.data_path!r}; pack first"
+            "data_path must be a sealed directory of packs, a schedule.jsonl or a run's directory, got "
+            f"{cfg.data_path!r}; pack first"
         )
     for name in ("save", "tensorboard_dir"):
         check_out_dir(name, getattr(cfg, name))

@@ -5,7 +5,7 @@ Names are Megatron's where Megatron has the thing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_npd.errors import UserError
@@ -15,13 +15,13 @@ KDMode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]
 KDDivergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 
 
-def _require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:
+def require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:
     if not holds:
         raise UserError(f"{name} must be {rule}, got {got}; {remedy}")
 
 
-def _require_share(name: str, value: float) -> None:
-    _require(0 <= value <= 1, name, "in [0, 1]", value, "0.1 is the default, 1 sets no limit")
+def require_share(name: str, value: float) -> None:
+    require(0 <= value <= 1, name, "in [0, 1]", value, "0.1 is the default, 1 sets no limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class RolloutConfig:
     urls: tuple[str, ...] = ()
     """Base URLs of running vLLM servers; empty: servers are launched on this machine."""
     token_file: str = ""
-    """File with the servers' token, as tools/serve.py keeps it; its owner alone may read it."""
+    """File with the servers' token, as npd serve keeps it; its owner alone may read it."""
     num_servers: int = 1
     """Number of servers to launch where no URLs are given."""
     greedy_paths: int = 1
@@ -66,25 +66,25 @@ class RolloutConfig:
     """Share of the prompts, or of the answers, that may be set aside before the stage stops."""
 
     def __post_init__(self) -> None:
-        _require(self.greedy_paths in (0, 1), "greedy_paths", "0 or 1", self.greedy_paths, "greedy answers are equal")
-        _require(
+        require(self.greedy_paths in (0, 1), "greedy_paths", "0 or 1", self.greedy_paths, "greedy answers are equal")
+        require(
             self.greedy_paths + self.sampled_paths > 0,
             "greedy_paths + sampled_paths",
             "at least 1",
             0,
             "ask for a path",
         )
-        _require(self.temperature > 0, "temperature", "> 0", self.temperature, "use greedy_paths for greedy answers")
-        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
+        require(self.temperature > 0, "temperature", "> 0", self.temperature, "use greedy_paths for greedy answers")
+        require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
         for name in ("num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size"):
-            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
-        _require_share("max_quarantined", self.max_quarantined)
+            require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+        require_share("max_quarantined", self.max_quarantined)
         own = {"model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode", "load-format"}
         own |= {"max-model-len", "max-num-seqs", "dtype", "seed"}
         for argument in self.server_args:
             name = argument.partition("=")[0].lstrip("-").replace("_", "-")
             remedy = "max_model_len, concurrency, dtype and seed have fields, the others are fixed"
-            _require(argument[:2] != "--" or name not in own, "server_args", f"without --{name}", argument, remedy)
+            require(argument[:2] != "--" or name not in own, "server_args", f"without --{name}", argument, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +113,14 @@ class AnnotateConfig:
     urls: tuple[str, ...] = ()
     """Base URLs of running vLLM servers of the teacher, for backend vllm; empty: one is launched on this machine."""
     token_file: str = ""
-    """File with the servers' token, as tools/serve.py keeps it; its owner alone may read it."""
+    """File with the servers' token, as npd serve keeps it; its owner alone may read it."""
     concurrency: int = 32
     """Requests in flight a server of the teacher."""
 
     def __post_init__(self) -> None:
-        _require_share("max_quarantined", self.max_quarantined)
-        _require(self.follow_seconds >= 0, "follow_seconds", "at least 0", self.follow_seconds, "0 does not follow")
-        _require(not self.urls or self.backend == "vllm", "urls", "empty", list(self.urls), "they go with backend vllm")
+        require_share("max_quarantined", self.max_quarantined)
+        require(self.follow_seconds >= 0, "follow_seconds", "at least 0", self.follow_seconds, "0 does not follow")
+        require(not self.urls or self.backend == "vllm", "urls", "empty", list(self.urls), "they go with backend vllm")
         for name in (
             "top_k",
             "seq_length",
@@ -129,7 +129,7 @@ class AnnotateConfig:
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
         ):
-            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+            require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +157,10 @@ class SelectConfig:
     more; the mean over all response tokens stays 1."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.tau_quantile <= 1, "tau_quantile", "in (0, 1]", self.tau_quantile, "0.988 is the default")
+        require(0 < self.tau_quantile <= 1, "tau_quantile", "in (0, 1]", self.tau_quantile, "0.988 is the default")
         if self.tau is not None:
-            _require(self.tau >= self.lower, "tau", f">= lower ({self.lower})", self.tau, "swap the bounds")
-            _require(not self.domain_column, "tau", "null with domain_column", self.tau, "give tau_quantile")
+            require(self.tau >= self.lower, "tau", f">= lower ({self.lower})", self.tau, "swap the bounds")
+            require(not self.domain_column, "tau", "null with domain_column", self.tau, "give tau_quantile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +175,8 @@ class PackConfig:
     """What becomes of samples longer than a row: dropped, or cut at its end where the response has begun by then."""
 
     def __post_init__(self) -> None:
-        _require(self.segment_align > 0, "segment_align", "at least 1", self.segment_align, "16 is the default")
-        _require(
+        require(self.segment_align > 0, "segment_align", "at least 1", self.segment_align, "16 is the default")
+        require(
             self.seq_length > 0 and self.seq_length % self.segment_align == 0,
             "seq_length",
             f"a positive multiple of segment_align ({self.segment_align})",
@@ -187,12 +187,13 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run of ``pretrain_npd.py``: SFT (kd_alpha 0) or distillation."""
+    """One training run of ``npd train``: SFT (kd_alpha 0) or distillation."""
 
     hf_model: str = ""
     """Hugging Face directory of the starting weights, configuration and tokenizer."""
     data_path: str = ""
-    """A packs directory, or a schedule.jsonl that says which packs train from which row on."""
+    """A packs directory, a schedule.jsonl that says which packs train from which row on, or the directory of a run,
+    whose rounds train as their packs are sealed."""
     save: str = ""
     """Directory under which checkpoints iter_0000100/ are written; empty: none."""
     load: str = ""
@@ -209,6 +210,19 @@ class TrainConfig:
     """Optimizer steps of the whole run; the learning-rate schedule spans them."""
     exit_at_iteration: int = 0
     """Stop, with a checkpoint, after this step, and leave the rest to a later call; 0: go on to train_iters."""
+
+    refresh: Literal["never", "even", "every_n", "by_lag"] = "even"
+    """When a checkpoint becomes the next policy: never before the end; at updates + 1 steps spread evenly; every
+    refresh_interval steps; once the policy lag's moving average passes refresh_lag, refresh_interval steps after the
+    last time at the earliest."""
+    updates: int = 0
+    """Policies before the run's last one, at most."""
+    refresh_interval: int = 0
+    """Steps between policies, for every_n and by_lag."""
+    refresh_lag: float = 0.05
+    """Policy lag (k3) that asks for a new policy, for by_lag, in nats per token."""
+    max_lead: int = 0
+    """Rounds that may be generated ahead of the trainer; 0: it waits at each new policy for the packs made with it."""
 
     micro_batch_size: int = 1
     """Rows of one forward-backward pass a data-parallel rank."""
@@ -289,7 +303,7 @@ class TrainConfig:
             "pipeline_model_parallel_size",
             "log_interval",
         ):
-            _require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+            require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
         for name in (
             "save_interval",
             "save_interval_in_mins",
@@ -297,12 +311,23 @@ class TrainConfig:
             "global_batch_tokens",
             "lr_warmup_iters",
             "clip_grad",
+            "updates",
+            "max_lead",
+            "refresh_interval",
         ):
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name), "0 switches it off")
-        _require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "0 is SFT, 1 is KD alone")
-        _require(self.lr > 0, "lr", "> 0", self.lr, "give a positive learning rate")
-        _require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr, "lower it")
-        _require(
+            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name), "0 switches it off")
+        require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "0 is SFT, 1 is KD alone")
+        needs_interval = self.refresh in ("every_n", "by_lag")
+        require(
+            not needs_interval or self.refresh_interval > 0,
+            "refresh_interval",
+            f"at least 1 with refresh {self.refresh}",
+            self.refresh_interval,
+            "give the steps between policies",
+        )
+        require(self.lr > 0, "lr", "> 0", self.lr, "give a positive learning rate")
+        require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr, "lower it")
+        require(
             self.lr_warmup_iters < self.train_iters,
             "lr_warmup_iters",
             f"< train_iters ({self.train_iters})",
@@ -314,84 +339,3 @@ class TrainConfig:
         """The ``kd_`` fields under the names that the loss and ``ops.arguments.check_objective`` take."""
         names = ("alpha", "mode", "divergence", "beta", "skew", "temperature")
         return {name: getattr(self, f"kd_{name}") for name in names}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What is measured on held-out prompts, before the run and after each round: the distance from the teacher, and
-    the accuracy where there are reference responses."""
-
-    prompts: str = ""
-    """JSONL or Parquet of problems with reference responses; empty: no accuracy."""
-    answer_regex: str = r"####\s*(-?[0-9.,]+)"
-    """Its first group, at its last match, is the answer, in reference and response alike (GSM8K's form by default);
-    empty: no accuracy, and the prompts need no reference responses."""
-    max_tokens: int = 256
-    """Longest answer, in tokens."""
-    held_out: int = 64
-    """Prompts on which the KL to the teacher, the agreement of the most likely tokens and the response length are
-    measured, and of which the report shows some: of eval.prompts, or else kept from training (at most a tenth); 0:
-    none."""
-    teacher: bool = False
-    """Measure the teacher's accuracy too, once, on a server of its own that is started before the student's."""
-
-    def __post_init__(self) -> None:
-        _require(self.held_out >= 0, "held_out", "at least 0", self.held_out, "0 measures nothing")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NPDConfig:
-    """A whole near-policy distillation run (METHOD section 1)."""
-
-    run_dir: str = "runs/npd"
-    """Directory of the run; running again there goes on where it stopped."""
-    teacher: str = ""
-    """Hugging Face directory of the teacher."""
-    student: str = ""
-    """Hugging Face directory of the student to start from."""
-    prompts: str = ""
-    """JSONL or Parquet of prompts (messages or prompt, optional response)."""
-    special_tokens_in_text: bool = False
-    """Take special tokens that users' texts spell (<|im_end|>) for control tokens rather than for text."""
-    updates: int = 1
-    """Refreshes of the rollout servers, spread evenly over the run; there are updates + 1 rounds."""
-    redo: bool = False
-    """Where settings were changed: remove the results that depend on them, and make these anew; else they are named,
-    and the run is refused."""
-    nproc_per_node: int = 1
-    """Processes of the teacher's and trainer's stages on this machine; 1 runs them inside this process."""
-    platform: PlatformName = "auto"
-    """Device platform; auto: cuda, npu or cpu, the first that is there."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """Rollout stage."""
-    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
-    """Annotation stage."""
-    select: SelectConfig = field(default_factory=SelectConfig)
-    """Selection stage."""
-    pack: PackConfig = field(default_factory=PackConfig)
-    """Packing stage."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """Training stage; hf_model, data_path, save and load are set by the run."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """Evaluation."""
-
-    def __post_init__(self) -> None:
-        _require(self.updates >= 0, "updates", "at least 0", self.updates, "1 or 2 are the paper's best")
-        _require(
-            self.updates < self.train.train_iters,
-            "updates",
-            f"< train.train_iters ({self.train.train_iters})",
-            self.updates,
-            "a round needs a training step",
-        )
-        _require(self.nproc_per_node > 0, "nproc_per_node", "at least 1", self.nproc_per_node, "1 is a laptop")
-        for name in ("hf_model", "data_path", "save", "load", "exit_at_iteration", "metrics_path"):
-            given = getattr(self.train, name)
-            _require(not given, f"train.{name}", "left to the run", given, "drop it; run_dir says where all of it lies")
-        _require(
-            self.annotate.backend == "megatron" or self.nproc_per_node == 1 or bool(self.annotate.urls),
-            "annotate.urls",
-            "given with backend vllm and several processes",
-            "none",
-            "start the teacher's servers with tools/serve.py",
-        )

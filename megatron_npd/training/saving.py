@@ -34,9 +34,12 @@ class Saver:
         self._cfg, self._stop = cfg, stop
         self._last = time.monotonic()
 
-    def due(self, iteration: int) -> bool:
-        """Whether a checkpoint follows this step; every rank asks after each step, and all get the same answer."""
-        return bool(self._cfg.save) and (self._is_kept(iteration) or self._late())
+    def due(self, iteration: int, marked: bool) -> bool:
+        """Whether a checkpoint follows this step; every rank asks after each step, and all get the same answer.
+
+        ``marked``: whether the checkpoint becomes a policy, so that it is made, and kept.
+        """
+        return bool(self._cfg.save) and (marked or self._is_kept(iteration) or self._late())
 
     def save(self, step: TrainStep, state: Mapping[str, Any]) -> None:
         """Write a checkpoint of ``state["iteration"]`` steps and remove those that it replaces; all ranks together."""
@@ -47,7 +50,7 @@ class Saver:
             model=step.model,
             optimizer=step.optimizer,
             scheduler=step.scheduler,
-            state=state if self._is_kept(iteration) else {**state, _TEMPORARY: True},
+            state=state if "policy" in state or self._is_kept(iteration) else {**state, _TEMPORARY: True},
         )
         if dist.get_rank() == 0:
             _remove_replaced(Path(self._cfg.save), iteration)

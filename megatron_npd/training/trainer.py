@@ -34,6 +34,8 @@ from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
+from megatron_npd.training.refresh_schedule import RefreshSchedule
+from megatron_npd.training.rounds import Rounds
 from megatron_npd.training.saving import Saver
 from megatron_npd.training.step import TrainStep
 
@@ -92,7 +94,9 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
             "repeat some rows and leave others out; give the old seed"
         )
     spec = load_spec(cfg.hf_model)
-    data = _open_data(cfg, spec)
+    rounds, refresh = Rounds(cfg.data_path), RefreshSchedule(cfg, state.get("refresh"))
+    rounds.take(0, 0, wait=True)
+    data = _open_data(cfg, rounds.schedule, spec)
     dp_size = parallel_state.get_data_parallel_world_size()
     rows_per_step = check_batch(cfg, data.seq_length, dp_size)
     model = build_model(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel)
@@ -121,11 +125,15 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         dp_size,
     )
     iteration, saver = state["iteration"], Saver(cfg, stop)
+    due = rounds.grows and refresh.progress.policies > 0  # a policy was made whose round may not train yet
     with (
         BatchLoader(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
         MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
     ):
         while iteration < stop:
+            if due and rounds.take(refresh.progress.policies, feed.rows_consumed, wait=cfg.max_lead == 0):
+                feed.reopen(_open_data(cfg, rounds.schedule, spec))
+                due = False
             start, entry = time.perf_counter(), feed.entry()
             values = step.run(feed, iteration + 1)
             iteration += 1
@@ -145,10 +153,14 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
                         "data_wait_seconds": feed.take_wait(),
                     }
                 )
-            if saver.due(iteration):
+            marked = refresh.after(iteration, entry.round, values["lag_k3"])
+            if saver.due(iteration, marked):
                 if writer is not None:
                     writer.sync()
-                saver.save(step, {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed})
+                state = {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed}
+                policy = {"policy": refresh.progress.policies} if marked else {}
+                saver.save(step, {**state, "refresh": refresh.state(), **policy})
+            due |= marked
     return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
 
 
@@ -173,7 +185,7 @@ def _only_trainer(cfg: TrainConfig) -> Iterator[None]:
         yield
 
 
-def _open_data(cfg: TrainConfig, spec: ModelSpec) -> PackedDataset:
+def _open_data(cfg: TrainConfig, schedule: Path, spec: ModelSpec) -> PackedDataset:
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     streams = Streams(
         tokens=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
@@ -181,7 +193,7 @@ def _open_data(cfg: TrainConfig, spec: ModelSpec) -> PackedDataset:
         teacher=last and cfg.kd_alpha > 0,
     )
     # One process of a machine hashes the files; a failure there ends the job.
-    data = PackedDataset(cfg.data_path, seed=cfg.seed, streams=streams, verify=local_rank() == 0)
+    data = PackedDataset(schedule, seed=cfg.seed, streams=streams, verify=local_rank() == 0)
     if data.vocab_size != spec.vocab_size:
         raise UserError(
             f"{cfg.data_path} must be made for the model's vocabulary of {spec.vocab_size} tokens, got "
@@ -247,6 +259,13 @@ class BatchLoader(Iterator[PackedBatch]):
         self._per_step = rows_per_step // (cfg.micro_batch_size * dp_size)
         self._handed_out = 0
         self._batches = Prefetcher(self._make(rows_consumed), depth=_PREFETCHED)
+
+    def reopen(self, data: PackedDataset) -> None:
+        """Go on with another state of the schedule, at a global batch's boundary; what was made ahead is dropped."""
+        assert self._handed_out % self._per_step == 0
+        self._batches.close()
+        self._data = data
+        self._batches = Prefetcher(self._make(self.rows_consumed), depth=_PREFETCHED)
 
     def _make(self, rows_consumed: int) -> Iterator[PackedBatch]:
         self._platform.set_device(local_rank())  # a thread has its own current device

@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 import pytest
 
-import pretrain_npd
 from megatron_npd.audit.verify import verify_run
+from megatron_npd.cli import train as train_command
 from megatron_npd.config.settings import KDMode, TrainConfig
 from megatron_npd.data.row_schedule import ScheduleEntry, schedule_text
 from megatron_npd.errors import UserError
@@ -273,7 +273,7 @@ def test_the_command_line_trains_and_takes_a_recipe(tmp_path: Path, tiny_model_d
         "--save",
         str(tmp_path / "run"),
     ]
-    assert not pretrain_npd.main(arguments)
+    assert not train_command.main(arguments)
     assert column(tmp_path / "run/metrics.jsonl", "rows_consumed") == [2, 4]
 
 
