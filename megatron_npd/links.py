@@ -2,7 +2,7 @@
 
 A link half-way would be followed by some readers and not by others: what lies behind it is neither counted nor moved
 with the run. So all say so before anything is paid for: the loop and the trainer at their start, each stage when it
-begins to write, ``tools/verify.py``.
+begins to write, ``npd verify``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_npd.errors import UserError
-
-# What stages write, in a run's directory.
-PARTS = ("prompts", "eval_prompts", "held_out", "rounds", "schedule.jsonl", "checkpoints", "policies")
+from megatron_npd.run_dir import PARTS
 
 
 def links_of(run: str | Path) -> Iterator[Path]:

@@ -45,8 +45,8 @@ def hold_lock(directory: str | Path, *, name: str = LOCK, trust_remote_holder: b
     Args:
         directory: It must exist.
         name: Of the lock file, where it is for a part of the directory alone.
-        trust_remote_holder: Stop for a holder on another machine whose lock the kernel gives out. False where what is written is
-            safe without, and a job that starts again elsewhere must not wait for a hand.
+        trust_remote_holder: Stop for a holder on another machine whose lock the kernel gives out. False where what is
+            written is safe without, and a job that starts again elsewhere must not wait for a hand.
 
     Raises:
         UserError: Another process holds it, or one on another machine may; the message names it.

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_npd.config.settings import NPDConfig
-from megatron_npd.pipeline.runner import _Loop
+from megatron_npd.config.cluster import ClusterConfig
+from megatron_npd.pipeline.launch import command_line
 
 STARTER = """
 import subprocess, sys
@@ -23,14 +23,13 @@ subprocess.run(sys.argv[1:], env=child_environment())
 """
 CONTROLLER = """
 import sys
-from pathlib import Path
-from megatron_npd.config.settings import AnnotateConfig, NPDConfig
-from megatron_npd.pipeline import runner as controller
+from megatron_npd.config.cluster import ClusterConfig
+from megatron_npd.pipeline import launch
 
-loop = controller._Loop(Path("run"), NPDConfig(updates=0, annotate=AnnotateConfig(follow_seconds=60.0)))
-loop._annotate_command = lambda *_: [sys.executable, *sys.argv[1:]]
-with loop._following(0, Path("rollouts"), Path("annotations")):
-    controller._run("stage", [sys.executable, *sys.argv[1:]])
+launch.command_line = lambda *_: [sys.executable, *sys.argv[1:]]
+with launch.Launcher(ClusterConfig()) as launcher:
+    launcher.start("train", {})
+    launcher.start("annotate", {}).wait()
 """
 COMMAND = """
 import os, sys, time
@@ -112,9 +111,7 @@ def have_ended(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=60)[1]
 
 
-def test_a_stage_and_a_following_annotator_end_with_the_controller(
-    tmp_path: Path, start: Start, pids: Callable
-) -> None:
+def test_the_trainer_and_a_stage_end_with_the_runner(tmp_path: Path, start: Start, pids: Callable) -> None:
     command = script(tmp_path / "command.py", COMMAND)
     controller = start(sys.executable, "-c", CONTROLLER, command, tmp_path / "pids")
     children = pids(2)
@@ -146,8 +143,8 @@ def test_a_command_whose_starter_is_gone_does_not_begin(tmp_path: Path, start: S
 def test_ranks_and_torchrun_end_together(tmp_path: Path, start: Start, pids: Callable, killed: str) -> None:
     """kill -9 of the controller or of torchrun alone leaves no rank, no torchrun and no file in /tmp."""
     (tmp_path / "tmp").mkdir()
-    loop = _Loop(tmp_path, NPDConfig(nproc_per_node=2, updates=0))
-    command = [*loop._command(str(script(tmp_path / "rank.py", RANK)), {}), tmp_path / "pids"]
+    torchrun_alone = command_line(ClusterConfig(nproc_per_node=2), "train", {})[: -len(("-m", "megatron_npd", "train"))]
+    command = [*torchrun_alone, script(tmp_path / "rank.py", RANK), tmp_path / "pids"]
     starter = start(sys.executable, "-c", STARTER, *command, TMPDIR=str(tmp_path / "tmp"), OMP_NUM_THREADS="1")
     ranks = pids(2)
     torchrun = ranks[0].parent()

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_npd.audit.report import write_report
 from megatron_npd.audit.verify import verify_run
-from megatron_npd.config.settings import NPDConfig
+from megatron_npd.config.run import NPDConfig
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.errors import UserError
 from megatron_npd.links import PARTS, refuse_links
 from megatron_npd.manifest import seal, writing
-from megatron_npd.pipeline import runner as controller
+from megatron_npd.pipeline.runner import run_npd
 from tests.audit.test_verify import whole  # noqa: F401  (a fixture)
 
 LINKS = ["rounds", "rounds/0000", "rounds/0000/annotations", "rounds/0000/packs/packs.arrow", "schedule.jsonl"]
@@ -42,7 +43,7 @@ def test_a_link_in_a_run_is_refused_by_all_at_their_start(
     (tmp_path / "prompts.jsonl").write_text("{}\n")
     paths = {"teacher": tmp_path / "teacher", "student": tmp_path / "student", "prompts": tmp_path / "prompts.jsonl"}
     with pytest.raises(UserError, match=words):
-        controller.run_npd(NPDConfig(run_dir=str(run), **{key: str(path) for key, path in paths.items()}))
+        run_npd(NPDConfig(run_dir=str(run), **{key: str(path) for key, path in paths.items()}), write_report)
     assert not (run / "config.json").exists()
 
 

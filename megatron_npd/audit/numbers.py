@@ -14,8 +14,9 @@ from typing import Any
 
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
-from megatron_npd.pipeline.environment import ENVIRONMENT_FILE, read_json
-from megatron_npd.pipeline.evaluation import EVAL_PROMPTS, HELD_OUT, read_measures, read_samples
+from megatron_npd.pipeline.environment import read_json
+from megatron_npd.pipeline.evaluation import read_measures, read_samples
+from megatron_npd.run_dir import RunDir
 
 ZONES = ("degenerate", "proximal", "disconnect", "undefined")
 LAG_BOUND = 0.10  # nats a token, METHOD section 4
@@ -29,12 +30,12 @@ _ESSENTIAL = (
 )
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """The trainer's line of each step."""
-    return _json_lines(run / "report" / "metrics.jsonl")
+    return _json_lines(run.metrics)
 
 
-def summarise(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The numbers of the report.
 
     Returns:
@@ -45,8 +46,8 @@ def summarise(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         and ``total_seconds``; ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned)
         and ``written``.
     """
-    config = read_json(run / "config.json", {})
-    timed = _json_lines(run / "report" / "seconds.jsonl")
+    config = read_json(run.config, {})
+    timed = _json_lines(run.seconds)
     seconds: dict[str, float] = {}
     for record in timed:
         seconds[record["stage"]] = round(seconds.get(record["stage"], 0.0) + record["seconds"], 3)
@@ -59,11 +60,11 @@ def summarise(run: Path, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "zones": list(_selections(run)),
         "lag": [entry for index, lines in by_round if (entry := _lag(index, lines))],
         "training": [_training(index, lines) for index, lines in by_round],
-        "policies": [path.name for path in sorted((run / "policies").glob("v*")) if is_sealed(path)],
+        "policies": [path.name for path in sorted(run.policies.glob("v*")) if is_sealed(path)],
         "seconds": seconds,
         "distillation_seconds": sum(line["seconds"] for line in timed if line["round"] is not None),
         "total_seconds": sum(line["seconds"] for line in timed),
-        "environment": read_json(run / "report" / ENVIRONMENT_FILE, []),
+        "environment": read_json(run.environment, []),
         "config": _essentials(config),
         "rounds": config["updates"] + 1 if "updates" in config else None,
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -133,20 +134,20 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _accuracy(run: Path) -> dict[str, Any]:
-    known = read_json(run / "report" / "accuracy.json", {})
+def _accuracy(run: RunDir) -> dict[str, Any]:
+    known = read_json(run.accuracy, {})
     accuracy = {name: known.get(name) for name in ("start", "further_sft", "teacher")}
     problems, held_out = (
         read_manifest(path, verify=False).counts if is_sealed(path) else {}
-        for path in (run / EVAL_PROMPTS, run / HELD_OUT / "prompts")
+        for path in (run.eval_prompts, run.held_out.prompts)
     )
     counts = {"problems": problems.get("kept"), "also_training": held_out.get("also_training", 0)}
     return accuracy | {"rounds": known.get("rounds", [])} | counts
 
 
-def _selections(run: Path) -> Iterator[dict[str, Any]]:
+def _selections(run: RunDir) -> Iterator[dict[str, Any]]:
     """What was selected in each finished round, in order."""
-    for directory in sorted((run / "rounds").glob("*/selection")):
+    for directory in (path / "selection" for path in run.rounds()):
         if not is_sealed(directory):
             continue
         manifest = read_manifest(directory, kind="selection")
@@ -220,7 +221,7 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{_where(worst, few)}: {100 * (1 - worst['kept_share']):.1f} % of the responses were dropped "
             f"({worst['in'] - worst['kept']} of {worst['in']}, most of them {zone}), above "
-            f"{100 * DROPPED_BOUND:.0f} %. tools/select.py --dry-run shows what other bounds keep ({bound})."
+            f"{100 * DROPPED_BOUND:.0f} %. npd select --dry-run shows what other bounds keep ({bound})."
         )
     if cut := [entry for entry in zones if entry["cut"] > CUT_BOUND * entry["in"]]:
         worst = max(cut, key=lambda entry: entry["cut"] / entry["in"])
@@ -272,6 +273,6 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
     if not summary["seconds"]:
         yield "No times: the stages have not recorded any."
     if not summary["environment"]:
-        yield "No machine and versions: the run was not started by tools/run_npd.py."
+        yield "No machine and versions: the run was not started by npd run."
     elif "commit" not in summary["environment"][-1]:
         yield "No commit: the program does not run from a clone of its repository."

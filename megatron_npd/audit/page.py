@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from megatron_npd.audit.numbers import ZONES, accuracy_rows, duration
+from megatron_npd.run_dir import RunDir
 
 _LONGEST = 700  # characters of a prompt or response that are shown
 _STYLE = """
@@ -73,15 +73,15 @@ _CAPTIONS = {
 }
 
 
-def page(run: Path, summary: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
+def page(run: RunDir, summary: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
     """The page.
 
     Args:
-        run: Directory of the run; links are relative to its ``report/``.
+        run: The run; links are relative to its ``report/``.
         summary: As ``numbers.summarise`` makes it.
         svgs: Figures by name.
     """
-    name = escape(run.resolve().name)
+    name = escape(run.root.resolve().name)
     sections = [
         ("", _tiles(summary) + _verdicts(summary)),
         ("Results", _policies(summary) + _figures(svgs, "accuracy", "distance")),

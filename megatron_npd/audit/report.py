@@ -12,6 +12,7 @@ from megatron_npd.audit import figures
 from megatron_npd.audit.numbers import ZONES, accuracy_rows, duration, read_metrics, summarise
 from megatron_npd.audit.page import page
 from megatron_npd.manifest import write_atomic
+from megatron_npd.run_dir import RunDir
 
 
 def write_report(run_dir: str | Path) -> str:
@@ -30,10 +31,10 @@ def write_report(run_dir: str | Path) -> str:
     Raises:
         UserError: One of these files cannot be read.
     """
-    run = Path(run_dir)
+    run = RunDir(Path(run_dir))
     metrics = read_metrics(run)
     summary = summarise(run, metrics)
-    report = run / "report"
+    report = run.report
     report.mkdir(parents=True, exist_ok=True)
     drawn = figures.draw_all(summary, metrics)
     for file in report.glob("*.png"):  # a figure of an earlier report must not outlive its data

@@ -16,6 +16,7 @@ from megatron_npd.data.row_schedule import PACKS_KIND
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest, verified_file
 from megatron_npd.records import PACKS_FILE, QUARANTINE_FILE, ROLLOUTS_FILE, SAMPLES_FILE, SELECTION_FILE
+from megatron_npd.run_dir import RunDir
 from megatron_npd.store.annotation_store import SHARD_KIND, AnnotationStore
 
 Decode = Callable[[Sequence[int]], str]
@@ -34,8 +35,8 @@ def describe_sample(run: str | Path, sample: str, decode: Decode | None = None) 
     Raises:
         UserError: The run has no such sample, or a file of it is damaged.
     """
-    run, known = Path(run), []
-    for rollouts in sorted(run.glob("rounds/*/rollouts")):
+    known: list[str] = []
+    for rollouts in (path / "rollouts" for path in RunDir(Path(run)).rounds()):
         for shard in sorted(path for path in rollouts.glob("shard-*") if is_sealed(path)):
             file = verified_file(shard, ROLLOUTS_FILE, kind="rollouts-shard")
             known += pq.read_table(file, columns=["sample_id"])["sample_id"].slice(0, _SHOWN).to_pylist()

@@ -19,17 +19,13 @@ from megatron_npd.links import link_in_words, links_of
 from megatron_npd.lock import LOCK
 from megatron_npd.log import progress
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, unlisted
+from megatron_npd.pipeline.stages import STAGES
 from megatron_npd.records import sample_id
+from megatron_npd.run_dir import RunDir
 from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND, AnnotationStore
 
-SCHEDULE_FILE = "schedule.jsonl"
-# Kind of a stage: its directory, where its input lies, and what its manifest calls the hash of the input's manifest.
-_INPUTS = {
-    "rollouts": ("../../prompts", "prompts"),
-    STORE_KIND: ("rollouts", "rollouts_sha256"),
-    "selection": ("annotations", "annotations_sha256"),
-    PACKS_KIND: ("selection", "selection_sha256"),
-}
+# By kind: where its input lies, relative to it, and what its manifest calls the hash of the input's manifest.
+_INPUTS = {stage.kind: next(iter(stage.inputs.items())) for stage in STAGES.values() if stage.inputs}
 
 
 @dataclass(kw_only=True)
@@ -91,8 +87,8 @@ def verify_run(run: str | Path, *, full: bool = False) -> Verification:
         for path in sorted(stages, key=_order):
             audit.stage(path)
             bar.update()
-    if (run / SCHEDULE_FILE).exists():
-        audit.schedule(run / SCHEDULE_FILE)
+    if (schedule := RunDir(run).schedule).exists():
+        audit.schedule(schedule)
     audit.result.seconds = time.monotonic() - started
     return audit.result
 
@@ -110,9 +106,11 @@ def _directories(run: Path) -> list[Path]:
 
 def _order(path: Path) -> tuple[str, int, str]:
     """Rounds in their order, and in each the stages in theirs, so that inputs come before outputs."""
-    stages = ["prompts", "eval_prompts", "rollouts", "annotations", "store", "selection", "packs"]
+    of_a_run = ["prompts", "eval_prompts"]
+    of_a_round = ["store", *(stage.kind for stage in STAGES.values() if stage.inputs)]  # directories of that name
+    stages = of_a_run + of_a_round
     place = stages.index(path.name) if path.name in stages else len(stages)
-    return ("" if path.name in stages[:2] else str(path.parent), place, str(path))
+    return ("" if path.name in of_a_run else str(path.parent), place, str(path))
 
 
 class _Audit:
@@ -137,7 +135,8 @@ class _Audit:
             if part is not None:
                 self._compare_policy(shard, part)
             if part is not None and part.kind == SHARD_KIND:
-                self._compare_origin(shard, part, path.parent / "rollouts" / shard.name, "rollouts_sha256")
+                source, key = _INPUTS[STORE_KIND]
+                self._compare_origin(shard, part, (path / source).resolve() / shard.name, key)
             if part is not None and (counted := self._recount(shard, part)) is not None:
                 books += counted
             complete &= part is not None or not is_sealed(shard)
@@ -218,7 +217,7 @@ class _Audit:
             identity, number = Counter(here).most_common(1)[0]
             self.problem(f"{path} must hold each sample once, got {identity} {number} times")
         name, key = _INPUTS[kind]
-        source = (path.parent / name).resolve()
+        source = (path / name).resolve()
         # Compared with once, but for prompts: the ids of two stages are in memory at a time, not those of all rounds.
         before = self.books.get(source) if kind == "rollouts" else self.books.pop(source, None)
         if before is None or (manifest and key not in manifest.provenance):
@@ -256,7 +255,7 @@ class _Audit:
     def _compare_policy(self, path: Path, manifest: Manifest) -> None:
         """Rollouts name the weights of the run's policy; v0000, the student as given, is not among the policies."""
         about = manifest.provenance
-        policy = self.run / "policies" / str(about.get("policy_version"))
+        policy = RunDir(self.run).policies / str(about.get("policy_version"))
         made = _manifest_or_none(policy) if "weights" in about else None
         if made is not None and about["weights"] != made.provenance.get("weights"):
             self.problem(

@@ -84,7 +84,7 @@ def load_schedule(path: str | Path) -> list[ScheduleEntry]:
     if text != schedule_text(entries):
         raise UserError(
             f"{path} must end in the sha256 of its lines, got another: it was cut or changed; restore it, or remove it "
-            "and append its rounds again with tools/schedule.py"
+            "and its trainer appends its rounds again"
         )
     return entries
 

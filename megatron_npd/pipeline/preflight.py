@@ -6,11 +6,12 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_npd.config.settings import NPDConfig
+from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import UserError
 from megatron_npd.links import refuse_links
 from megatron_npd.log import get_logger
 from megatron_npd.paths import check_model_dir, check_out_dir
+from megatron_npd.run_dir import RunDir
 
 if TYPE_CHECKING:
     from megatron_npd.models.families import ModelSpec
@@ -83,7 +84,7 @@ def check_run(cfg: NPDConfig) -> None:
         )
 
 
-def check_prompts(run: Path, cfg: NPDConfig) -> None:
+def check_prompts(run: RunDir, cfg: NPDConfig) -> None:
     """Check the sealed prompts against settings that only a later stage reads.
 
     Raises:
@@ -93,9 +94,9 @@ def check_prompts(run: Path, cfg: NPDConfig) -> None:
     from megatron_npd.selection.select import check_domains
 
     if cfg.eval.prompts and cfg.eval.answer_regex:
-        read_problems(run / "eval_prompts", cfg.eval.answer_regex)
+        read_problems(run.eval_prompts, cfg.eval.answer_regex)
     if cfg.select.domain_column:
-        check_domains(run / "prompts", cfg.select.domain_column)
+        check_domains(run.prompts, cfg.select.domain_column)
 
 
 def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
@@ -112,10 +113,10 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     layouts = [(cfg.train.tensor_model_parallel_size, cfg.train.pipeline_model_parallel_size)]
     layouts += [(cfg.annotate.tensor_model_parallel_size, cfg.annotate.pipeline_model_parallel_size)]
     for spec, (tensor_size, pipeline_size) in zip(specs, layouts, strict=False):
-        check_world_size(cfg.nproc_per_node, tensor_size, pipeline_size)
+        check_world_size(cfg.world_size, tensor_size, pipeline_size)
         check_layout(spec, tensor_size, pipeline_size)
     tensor_size, pipeline_size = layouts[0]
-    check_batch(cfg.train, cfg.pack.seq_length, cfg.nproc_per_node // (tensor_size * pipeline_size))
+    check_batch(cfg.train, cfg.pack.seq_length, cfg.world_size // (tensor_size * pipeline_size))
 
 
 def _check_lengths(cfg: NPDConfig, context: int, longest: int) -> None:

@@ -15,33 +15,30 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.config.settings import NPDConfig
+from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, is_sealed, write_atomic
+from megatron_npd.pipeline.stages import STAGES
+from megatron_npd.run_dir import RunDir
 
-CONFIG_FILE = "config.json"
-CHANGES_FILE = "config_changes.jsonl"
-STAGES = ("prompts", "rollouts", "annotations", "selection", "packs", "checkpoints", "policies")
+# What results come from, in order; what is measured of policies is made anew without asking.
+ORDER = [stage.name for stage in STAGES.values() if stage.kind and stage.per != "policy"]
 # The first stage that depends on a setting: by its group, but for those named; on those without a group the prompts do.
-_GROUPS = {
-    "rollout": "rollouts",
-    "annotate": "annotations",
-    "select": "selection",
-    "pack": "packs",
-    "train": "checkpoints",
-    "eval": "evaluation",  # made anew without asking, of policies that stay
-}
+_GROUPS = {stage.settings: stage.name for stage in reversed(STAGES.values()) if stage.settings} | {"eval": "evaluation"}
 _NAMED = {
     "rollout.max_model_len": "prompts",  # longer ones are set aside
     "special_tokens_in_text": "prompts",
-    "updates": "checkpoints",
+    "updates": "train",
+    "max_lead": "rollout",  # it decides which policy generates a round
 }
+_OF_A_ROUND = [name for name in ORDER if name not in ("prompts", "train", "export")]
 _PATHS = ("run_dir", "teacher", "student", "prompts", "eval.prompts")
 # No result depends on these: where and how fast it is computed, what is shown of it, how long is waited, where a stage
 # gives up.
 _FREE = {
-    "": "run_dir nproc_per_node platform redo",
+    "": "run_dir platform redo nnodes node_rank train_nodes nproc_per_node master_addr master_port server_host "
+    "server_port attempt",
     "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout max_quarantined",
     "annotate.": "urls token_file concurrency max_quarantined follow_seconds micro_batch_size "
     "tensor_model_parallel_size pipeline_model_parallel_size",
@@ -53,7 +50,7 @@ _FREE = {
 HARMLESS = frozenset(prefix + name for prefix, names in _FREE.items() for name in names.split())
 
 
-def keep_config(run: Path, cfg: NPDConfig) -> None:
+def keep_config(run: RunDir, cfg: NPDConfig) -> None:
     """Write the run's configuration, where it differs from the one before: if no result of that one contradicts it.
 
     ``config.json`` holds the configuration of the newest call, ``config_changes.jsonl`` what was changed before, with
@@ -62,7 +59,7 @@ def keep_config(run: Path, cfg: NPDConfig) -> None:
     Raises:
         UserError: Results depend on what was changed; the message names both.
     """
-    path = run / CONFIG_FILE
+    path = run.config
     now = recorded(cfg)
     then = _read(path) if path.exists() else now
     changed = {name: stage_of(name, then, now) for name in now if then.get(name) != now[name]}
@@ -71,7 +68,7 @@ def keep_config(run: Path, cfg: NPDConfig) -> None:
         listed = ", ".join(f"{name}: {then.get(name)!r} -> {now[name]!r}" for name in changed)
         _make_room(run, listed, set(changed.values()), redo=cfg.redo)
         _note(run, {name: [then.get(name), now[name]] for name in changed})
-        get_logger().info("%s goes on with %s", run, listed)
+        get_logger().info("%s goes on with %s", run.root, listed)
     write_atomic(path, json.dumps(_nested(now), indent=1, sort_keys=True) + "\n")
 
 
@@ -91,37 +88,37 @@ def stage_of(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return _NAMED.get(name) or _GROUPS.get(name.partition(".")[0], "prompts")
 
 
-def _make_room(run: Path, changed: str, stages: set[str], *, redo: bool) -> None:
+def _make_room(run: RunDir, changed: str, stages: set[str], *, redo: bool) -> None:
     """Remove what depends on changed settings, the last first; results only where that was asked for."""
-    order = [STAGES.index(stage) for stage in stages - {"evaluation"}]
-    dependent = list(_directories(run, STAGES[min(order)])) if order else []
+    order = [ORDER.index(stage) for stage in stages - {"evaluation"}]
+    dependent = list(_directories(run, ORDER[min(order)])) if order else []
     results = [path for path in dependent if _holds_results(path)]
     # Prompts are the user's file in other words: made again in no time, and no result by themselves.
     if not redo and any(path.name != "prompts" for path in results):
-        names = ", ".join(str(path.relative_to(run)) for path in results)
+        names = ", ".join(str(path.relative_to(run.root)) for path in results)
         raise UserError(
-            f"{run} must keep the settings that its results were made with, got {changed}, on which these depend: "
+            f"{run.root} must keep the settings that its results were made with, got {changed}, on which these depend: "
             f"{names}; take the change back, give another --run-dir, or give --redo to remove these and make them anew"
         )
     if dependent or "evaluation" in stages:
-        _forget_measures(run, keep_first="evaluation" not in stages and min(order) > STAGES.index("annotations"))
+        _forget_measures(run, keep_first="evaluation" not in stages and min(order) > ORDER.index("annotate"))
     if dependent:
-        (run / "schedule.jsonl").unlink(missing_ok=True)  # its lines are appended again, as the rounds are passed
+        run.schedule.unlink(missing_ok=True)  # the trainer appends its lines again
     for path in reversed(dependent):
         _remove(path)
         get_logger().info("removed %s", path)
 
 
-def _directories(run: Path, stage: str) -> Iterator[Path]:
-    """The directories of a run that depend on the first round's ``stage``, in the order in which they are made."""
-    later = STAGES[STAGES.index(stage) :]
+def _directories(run: RunDir, first: str) -> Iterator[Path]:
+    """The directories of a run that depend on the first round's stage ``first``, in the order of their making."""
+    later = ORDER[ORDER.index(first) :]
     if "prompts" in later:
-        yield from (path for path in (run / "prompts",) if path.is_dir())
-    for directory in sorted((run / "rounds").glob("[0-9]*")):
-        first = int(directory.name) == 0
-        yield from (directory / name for name in STAGES if (name in later or not first) and (directory / name).is_dir())
-    for name in ("checkpoints", "policies"):
-        yield from sorted(path for path in (run / name).glob("[iv]*") if path.is_dir())
+        yield from filter(Path.is_dir, [run.prompts])
+    for index in range(len(run.rounds())):
+        outputs = (STAGES[name].output(run, index) for name in _OF_A_ROUND if name in later or index)
+        yield from (output for output in outputs if output is not None and output.is_dir())
+    for directory in (run.checkpoints, run.policies):
+        yield from sorted(path for path in directory.glob("[iv]*") if path.is_dir())
 
 
 def _holds_results(path: Path) -> bool:
@@ -135,17 +132,16 @@ def _holds_results(path: Path) -> bool:
     return False
 
 
-def _forget_measures(run: Path, *, keep_first: bool) -> None:
+def _forget_measures(run: RunDir, *, keep_first: bool) -> None:
     """Drop what was measured of policies that are made anew, or with other settings; ``keep_first``: but v0000's."""
-    accuracy = run / "report" / "accuracy.json"
-    if accuracy.exists():
+    if (accuracy := run.accuracy).exists():
         kept = ("start", "teacher") if keep_first else ()
         known = {name: value for name, value in json.loads(accuracy.read_text()).items() if name in kept}
         write_atomic(accuracy, json.dumps({"start": None, "rounds": []} | known, indent=1) + "\n")
     if keep_first:
-        measured = [path for path in (run / "held_out" / "rounds").glob("[0-9]*") if int(path.name)]
+        measured = run.held_out.rounds()[1:]
     else:
-        measured = [run / "held_out", *run.glob("eval_prompts*")]
+        measured = [run.held_out.root, run.eval_prompts, run.teacher_eval_prompts]
     for path in filter(Path.is_dir, measured):
         _remove(path)
 
@@ -156,10 +152,10 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def _note(run: Path, changes: Mapping[str, list[Any]]) -> None:
+def _note(run: RunDir, changes: Mapping[str, list[Any]]) -> None:
     """Append to the history of the configuration what is changed, and which results were made before."""
-    path = run / CHANGES_FILE
-    kept = [str(item.relative_to(run)) for item in _directories(run, STAGES[0]) if _holds_results(item)]
+    path = run.config_changes
+    kept = [str(item.relative_to(run.root)) for item in _directories(run, ORDER[0]) if _holds_results(item)]
     line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "changed": changes, "results_before": kept}
     before = path.read_text() if path.exists() else ""
     write_atomic(path, before + json.dumps(line) + "\n")

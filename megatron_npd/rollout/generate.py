@@ -183,7 +183,7 @@ class _Round:
         if answer.versions != (expected,):
             raise UserError(
                 f"answers must come from policy {expected}, got one from {', '.join(answer.versions)}; "
-                "load that policy again with tools/refresh.py and rerun"
+                "load that policy again with npd refresh and rerun"
             )
         return Recorded(
             token_ids=np.array(answer.token_ids, np.int32),

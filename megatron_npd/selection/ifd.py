@@ -8,22 +8,24 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-LEAST_LOSS_ALONE = 1e-6  # nats a token; below it the ratio says nothing
+LEAST_UNCONDITIONAL_LOSS = 1e-6  # nats a token; below it the ratio says nothing
 
 
-def ifd(loss_N: npt.NDArray[np.float32], loss_alone_N: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def ifd(loss_N: npt.NDArray[np.float32], loss_unconditional_N: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """How much the prompt helps to write the response: L(y|x) / L(y).
 
     Args:
         loss_N: L(y|x), mean nats a response token [N].
-        loss_alone_N: L(y), the same without the prompt [N].
+        loss_unconditional_N: L(y), the same without the prompt [N].
 
     Returns:
         IFD [N]; NaN where L(y) is below 1e-6 or a loss is not finite.
     """
-    defined_N = np.isfinite(loss_N) & np.isfinite(loss_alone_N) & (loss_alone_N >= LEAST_LOSS_ALONE)
+    defined_N = (
+        np.isfinite(loss_N) & np.isfinite(loss_unconditional_N) & (loss_unconditional_N >= LEAST_UNCONDITIONAL_LOSS)
+    )
     ratio_N = np.full(len(loss_N), np.nan, np.float32)
-    return np.divide(loss_N, loss_alone_N, out=ratio_N, where=defined_N)
+    return np.divide(loss_N, loss_unconditional_N, out=ratio_N, where=defined_N)
 
 
 def delta_ifd(

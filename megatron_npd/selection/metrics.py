@@ -69,7 +69,7 @@ def measures(losses: Mapping[str, Floats]) -> dict[str, Floats]:
     """What filters decide by, float32 [N] each, NaN where it is undefined.
 
     Args:
-        losses: ``teacher_loss``, ``teacher_loss_unconditional``, ``student_loss`` and ``student_loss_unconditional`` [N] in nats.
+        losses: ``teacher_loss``, ``student_loss`` and both with ``_unconditional``, float32 [N], in nats.
     """
     ifd_teacher_N = ifd(losses["teacher_loss"], losses["teacher_loss_unconditional"])
     ifd_student_N = ifd(losses["student_loss"], losses["student_loss_unconditional"])

@@ -178,7 +178,7 @@ def select_round(
     if not weights_N.any():  # a sealed selection of nothing could be neither packed nor made with other settings
         raise UserError(
             f"{store.path} must leave a sample that trains, got none of {len(store)} (filter {cfg.filter}; "
-            f"{_found(counts)}): {_advice(counts)}; tools/select.py --dry-run shows what several taus would keep"
+            f"{_found(counts)}): {_advice(counts)}; npd select --dry-run shows what several taus would keep"
         )
     with writing(out_dir) as directory:
         _write(directory / SELECTION_FILE, samples, zones_N, kept_N, reasons_N, weights_N)

@@ -97,7 +97,7 @@ def read_token(path: str | Path) -> str:
             token = stream.read(1000).strip()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"token_file must be the file that tools/serve.py made, got {error}; start the servers, or check the path"
+            f"token_file must be the file that npd serve made, got {error}; start the servers, or check the path"
         ) from error
     if mode & 0o077:
         raise UserError(f"{path} must be readable by its owner alone, got mode {mode:o}; remove it and serve anew")

@@ -115,7 +115,7 @@ class ServerPool:
             raise self.dead(url, f"must answer {path}, got {words(error)}") from error
         if response.status_code == 404:
             raise UserError(
-                f"the server {url} must have {path}, got 404; start it with tools/serve.py, or with "
+                f"the server {url} must have {path}, got 404; start it with npd serve, or with "
                 "VLLM_SERVER_DEV_MODE=1 and the arguments that serving/server.py gives it"
             )
         if response.status_code == 401:
@@ -189,7 +189,7 @@ class ServerPool:
             if version is not None and (got or weights) != version:
                 raise UserError(
                     f"the server {url} must serve policy {version}, got {got or weights}; load it first: "
-                    f"tools/refresh.py --urls {url} --policy DIR --version {version}"
+                    f"npd refresh --urls {url} --policy DIR --version {version}"
                 )
             if weights == UNUSABLE:
                 raise UserError(
@@ -198,13 +198,13 @@ class ServerPool:
                 )
             if not got or len(weights) != _HASH_DIGITS:
                 raise UserError(
-                    f"the server {url} must say which weights it holds, got {tags[url]}; start it with tools/serve.py, "
-                    f"or load them: tools/refresh.py --urls {url} --policy DIR --version v0000"
+                    f"the server {url} must say which weights it holds, got {tags[url]}; start it with npd serve, "
+                    f"or load them: npd refresh --urls {url} --policy DIR --version v0000"
                 )
             if tags[url] != tags[self.urls[0]]:
                 raise UserError(
                     f"all servers must hold the same weights, got {tags[url]} on {url} and {tags[self.urls[0]]} on "
-                    f"{self.urls[0]}; load one policy on all of them with tools/refresh.py"
+                    f"{self.urls[0]}; load one policy on all of them with npd refresh"
                 )
             self.control(url, GENERATE, body=PROBE)
         return tags[self.urls[0]]
@@ -277,7 +277,7 @@ class ServerPool:
         """The error for a server that does not take our token."""
         what = "another one" if self.token else "none"
         return UserError(
-            f"requests to {url} must carry its token, got {what}; give --token-file, the file that tools/serve.py names"
+            f"requests to {url} must carry its token, got {what}; give --token-file, the file that npd serve names"
         )
 
     def dead(self, url: str, what: str) -> UserError:

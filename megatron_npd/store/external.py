@@ -1,7 +1,7 @@
 """One sample of teacher data made elsewhere: a record or a server's saved answer, checked, as the store holds it.
 
 A *record* has ``prompt_ids`` and ``response_ids`` (or ``token_ids`` and ``prompt_len``), and for each response token
-``top_ids`` with ``top_logprobs``, or with ``top_logits`` and ``logsumexp``: the columns that ``store/export.py`` writes.
+``top_ids`` with ``top_logprobs``, or with ``top_logits`` and ``logsumexp``: the columns of ``store/export.py``.
 An *answer* is what a vLLM or OpenAI-style server replied to the teacher's request for the whole text, as saved, with
 ``prompt_len`` beside: ``prompt_logprobs``, or ``echo`` with ``logprobs`` and tokens as ``token_id:17``.
 

@@ -93,7 +93,7 @@ def warn_of_few_in_top_k(counts: Mapping[str, Any], where: object) -> None:
     if (share := counts["in_top_k"] / max(counts["response_tokens"], 1)) < LEAST_IN_TOP_K:
         get_logger().warning(
             "%s: only %.1f %% of the response tokens are among the teacher's top-k; are records shifted by a token, "
-            "or of another tokenizer or other responses? tools/inspect.py --sample shows them side by side",
+            "or of another tokenizer or other responses? npd show --sample shows them side by side",
             where,
             100 * share,
         )

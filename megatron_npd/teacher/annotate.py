@@ -51,7 +51,7 @@ def annotate_round(
     cfg: AnnotateConfig,
     servers: TokenScorer | None = None,
 ) -> Manifest | None:
-    """Annotate every rollout shard and seal ``out_dir`` as a store (``store/annotation_store.py``); every rank calls it.
+    """Annotate every rollout shard and seal ``out_dir`` as an annotation store; every rank calls it.
 
     The shards of a wave are dealt to the data-parallel ranks. Sealed shards are kept: a killed stage goes on at the
     first unsealed one, and an ``out_dir`` sealed from the same input is left as it is.

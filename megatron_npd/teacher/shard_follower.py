@@ -115,7 +115,7 @@ class ShardFollower:
         if now - self._since > self.cfg.follow_seconds:
             raise UserError(
                 f"{self.path} must be sealed or get answers, got none in {self.cfg.follow_seconds:g} s "
-                "(follow_seconds); see whether tools/rollout.py runs, then run both again"
+                "(follow_seconds); see whether npd rollout runs, then run both again"
             )
         time.sleep(_POLL_SECONDS)
 

@@ -20,6 +20,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.manifest import seal
 from megatron_npd.pipeline import environment
 from megatron_npd.pipeline.environment import record_environment
+from megatron_npd.run_dir import RunDir
 
 PNG = b"\x89PNG\r\n\x1a\n"
 STEPS = 40  # of each of two rounds
@@ -267,12 +268,12 @@ def test_unfinished_run(run: Path) -> None:
     ],
 )
 def test_headline(run: Path, changed: dict[str, Any], sentence: str) -> None:
-    assert headline(summarise(run, metrics()) | changed) == sentence
+    assert headline(summarise(RunDir(run), metrics()) | changed) == sentence
 
 
 def test_what_was_measured_of_a_policy_stands_in_its_row(run: Path) -> None:
-    summary = summarise(run, metrics()) | {"measures": MEASURES}
-    text = re.sub(r"<[^>]+>", " ", page(run, summary, {}))
+    summary = summarise(RunDir(run), metrics()) | {"measures": MEASURES}
+    text = re.sub(r"<[^>]+>", " ", page(RunDir(run), summary, {}))
     row = " ".join(text[text.index("after round 1") :].split())
     assert row.startswith("after round 1 ( v0002 ) 78.5 % +72.2 0.560 ± 0.020 81.0 % 59.5 0.0 %")
     assert "0.94 → 0.56" in text and "62.5 → 81.0 %" in text
@@ -283,7 +284,7 @@ def test_what_was_measured_of_a_policy_stands_in_its_row(run: Path) -> None:
 def test_samples_are_shown_as_text(run: Path) -> None:
     response = {"policy": 1, "text": "<b>19</b>" + "x" * 5000, "tokens": 7, "cut": True}
     samples = [{"prompt": "12 + 7 < 20?", "responses": [{**response, "policy": 0, "text": " "}, response]}]
-    text = page(run, summarise(run, metrics()) | {"samples": samples}, {})
+    text = page(RunDir(run), summarise(RunDir(run), metrics()) | {"samples": samples}, {})
     assert "12 + 7 &lt; 20?" in text and "&lt;b&gt;19" in text and "x" * 1000 not in text
     assert "before the run, 7 tokens" in text and "(no text)" in text
     assert "after round 0, 7 tokens, cut by length" in text
@@ -320,7 +321,7 @@ def test_a_run_within_its_bounds_says_so(run: Path) -> None:
     write_report(run)
     assert summary_of(run)["verdicts"] == []
     assert "Within their bounds: policy lag, dropped and cut responses." in (run / "report" / "report.html").read_text()
-    summary = summarise(run, metrics())
+    summary = summarise(RunDir(run), metrics())
     overlap = summary["accuracy"] | {"problems": 400, "also_training": 12}
     (sentence,) = verdicts(summary | {"accuracy": overlap})
     assert sentence.startswith("12 of 400 problems of eval.prompts are among the prompts that train")
@@ -332,13 +333,13 @@ def test_a_run_within_its_bounds_says_so(run: Path) -> None:
 def test_a_spike_of_one_step_is_drawn(run: Path) -> None:
     lines = [line | {"iteration": index + 1, "round": 0} for index, line in enumerate(metrics() * 25)]
     lines[1234] = lines[1234] | {"kd": 77.0}
-    (ax,) = draw_all(summarise(run, lines), lines)["loss"].axes
+    (ax,) = draw_all(summarise(RunDir(run), lines), lines)["loss"].axes
     assert max(path.vertices[:, 1].max() for band in ax.collections for path in band.get_paths()) == 77.0
     assert all(len(line.get_xdata()) <= 60 for line in ax.get_lines())
 
 
 def test_no_legend_covers_data(run: Path) -> None:
-    for name, figure in draw_all(summarise(run, metrics()), metrics()).items():
+    for name, figure in draw_all(summarise(RunDir(run), metrics()), metrics()).items():
         figure.canvas.draw()
         (ax,) = figure.axes
         assert ax.get_legend() is None, name
@@ -353,15 +354,15 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_the_environment_is_that_of_this_process(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record_environment(run)
-    record_environment(run)
+    record_environment(RunDir(run))
+    record_environment(RunDir(run))
     before, entry = json.loads((run / "report" / "environment.json").read_text())
     assert before == ENVIRONMENT
     assert entry["versions"]["torch"] == torch.__version__ and "vllm" in " ".join(entry["versions"])
     assert entry["cores"] > 0 and 0.05 < entry["peak_gb"] < entry["memory_gb"]
     environment._commit.cache_clear()
     monkeypatch.setattr(environment, "REPOSITORY", Path(__file__).parent)  # inside a clone, but none itself
-    record_environment(run)
+    record_environment(RunDir(run))
     *_, entry = json.loads((run / "report" / "environment.json").read_text())
     assert "commit" not in entry
     write_report(run)

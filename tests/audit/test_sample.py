@@ -93,10 +93,10 @@ def test_a_quarantined_sample_has_its_reason(whole: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("folder", [".", "tools"])
 def test_tools_do_not_hide_the_standard_library(whole: Path, folder: str) -> None:  # noqa: F811
-    """Every script in tools/ imports dataclasses, which imports inspect; subprocess imports select."""
+    """Python puts a script's directory first on its path: none may have the name of a module."""
     program = "import dataclasses, inspect, select, subprocess; assert inspect.signature and select.epoll"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT / folder, check=True)
     sample = rollouts(whole)[0]["sample_id"]
-    command = [sys.executable, str(ROOT / "tools" / "inspect.py"), str(whole), "--sample", sample]
+    command = [sys.executable, str(ROOT / "tools" / "show_sample.py"), str(whole), "--sample", sample]
     result = subprocess.run(command, cwd=ROOT / folder, check=True, capture_output=True, text=True)
     assert result.stdout == describe_sample(whole, sample)

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_npd.audit.verify import verify_run
+from megatron_npd.cli.verify import main as tool
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, read_manifest, seal
 from megatron_npd.records import PACKS_FILE, ROLLOUTS_FILE, SELECTION_FILE, teacher_record_dtype
 from tests.faults import world
 from tests.serving.fake import FakeServer
-from tools.verify import main as tool
 
 
 @pytest.fixture(scope="module")

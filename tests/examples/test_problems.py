@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_npd.config.settings import EvalConfig
+from megatron_npd.config.run import EvalConfig
 from problems import SPLITS, Problem, make_splits, write_splits
 
 SIZES = {"teacher": 400, "student": 60, "npd": 150, "test": 80}

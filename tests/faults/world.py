@@ -115,7 +115,7 @@ def packs(run: Path) -> None:
 
 def schedule(run: Path) -> None:
     from megatron_npd.data.row_schedule import ScheduleEntry
-    from megatron_npd.pipeline.schedule import append_entry
+    from megatron_npd.training.schedule import append_entry
 
     entry = ScheduleEntry(from_row=0, packs="rounds/0000/packs", round=0, policy_version="v0000")
     append_entry(run / "schedule.jsonl", entry)

@@ -82,10 +82,10 @@ def _serve() -> None:
     # isort: split
     import megatron_npd.data.packing
     import megatron_npd.models.convert
-    import megatron_npd.pipeline.schedule
     import megatron_npd.rollout.generate
     import megatron_npd.selection.select
     import megatron_npd.teacher.annotate
+    import megatron_npd.training.schedule
     import megatron_npd.training.trainer  # noqa: F401
     from tests.faults import disturb, world
 

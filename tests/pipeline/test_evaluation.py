@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_npd.config.settings import AnnotateConfig, EvalConfig, NPDConfig, RolloutConfig
+from megatron_npd.config.run import EvalConfig, NPDConfig
+from megatron_npd.config.settings import AnnotateConfig, RolloutConfig
 from megatron_npd.pipeline.evaluation import Accuracies, measure_line
+from megatron_npd.run_dir import RunDir
 from tests.helpers import make_tiny_tokenizer
 from tests.serving.fake import EOS, FakeServer
 
@@ -40,18 +42,18 @@ def test_the_teacher_answers_in_its_own_template(tmp_path: Path) -> None:
             annotate=AnnotateConfig(backend="vllm", urls=(server.url,)),
             eval=EvalConfig(prompts=str(tmp_path / "test.jsonl"), teacher=True),
         )
-        accuracies = Accuracies(tmp_path, cfg)
+        accuracies = Accuracies(RunDir(tmp_path), cfg)
         assert accuracies.lack(None) and accuracies.lack(0)
         accuracies.add_teacher()
     known = json.loads((tmp_path / "report" / "accuracy.json").read_text())
     assert known == {"start": None, "rounds": [], "teacher": 75.0}
-    later = Accuracies(tmp_path, cfg)
+    later = Accuracies(RunDir(tmp_path), cfg)
     assert not later.lack(None) and later.lack(0)
 
 
 def test_without_problems_or_regex_nothing_is_lacking(tmp_path: Path) -> None:
     for settings in (EvalConfig(teacher=True), EvalConfig(prompts="test.jsonl", answer_regex="", teacher=True)):
-        accuracies = Accuracies(tmp_path, NPDConfig(eval=settings))
+        accuracies = Accuracies(RunDir(tmp_path), NPDConfig(eval=settings))
         assert not accuracies.lack(None) and not accuracies.lack(0)
 
 

@@ -17,7 +17,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import NPDConfig, RolloutConfig
+from megatron_npd.config.run import NPDConfig
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.platform import get_platform
@@ -25,10 +26,16 @@ from tests.helpers import make_tiny_model
 
 get_platform("cpu")
 
-from megatron_npd.pipeline import runner as controller  # noqa: E402
+from megatron_npd.audit.report import write_report  # noqa: E402
+from megatron_npd.pipeline import runner  # noqa: E402
 from megatron_npd.pipeline.preflight import HIGH_LR_TIMES_WIDTH, check_prompts, check_run  # noqa: E402
+from megatron_npd.run_dir import RunDir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_npd(cfg: NPDConfig) -> str:
+    return runner.run_npd(cfg, write_report)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,7 @@ def test_a_run_that_fits_passes(inputs: Path) -> None:
 def test_what_does_not_fit_is_refused(inputs: Path, flags: list[str], match: str) -> None:
     cfg = config(inputs, *(flag.format(root=inputs) for flag in flags))
     with pytest.raises(UserError, match=match):
-        controller.run_npd(cfg)
+        run_npd(cfg)
     assert not (inputs / "run").exists(), "a start that failed leaves nothing"
 
 
@@ -98,8 +105,9 @@ def drop_norm(model: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("examples/recipes/*.yaml")), ids=lambda file: file.stem)
 def test_the_recipes_fit_and_their_rates_suit_the_widths_that_they_name(inputs: Path, file: Path) -> None:
-    cfg = config(inputs, "--config", str(file), "--rollout.max-model-len=512", "--train.train-iters=20")
-    check_run(cfg)
+    small = ["--rollout.max-model-len=512", "--train.train-iters=60", "--train.sequence-parallel=false"]
+    small += [f"--{stage}.tensor-model-parallel-size=1" for stage in ("annotate", "train")]
+    check_run(config(inputs, "--config", str(file), *small))
     shipped = parse_config(NPDConfig, ["--config", str(file)])
     assert min(shipped.annotate.seq_length, shipped.pack.seq_length) >= shipped.rollout.max_model_len
     for lr, width in ((3e-4, 576), (1e-4, 896), (5e-5, 1536), (2e-5, 2048), (1e-5, 4096), (1e-5, 8192)):
@@ -143,17 +151,19 @@ def test_a_damaged_model_is_refused(
 def test_held_out_problems_without_an_answer_are_refused_before_any_server_starts(inputs: Path, tmp_path: Path) -> None:
     cfg = config(inputs, f"--run-dir={tmp_path}/run", f"--eval.prompts={inputs / 'unanswered.jsonl'}")
     with pytest.raises(UserError, match="must have a response that answer_regex matches, got 'seven'"):
-        controller.run_npd(cfg)
+        run_npd(cfg)
     assert not (tmp_path / "run" / "rounds").exists()
-    check_prompts(tmp_path / "run", dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, answer_regex="(s)")))
+    check_prompts(
+        RunDir(tmp_path / "run"), dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, answer_regex="(s)"))
+    )
     other = ["--eval.answer-regex=(s)", f"--prompts={inputs / 'unanswered.jsonl'}", "--annotate.top-k=1000"]
     with pytest.raises(UserError, match="top_k must be"):  # what failed before pins neither prompts nor settings
-        controller.run_npd(config(inputs, f"--run-dir={tmp_path}/run", *other))
+        run_npd(config(inputs, f"--run-dir={tmp_path}/run", *other))
 
 
 def test_a_domain_that_prompts_lack_is_refused_before_any_server_starts(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"column subject of prompt .* must be a text, got None"):
-        controller.run_npd(config(inputs, f"--run-dir={tmp_path}/run", "--select.domain-column=subject"))
+        run_npd(config(inputs, f"--run-dir={tmp_path}/run", "--select.domain-column=subject"))
     assert not (tmp_path / "run" / "rounds").exists()
 
 

@@ -10,14 +10,19 @@ from typing import Any
 import pytest
 
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import NPDConfig
+from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import seal
-from megatron_npd.pipeline.resume import HARMLESS, STAGES, keep_config, recorded, stage_of
+from megatron_npd.pipeline.resume import HARMLESS, ORDER, keep_config, recorded, stage_of
+from megatron_npd.run_dir import RunDir
 
 DIRECTORIES = (
     "prompts",
-    *(f"rounds/{index}/{stage}" for index in ("0000", "0001") for stage in STAGES[1:5]),
+    *(
+        f"rounds/{index}/{stage}"
+        for index in ("0000", "0001")
+        for stage in ("rollouts", "annotations", "selection", "packs")
+    ),
     *("checkpoints/iter_0000002", "checkpoints/iter_0000004", "policies/v0001", "policies/v0002"),
 )
 
@@ -29,7 +34,7 @@ def config(run: Path, *flags: str) -> NPDConfig:
 def made(run: Path, *directories: str) -> Path:
     """A run with some of its directories sealed."""
     run.mkdir(exist_ok=True)
-    keep_config(run, config(run))
+    keep_config(RunDir(run), config(run))
     for name in directories:
         (run / name).mkdir(parents=True)
         seal(run / name, kind="test")
@@ -50,7 +55,7 @@ def accuracy(run: Path) -> Any:
 
 def test_every_setting_belongs_to_a_stage_or_is_harmless() -> None:
     flat = recorded(NPDConfig())
-    assert {stage_of(name, flat, flat) for name in flat} == {*STAGES[:6], "evaluation", ""}
+    assert {stage_of(name, flat, flat) for name in flat} == {*ORDER[:6], "evaluation", ""}
     assert flat.keys() >= HARMLESS, HARMLESS - flat.keys()
 
 
@@ -68,7 +73,7 @@ def test_every_setting_belongs_to_a_stage_or_is_harmless() -> None:
 def test_harmless_changes_are_taken_over(tmp_path: Path, flag: str) -> None:
     run = made(tmp_path / "run", *DIRECTORIES)
     changed = config(run, flag.format(cwd=Path.cwd().name))
-    keep_config(run, changed)
+    keep_config(RunDir(run), changed)
     assert left(run) == list(DIRECTORIES)
     assert json.loads((run / "config.json").read_text())["train"] == dataclasses.asdict(changed.train)
 
@@ -97,18 +102,18 @@ def test_a_setting_may_change_until_a_result_depends_on_it(
     run = made(tmp_path / "run", *sealed)
     changed = config(run, flag)
     if not first:
-        keep_config(run, changed)
+        keep_config(RunDir(run), changed)
     else:
         kept = [name for name in sealed[: sealed.index(first)] if not name.startswith("rounds/0001")]
         repeated = [name for name in sealed if name not in kept]
         name = flag[2:].partition("=")[0].replace("-", "_")
         with pytest.raises(UserError, match=f"got {name}: .*depend: {', '.join(repeated)}; .*--redo"):
-            keep_config(run, changed)
+            keep_config(RunDir(run), changed)
         assert left(run) == list(sealed), "nothing is removed unasked"
         assert recorded(config(run)) == recorded_in(run)
-        keep_config(run, dataclasses.replace(changed, redo=True))
+        keep_config(RunDir(run), dataclasses.replace(changed, redo=True))
         assert left(run) == kept and not (run / "schedule.jsonl").exists()
-        keeps_start = STAGES.index(stage_of(name, recorded(config(run)), recorded(changed))) > 2
+        keeps_start = ORDER.index(stage_of(name, recorded(config(run)), recorded(changed))) > 2
         expected = {"start": 1.0, "teacher": 9.0} if keeps_start else {"start": None}
         assert accuracy(run) == expected | {"rounds": []}
     assert recorded_in(run) == recorded(changed)
@@ -129,13 +134,13 @@ def recorded_in(run: Path) -> dict[str, Any]:
 def test_other_problems_are_measured_anew_without_asking(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    keep_config(run, config(run, "--eval.prompts=a"))
+    keep_config(RunDir(run), config(run, "--eval.prompts=a"))
     for name in (*DIRECTORIES, "eval_prompts", "held_out/rounds/0000/annotations"):
         (run / name).mkdir(parents=True)
         seal(run / name, kind="test")
     (run / "report").mkdir()
     (run / "report" / "accuracy.json").write_text('{"start": 1.0, "rounds": [2.0]}')
-    keep_config(run, config(run, "--eval.prompts=b"))
+    keep_config(RunDir(run), config(run, "--eval.prompts=b"))
     assert left(run) == list(DIRECTORIES)
     assert not (run / "eval_prompts").exists() and not (run / "held_out").exists()
     assert accuracy(run) == {"start": None, "rounds": []}
@@ -146,17 +151,17 @@ def test_parts_of_a_stage_are_results_where_a_rerun_would_go_on_from_them(tmp_pa
     rollouts = run / "rounds" / "0000" / "rollouts"
     rollouts.mkdir(parents=True)
     (rollouts / "answers.journal").write_text("the settings\n")
-    keep_config(run, config(run, "--rollout.temperature=0.5"))  # no response came
+    keep_config(RunDir(run), config(run, "--rollout.temperature=0.5"))  # no response came
     assert not rollouts.exists(), "its journal is of other settings"
     rollouts.mkdir()
     (rollouts / "answers.journal").write_text("the settings\na response\n")
     with pytest.raises(UserError, match="rounds/0000/rollouts; take the change back"):
-        keep_config(run, config(run, "--rollout.temperature=0.7"))
+        keep_config(RunDir(run), config(run, "--rollout.temperature=0.7"))
     (rollouts / "answers.journal").unlink()
     (rollouts / "shard-00000").mkdir()
     seal(rollouts / "shard-00000", kind="test")
     with pytest.raises(UserError, match="rounds/0000/rollouts; take the change back"):
-        keep_config(run, config(run, "--rollout.temperature=0.7"))
+        keep_config(RunDir(run), config(run, "--rollout.temperature=0.7"))
 
 
 def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
@@ -164,4 +169,4 @@ def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
     for text in ("{", "[]", ""):
         (run / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config\.json must be the configuration that began the run"):
-            keep_config(run, config(run))
+            keep_config(RunDir(run), config(run))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import EvalConfig, NPDConfig
+from megatron_npd.config.run import EvalConfig, NPDConfig
 from megatron_npd.data.row_schedule import load_schedule
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
@@ -29,12 +29,27 @@ get_platform("cpu")
 
 pytestmark = pytest.mark.server
 
+from megatron_npd.audit.report import write_report  # noqa: E402
 from megatron_npd.audit.verify import verify_run  # noqa: E402
-from megatron_npd.pipeline import evaluation
-from megatron_npd.pipeline import runner as controller  # noqa: E402
+from megatron_npd.pipeline import (  # noqa: E402
+    environment,
+    evaluation,
+    runner,
+    work,
+)
+from megatron_npd.pipeline.stages import STAGES  # noqa: E402
+from megatron_npd.run_dir import RunDir  # noqa: E402
 
 NOT_MEASURED = EvalConfig(held_out=0)
-STAGES = ("generate_round", "select_round", "pack_selection")
+
+
+def run_npd(cfg: NPDConfig) -> str:
+    return runner.run_npd(cfg, write_report)
+
+
+def with_function(patch: pytest.MonkeyPatch, stage: str, function: Callable[..., None]) -> None:
+    """Have another function do a stage of the table."""
+    patch.setitem(STAGES, stage, dataclasses.replace(STAGES[stage], function=function))
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +94,9 @@ def weights(run: Path, version: str) -> dict[str, torch.Tensor]:
 
 
 def test_two_rounds_and_a_report(recipe: NPDConfig) -> None:
-    table = controller.run_npd(recipe)
+    table = run_npd(recipe)
     run = Path(recipe.run_dir)
-    for line, name in zip(controller.results(recipe).splitlines(), ("policy", "report"), strict=True):
+    for line, name in zip(runner.results(recipe).splitlines(), ("policy", "report"), strict=True):
         assert line.split()[0] == name and Path(line.split()[1]).exists()
     for index in (0, 1):
         for stage in ("rollouts", "annotations", "selection", "packs"):
@@ -111,17 +126,17 @@ def test_a_finished_run_repeats_nothing(recipe: NPDConfig, monkeypatch: pytest.M
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished stage was repeated")
 
-    for name in STAGES:
-        monkeypatch.setattr(controller, name, forbidden)
+    for name in STAGES.keys() - {"prompts"}:
+        with_function(monkeypatch, name, forbidden)
     monkeypatch.setattr(evaluation, "exact_match", forbidden)
-    monkeypatch.setattr(controller, "record_environment", forbidden)  # with what it was computed stays as it was
-    controller.run_npd(recipe)
+    monkeypatch.setattr(environment, "record_environment", forbidden)  # with what it was computed stays as it was
+    run_npd(recipe)
 
 
 def test_the_distance_from_the_teacher_is_that_of_transformers(recipe: NPDConfig) -> None:
     """Before the run and after each round: KL(student || teacher) and agreement, from the two models' own logits."""
     run = Path(recipe.run_dir)
-    measures = evaluation.read_measures(run)
+    measures = evaluation.read_measures(RunDir(run))
     assert [entry["policy"] for entry in measures] == [0, 1, 2]
     policies = [Path(recipe.student), *(run / "policies" / f"v000{index}" for index in (1, 2))]
     for entry, policy in zip(measures, policies, strict=True):
@@ -148,7 +163,7 @@ def test_the_distance_from_the_teacher_is_that_of_transformers(recipe: NPDConfig
 
 
 def test_samples_are_the_greedy_responses_of_each_policy(recipe: NPDConfig) -> None:
-    samples = evaluation.read_samples(Path(recipe.run_dir), recipe.student, number=2)
+    samples = evaluation.read_samples(RunDir(Path(recipe.run_dir)), recipe.student, number=2)
     assert len(samples) == 2 and "buys 7 more" in samples[0]["prompt"]
     for sample in samples:
         assert [response["policy"] for response in sample["responses"]] == [0, 1, 2]
@@ -166,8 +181,8 @@ def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
         annotate=dataclasses.replace(recipe.annotate, follow_seconds=120.0),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(controller._Loop, "_annotate", None)  # this process has no part in it
-        controller.run_npd(cfg)
+        patch.setattr(work, "_annotate", None)  # this process has no part in it
+        run_npd(cfg)
     for file in sorted((undisturbed / "rounds/0000/annotations").rglob("[!.]*.*")):
         other = Path(cfg.run_dir) / file.relative_to(undisturbed)
         assert other.read_bytes() == file.read_bytes(), file
@@ -175,43 +190,45 @@ def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
     assert stages.index("rollout") < stages.index("annotate") < stages.index("select")
 
 
-@pytest.mark.parametrize("stage", ["_annotate", "_train", "_export", "_measure"])
+@pytest.mark.parametrize("stage", ["annotate", "train", "export", "measure"])
 def test_a_run_stopped_in_its_second_round_ends_the_same(
     recipe: NPDConfig, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = Path(recipe.run_dir)
-    cfg = dataclasses.replace(recipe, run_dir=str(undisturbed.with_name(f"stopped{stage}")))
-    if stage != "_measure":
+    cfg = dataclasses.replace(recipe, run_dir=str(undisturbed.with_name(f"stopped_{stage}")))
+    if stage != "measure":
         cfg = dataclasses.replace(cfg, eval=NOT_MEASURED)
-    original = getattr(controller._Loop, stage)
+    original = STAGES[stage].function
     calls = []
 
-    def stopped(self: Any, *args: Any) -> None:
-        calls.append(args)
+    def stopped(ctx: work.Context, index: int) -> None:
+        calls.append(index)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        original(self, *args)
+        original(ctx, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(controller._Loop, stage, stopped)
+        with_function(patch, stage, stopped)
         with pytest.raises(KeyboardInterrupt):
-            controller.run_npd(cfg)
+            run_npd(cfg)
     assert not is_sealed(Path(cfg.run_dir) / "policies" / "v0002")
-    if stage != "_measure":  # the first round's report is there when the second one begins
+    if stage != "measure":  # the first round's report is there when the second one begins
         assert "in the first of 2 rounds" in (Path(cfg.run_dir) / "report" / "report.html").read_text()
-    controller.run_npd(cfg)
+    run_npd(cfg)
     expected, got = weights(undisturbed, "v0002"), weights(Path(cfg.run_dir), "v0002")
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
-    if stage == "_measure":
-        for entry, other in zip(*map(evaluation.read_measures, (undisturbed, Path(cfg.run_dir))), strict=True):
+    if stage == "measure":
+        for entry, other in zip(
+            *(evaluation.read_measures(RunDir(path)) for path in (undisturbed, Path(cfg.run_dir))), strict=True
+        ):
             assert other == pytest.approx(entry, abs=1e-4)
 
 
 def test_another_configuration_is_refused(recipe: NPDConfig) -> None:
     changed = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, lr=2e-3))
     with pytest.raises(UserError, match=r"train\.lr: 0\.001 -> 0\.002"):
-        controller.run_npd(changed)
+        run_npd(changed)
 
 
 def test_a_lower_learning_rate_after_the_teacher_s_work(recipe: NPDConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,16 +246,16 @@ def test_a_lower_learning_rate_after_the_teacher_s_work(recipe: NPDConfig, monke
         return [json.loads(line)["lr"] for line in (run / "report" / "metrics.jsonl").read_text().splitlines()]
 
     with monkeypatch.context() as patch:
-        patch.setattr(controller._Loop, "_train", stopped)
+        with_function(patch, "train", stopped)
         with pytest.raises(KeyboardInterrupt):
-            controller.run_npd(cfg)
-    controller.run_npd(lower(5e-4))
+            run_npd(cfg)
+    run_npd(lower(5e-4))
     assert len(rates()) == 4 and max(rates()) == 5e-4
     first = weights(run, "v0001")
     with pytest.raises(UserError, match=r"checkpoints/iter_0000004, policies/v0001; .*--redo"):
-        controller.run_npd(lower(2e-4))
+        run_npd(lower(2e-4))
     made = (run / "rounds/0000/packs/manifest.json").stat().st_mtime_ns
-    controller.run_npd(lower(2e-4, redo=True))
+    run_npd(lower(2e-4, redo=True))
     assert len(rates()) == 4 and max(rates()) == 2e-4
     assert (run / "rounds/0000/packs/manifest.json").stat().st_mtime_ns == made, "what does not depend on it stays"
     assert not torch.equal(weights(run, "v0001")["model.norm.weight"], first["model.norm.weight"])
@@ -246,10 +263,10 @@ def test_a_lower_learning_rate_after_the_teacher_s_work(recipe: NPDConfig, monke
 
 def test_seconds_go_on_behind_a_line_that_was_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "report" / "seconds.jsonl"
-    with controller.timed(tmp_path, "rollout", 0):
+    with environment.timed(RunDir(tmp_path), "rollout", 0):
         pass
     path.write_text(path.read_text() + '{"stage": "tr')
-    with controller.timed(tmp_path, "train", 0):
+    with environment.timed(RunDir(tmp_path), "train", 0):
         pass
     assert [json.loads(line)["stage"] for line in path.read_text().splitlines()] == ["rollout", "train"]
 
@@ -257,7 +274,7 @@ def test_seconds_go_on_behind_a_line_that_was_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "match"), [("teacher", "--teacher must be"), ("prompts", "--prompts must be")])
 def test_missing_inputs_are_named(recipe: NPDConfig, field: str, match: str) -> None:
     with pytest.raises(UserError, match=match):
-        controller.run_npd(dataclasses.replace(recipe, **{field: "/nowhere"}))
+        run_npd(dataclasses.replace(recipe, **{field: "/nowhere"}))
 
 
 def test_models_of_other_vocabularies_are_refused(recipe: NPDConfig, tmp_path: Path) -> None:
@@ -267,4 +284,4 @@ def test_models_of_other_vocabularies_are_refused(recipe: NPDConfig, tmp_path: P
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="must share their token ids, got 2 that differ"):
-        controller.run_npd(dataclasses.replace(recipe, teacher=str(other), run_dir=str(tmp_path / "run")))
+        run_npd(dataclasses.replace(recipe, teacher=str(other), run_dir=str(tmp_path / "run")))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_npd.config.settings import EvalConfig, RolloutConfig
+from megatron_npd.config.run import EvalConfig
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.records import PROMPTS_FILE
 from megatron_npd.rollout.evaluate import exact_match, find_answer

@@ -259,7 +259,9 @@ def test_what_is_appended_after_a_torn_line_is_kept(tmp_path: Path) -> None:
 def test_kill_of_the_client_loses_nothing(prompts: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     program = (
-        "import sys; from megatron_npd.config.settings import RolloutConfig; from megatron_npd.serving.pool import ServerPool\n"
+        "import sys\n"
+        "from megatron_npd.config.settings import RolloutConfig\n"
+        "from megatron_npd.serving.pool import ServerPool\n"
         "from megatron_npd.rollout.generate import generate_round\n"
         f"cfg = {CFG!r}\n"
         "generate_round(sys.argv[1], sys.argv[2], pool=ServerPool([sys.argv[3]], cfg), cfg=cfg, round_index=3,"
@@ -464,7 +466,7 @@ def test_other_policy_is_refused_before_and_during_the_round(
 ) -> None:
     out = tmp_path / "out"
     with FakeServer(version="v0007") as server:
-        with pytest.raises(UserError, match=r"must serve policy v0000, got v0007; load it first: tools/refresh.py"):
+        with pytest.raises(UserError, match=r"must serve policy v0000, got v0007; load it first: npd refresh"):
             generate(prompts, out, server)
         assert not server.asked
     with FakeServer() as server:

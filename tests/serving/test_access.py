@@ -34,7 +34,7 @@ def test_all_who_start_at_once_keep_the_same_token(tmp_path: Path) -> None:
 
 def test_files_that_keep_no_secret_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "token"
-    with pytest.raises(UserError, match=r"must be the file that tools/serve\.py made, got .*No such file"):
+    with pytest.raises(UserError, match=r"must be the file that npd serve made, got .*No such file"):
         read_token(path)
     path.write_text("secret")
     path.chmod(0o640)

@@ -1,0 +1,114 @@
+"""The settings of a whole run: those of its stages, of what is measured, and of its nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_npd.config.cluster import ClusterConfig
+from megatron_npd.config.settings import (
+    AnnotateConfig,
+    PackConfig,
+    PlatformName,
+    RolloutConfig,
+    SelectConfig,
+    TrainConfig,
+    require,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured on held-out prompts, before the run and after each round: the distance from the teacher, and
+    the accuracy where there are reference responses."""
+
+    prompts: str = ""
+    """JSONL or Parquet of problems with reference responses; empty: no accuracy."""
+    answer_regex: str = r"####\s*(-?[0-9.,]+)"
+    """Its first group, at its last match, is the answer, in reference and response alike (GSM8K's form by default);
+    empty: no accuracy, and the prompts need no reference responses."""
+    max_tokens: int = 256
+    """Longest answer, in tokens."""
+    held_out: int = 64
+    """Prompts on which the KL to the teacher, the agreement of the most likely tokens and the response length are
+    measured, and of which the report shows some: of eval.prompts, or else kept from training (at most a tenth); 0:
+    none."""
+    teacher: bool = False
+    """Measure the teacher's accuracy too, once, on a server of its own that is started before the student's."""
+
+    def __post_init__(self) -> None:
+        require(self.held_out >= 0, "held_out", "at least 0", self.held_out, "0 measures nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPDConfig(ClusterConfig):
+    """A whole near-policy distillation run (METHOD section 1)."""
+
+    run_dir: str = "runs/npd"
+    """Directory of the run; running again there goes on where it stopped."""
+    teacher: str = ""
+    """Hugging Face directory of the teacher."""
+    student: str = ""
+    """Hugging Face directory of the student to start from."""
+    prompts: str = ""
+    """JSONL or Parquet of prompts (messages or prompt, optional response)."""
+    special_tokens_in_text: bool = False
+    """Take special tokens that users' texts spell (<|im_end|>) for control tokens rather than for text."""
+    updates: int = 1
+    """Refreshes of the rollout servers, spread evenly over the run; there are updates + 1 rounds."""
+    redo: bool = False
+    """Where settings were changed: remove the results that depend on them, and make these anew; else they are named,
+    and the run is refused."""
+    max_lead: int = 0
+    """Rounds that may be ahead of the trainer: so much older is the policy that generates a round; 0: the newest."""
+    platform: PlatformName = "auto"
+    """Device platform; auto: cuda, npu or cpu, the first that is there."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Rollout stage."""
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    """Annotation stage."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Selection stage."""
+    pack: PackConfig = field(default_factory=PackConfig)
+    """Packing stage."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training stage; hf_model, data_path, save and load are set by the run."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+
+    def __post_init__(self) -> None:
+        require(self.updates >= 0, "updates", "at least 0", self.updates, "1 or 2 are the paper's best")
+        require(
+            self.updates < self.train.train_iters,
+            "updates",
+            f"< train.train_iters ({self.train.train_iters})",
+            self.updates,
+            "a round needs a training step",
+        )
+        super().__post_init__()
+        require(self.max_lead >= 0, "max_lead", "at least 0", self.max_lead, "0 waits for the newest policy")
+        serving = self.nnodes - self.training_nodes
+        require(
+            not (serving and self.rollout.urls),
+            "rollout.urls",
+            "empty with server nodes",
+            list(self.rollout.urls),
+            "make all nodes train_nodes",
+        )
+        require(
+            self.nnodes == 1 or bool(serving or self.rollout.urls),
+            "train_nodes",
+            "fewer than nnodes, or rollout.urls given",
+            self.train_nodes,
+            "the other nodes serve",
+        )
+        own = ("hf_model", "data_path", "save", "load", "exit_at_iteration", "metrics_path", "updates", "max_lead")
+        for name in own:
+            given = getattr(self.train, name)
+            require(not given, f"train.{name}", "left to the run", given, "drop it; run_dir says where all of it lies")
+        require(
+            self.annotate.backend == "megatron" or self.world_size == 1 or bool(self.annotate.urls),
+            "annotate.urls",
+            "given with backend vllm and several processes",
+            "none",
+            "start the teacher's servers with npd serve",
+        )

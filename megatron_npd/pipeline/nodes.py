@@ -1,0 +1,114 @@
+"""What the nodes of one start tell one another, through small files under ``attempts/`` of the run.
+
+The first node leads: it writes each command that all training nodes are to start together as ``calls/0000.json``, and
+at the end ``done``. A server node writes its servers' addresses. Whoever fails writes ``failed``, and all others end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.config.cluster import ClusterConfig
+from megatron_npd.errors import UserError
+from megatron_npd.manifest import write_atomic
+from megatron_npd.run_dir import RunDir
+
+POLL_SECONDS = 0.5
+
+
+class Nodes:
+    """One node's part in a start of the run; a context, which tells the others when this node fails.
+
+    Args:
+        run: The run, on a file system that all nodes share.
+        cfg: The nodes.
+    """
+
+    def __init__(self, run: RunDir, cfg: ClusterConfig) -> None:
+        self.cfg, self.state = cfg, run.attempts / cfg.attempt
+        self._failed, self._done, self._calls = self.state / "failed", self.state / "done", 0
+        self._closed = threading.Event()
+
+    def __enter__(self) -> Nodes:
+        own = self.state / f"node-{self.cfg.node_rank}"
+        own.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            own.mkdir()
+        except FileExistsError:
+            raise UserError(
+                f"attempt must be new at each start, got {self.cfg.attempt} again; give another on every node"
+            ) from None
+        self._handler = signal.signal(signal.SIGTERM, self._stop)
+        threading.Thread(target=self._watch, name="nodes", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._closed.set()
+        signal.signal(signal.SIGTERM, self._handler)
+        if kind is not None and not self._failed.exists():
+            write_atomic(self._failed, f"node {self.cfg.node_rank}: {error or kind.__name__}\n")
+        elif kind is None and self.cfg.node_rank == 0:
+            write_atomic(self._done, "\n")
+
+    @property
+    def token_file(self) -> Path:
+        """The servers' token of this start."""
+        return self.state / "token"
+
+    def announce(self, urls: list[str]) -> None:
+        """Tell the first node where this node's servers answer."""
+        write_atomic(self.state / f"node-{self.cfg.node_rank}" / "urls", json.dumps(urls))
+
+    def urls(self) -> tuple[str, ...]:
+        """The servers of all server nodes, once all have announced theirs."""
+        files = [self.state / f"node-{rank}" / "urls" for rank in range(self.cfg.training_nodes, self.cfg.nnodes)]
+        while not all(file.exists() for file in files):
+            time.sleep(POLL_SECONDS)
+        return tuple(url for file in files for url in json.loads(file.read_text()))
+
+    def call(self, command: str, fields: Mapping[str, Any]) -> int:
+        """Have all training nodes start a command; its number."""
+        number, self._calls = self._calls, self._calls + 1
+        path = self.state / "calls" / f"{number:04d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps({"command": command, "fields": dict(fields)}, default=str))
+        return number
+
+    def calls(self) -> Iterator[tuple[int, str, dict[str, Any]] | None]:
+        """The commands that the first node has started, as they come; None where there is none yet; ends with it."""
+        while True:
+            done = self._done.exists()  # asked first: no call comes after it
+            path = self.state / "calls" / f"{self._calls:04d}.json"
+            if path.exists():
+                call = json.loads(path.read_text())
+                lists = {name: tuple(value) for name, value in call["fields"].items() if isinstance(value, list)}
+                yield self._calls, call["command"], {**call["fields"], **lists}
+                self._calls += 1
+            elif done:
+                return
+            else:
+                yield None
+                time.sleep(POLL_SECONDS)
+
+    def done(self) -> bool:
+        """Whether the first node has finished the run."""
+        return self._done.exists()
+
+    def _watch(self) -> None:
+        """End this node once another one has failed: its main thread may be waiting for anything."""
+        while not self._closed.wait(POLL_SECONDS):
+            if self._failed.exists():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    def _stop(self, *_: object) -> None:
+        if self._failed.exists():
+            raise UserError(f"another node failed: {self._failed.read_text().strip()}; see its log")
+        raise UserError(f"node {self.cfg.node_rank} must run to the end, got SIGTERM; start all nodes again")

@@ -1,0 +1,88 @@
+"""The rollout servers of a run: launched or found at the first need, refreshed when another policy is asked for."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from megatron_npd.config.run import NPDConfig
+from megatron_npd.manifest import is_sealed
+from megatron_npd.pipeline.environment import timed
+from megatron_npd.pipeline.nodes import POLL_SECONDS, Nodes
+from megatron_npd.run_dir import RunDir, version
+from megatron_npd.serving.access import keep_token
+from megatron_npd.serving.pool import ServerPool
+from megatron_npd.serving.refresh import refresh
+from megatron_npd.serving.server import VLLMServer, start_servers
+
+
+def policy_dir(run: RunDir, cfg: NPDConfig, index: int) -> Path:
+    """HF directory of a policy; number 0 is the student as given."""
+    return run.policy(index) if index else Path(cfg.student)
+
+
+class Servers:
+    """The pool with the policy that is on it; a context, which stops what was launched.
+
+    Args:
+        run: The run.
+        cfg: Its configuration; with running servers their URLs.
+    """
+
+    def __init__(self, run: RunDir, cfg: NPDConfig) -> None:
+        self.run, self.cfg = run, cfg
+        self._pool: ServerPool | None = None
+        self._served: int | None = None  # number of the policy on the servers
+
+    def serve(self, index: int) -> ServerPool:
+        """The pool, with policy ``index`` on it."""
+        policy = policy_dir(self.run, self.cfg, index)
+        if self._pool is None:
+            with timed(self.run, "server start", index):
+                self._pool = ServerPool.open(policy, self.cfg.rollout, version=version(index), log_dir=self.run.logs)
+            if not self.cfg.rollout.urls:  # given servers may hold another run's weights under the same version
+                self._served = index
+        if self._served != index:
+            with timed(self.run, "refresh", index):
+                refresh(self._pool, policy, version(index))
+            self._served = index
+        return self._pool
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+def run_server_node(run: RunDir, cfg: NPDConfig, nodes: Nodes) -> None:
+    """Serve the newest policy on this node until the run is done; the first node refreshes it.
+
+    Raises:
+        UserError: A server could not be started, or died.
+    """
+    newest = max((index for index in range(1, cfg.updates + 2) if is_sealed(run.policy(index))), default=0)
+    token, host = keep_token(nodes.token_file), cfg.host_name()
+    servers = [
+        VLLMServer(
+            policy_dir(run, cfg, newest),
+            cfg.rollout,
+            host=host,
+            port=cfg.server_port + index,
+            log_dir=run.logs,
+            index=cfg.node_rank * cfg.rollout.num_servers + index,
+            token=token,
+        )
+        for index in range(cfg.rollout.num_servers)
+    ]
+    with ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+        start_servers(servers, version=version(newest))
+        nodes.announce([server.url for server in servers])
+        while not nodes.done():
+            for server in servers:
+                server.check_alive()
+            time.sleep(POLL_SECONDS)

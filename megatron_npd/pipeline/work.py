@@ -1,0 +1,244 @@
+"""What the stages of a run do: each function calls the stage's own room with this run's paths and settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_npd.config.run import NPDConfig
+from megatron_npd.data.packing import pack_selection
+from megatron_npd.data.prompts import prepare_prompts
+from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
+from megatron_npd.log import get_logger
+from megatron_npd.manifest import is_sealed
+from megatron_npd.pipeline.evaluation import (
+    Accuracies,
+    measure_line,
+    measure_settings,
+    prepare_measure,
+    read_measures,
+)
+from megatron_npd.pipeline.launch import Job, Launcher
+from megatron_npd.pipeline.preflight import check_prompts
+from megatron_npd.pipeline.servers import Servers, policy_dir
+from megatron_npd.rollout.generate import generate_round
+from megatron_npd.run_dir import RunDir, version
+from megatron_npd.selection.select import frozen_taus, select_round
+
+
+@dataclass(kw_only=True)
+class Context:
+    """A run in progress.
+
+    Attributes:
+        run: Its paths.
+        cfg: Its configuration.
+        servers: Its rollout servers.
+        launcher: Starts commands on the training nodes.
+        trainer: The trainer, once it was started; it lives through the rounds.
+        followers: Annotators of rounds that are being generated.
+    """
+
+    run: RunDir
+    cfg: NPDConfig
+    servers: Servers
+    launcher: Launcher
+    trainer: Job | None = None
+    followers: dict[int, Job] = field(default_factory=dict)
+
+
+# -- once in a run -------------------------------------------------------------------------------------------------
+
+
+def prompts(ctx: Context, _: int) -> None:
+    """Turn prompts, problems and held-out prompts into token ids."""
+    run, cfg = ctx.run, ctx.cfg
+    student, teacher = load_model_tokens(cfg.student), load_tokenizer(cfg.teacher)
+    check_vocabularies(student.tokenizer, teacher)
+    for source, out in ((cfg.eval.prompts, run.eval_prompts), (cfg.prompts, run.prompts)):
+        if source:  # where they are sealed, this insists on the same file
+            prepare_prompts(
+                source,
+                out,
+                model=student,
+                teacher_tokenizer=teacher,
+                max_prompt_len=cfg.rollout.max_model_len - 1,
+                max_quarantined=cfg.rollout.max_quarantined,
+                special_tokens_in_text=cfg.special_tokens_in_text,
+                held_out=0 if cfg.eval.prompts else cfg.eval.held_out,
+            )
+    check_prompts(run, cfg)
+    prepare_measure(run, cfg)
+
+
+def evaluate_teacher(ctx: Context, _: int) -> None:
+    """Measure the teacher's accuracy, before the student's servers take the devices."""
+    Accuracies(ctx.run, ctx.cfg).add_teacher()
+
+
+def teacher_is_evaluated(ctx: Context, _: int) -> bool:
+    return not Accuracies(ctx.run, ctx.cfg).lack(None)
+
+
+# -- for each policy -----------------------------------------------------------------------------------------------
+
+
+def evaluate(ctx: Context, index: int) -> None:
+    """Measure a policy's accuracy."""
+    Accuracies(ctx.run, ctx.cfg).add(index, ctx.servers.serve(index))
+
+
+def is_evaluated(ctx: Context, index: int) -> bool:
+    return not Accuracies(ctx.run, ctx.cfg).lack(index)
+
+
+def measure(ctx: Context, index: int) -> None:
+    """Measure a policy's distance from the teacher, from a small round of rollouts with its annotations."""
+    held_out = ctx.run.held_out
+    generate_round(
+        held_out.prompts,
+        held_out.rollouts(index),
+        pool=ctx.servers.serve(index),
+        cfg=measure_settings(ctx.cfg.rollout),
+        round_index=index,
+        policy_version=version(index),
+    )
+    _annotate(ctx, index, held_out)
+    get_logger().info("%s", measure_line(read_measures(ctx.run)[-1]))
+
+
+def is_measured(ctx: Context, index: int) -> bool:
+    held_out = ctx.run.held_out
+    prompts_known = is_sealed(ctx.run.prompts)
+    return is_sealed(held_out.annotations(index)) or (prompts_known and not is_sealed(held_out.prompts))
+
+
+def own_policy(_: Context, index: int) -> int:
+    """What is asked about a policy is asked of that policy."""
+    return index
+
+
+def policy_is_there(ctx: Context, index: int) -> bool:
+    return is_sealed(ctx.run.prompts) and (index == 0 or is_sealed(ctx.run.policy(index)))
+
+
+# -- for each round ------------------------------------------------------------------------------------------------
+
+
+def generating_policy(ctx: Context, index: int) -> int:
+    """The policy that answers in a round: the newest one, or with ``max_lead`` one that is so many rounds older."""
+    return max(0, index - ctx.cfg.max_lead)
+
+
+def policy_is_due(ctx: Context, index: int) -> bool:
+    return policy_is_there(ctx, generating_policy(ctx, index))
+
+
+def rollout(ctx: Context, index: int) -> None:
+    """Generate a round of responses; with ``annotate.follow_seconds`` another command annotates them meanwhile."""
+    policy = generating_policy(ctx, index)
+    if ctx.cfg.annotate.follow_seconds:
+        ctx.followers[index] = ctx.launcher.start("annotate", annotate_settings(ctx, index, ctx.run))
+    generate_round(
+        ctx.run.prompts,
+        ctx.run.rollouts(index),
+        pool=ctx.servers.serve(policy),
+        cfg=ctx.cfg.rollout,
+        round_index=index,
+        policy_version=version(policy),
+    )
+
+
+def annotate(ctx: Context, index: int) -> None:
+    """Have the teacher score a round of responses, or what of it a following annotator has left."""
+    if index in ctx.followers:
+        ctx.followers.pop(index).wait()
+    else:
+        _annotate(ctx, index, ctx.run)
+
+
+def select(ctx: Context, index: int) -> None:
+    """Choose which of a round's responses train; the first round's taus stay (METHOD section 3)."""
+    run, cfg = ctx.run, ctx.cfg.select
+    taus = frozen_taus(run.selection(0)) if index and cfg.tau is None else None
+    select_round(run.annotations(index), run.selection(index), cfg, taus, prompts_dir=run.prompts)
+
+
+def pack(ctx: Context, index: int) -> None:
+    """Pack the selected responses into training rows."""
+    pack_selection(ctx.run.annotations(index), ctx.run.selection(index), ctx.run.packs(index), ctx.cfg.pack)
+
+
+def packs_are_there(ctx: Context, index: int) -> bool:
+    return is_sealed(ctx.run.packs(index))
+
+
+def train(ctx: Context, _: int) -> None:
+    """See to it that the trainer runs; it takes each round's packs itself, once they are sealed."""
+    if ctx.trainer is None:
+        ctx.trainer = ctx.launcher.start("train", trainer_settings(ctx.run, ctx.cfg))
+    ctx.trainer.running()
+
+
+def trainer_settings(run: RunDir, cfg: NPDConfig) -> dict[str, Any]:
+    """The configuration of a run's trainer."""
+    return dataclasses.asdict(
+        dataclasses.replace(
+            cfg.train,
+            hf_model=cfg.student,
+            data_path=str(run.root),
+            save=str(run.checkpoints),
+            load=str(run.checkpoints),
+            metrics_path=str(run.metrics),
+            updates=cfg.updates,
+            max_lead=cfg.max_lead,
+            platform=cfg.platform,
+        )
+    )
+
+
+def checkpoint_is_there(ctx: Context, index: int) -> bool:
+    return ctx.run.checkpoint(index + 1) is not None
+
+
+def export(ctx: Context, index: int) -> None:
+    """Convert a marked checkpoint into the next policy."""
+    from megatron_npd.models.convert import megatron_to_hf  # after the platform is chosen
+
+    checkpoint = ctx.run.checkpoint(index + 1)
+    assert checkpoint is not None, "ready, as checkpoint_is_there says"
+    megatron_to_hf(checkpoint, ctx.cfg.student, ctx.run.policy(index + 1))
+
+
+# -- helpers -------------------------------------------------------------------------------------------------------
+
+
+def always(_: Context, __: int) -> bool:
+    """What is ready whenever its inputs are sealed."""
+    return True
+
+
+def _annotate(ctx: Context, index: int, run: RunDir) -> None:
+    if not ctx.launcher.alone or ctx.cfg.annotate.backend == "vllm":
+        ctx.launcher.start("annotate", annotate_settings(ctx, index, run)).wait()
+        return
+    from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
+
+    teacher, student = ctx.cfg.teacher, _annotated_policy(ctx, index, run)
+    annotate_round(
+        run.rollouts(index), run.annotations(index), teacher_dir=teacher, student_dir=student, cfg=ctx.cfg.annotate
+    )
+
+
+def annotate_settings(ctx: Context, index: int, run: RunDir) -> dict[str, Any]:
+    """The configuration of a round's annotator; ``run``: the run, or its held-out prompts as one."""
+    paths = {"rollouts": run.rollouts(index), "out": run.annotations(index)}
+    models = {"teacher": ctx.cfg.teacher, "student": _annotated_policy(ctx, index, run)}
+    return {**paths, **models, **dataclasses.asdict(ctx.cfg.annotate), "platform": ctx.cfg.platform}
+
+
+def _annotated_policy(ctx: Context, index: int, run: RunDir) -> Path:
+    """The policy whose responses they are; held-out prompts are answered by the newest one."""
+    return policy_dir(ctx.run, ctx.cfg, generating_policy(ctx, index) if run == ctx.run else index)

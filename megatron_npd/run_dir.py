@@ -1,0 +1,129 @@
+"""Where everything of a run lies: the one module that spells the paths of a run's directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+# What stages write in a run's directory.
+PARTS = ("prompts", "eval_prompts", "held_out", "rounds", "schedule.jsonl", "checkpoints", "policies")
+
+
+def version(policy: int) -> str:
+    """The version tag of a policy's number: ``v0001``; 0 is the student as given."""
+    return f"v{policy:04d}"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of a run; ``held_out`` is laid out as a run too, with policies in the place of rounds.
+
+    Attributes:
+        root: Directory of the run.
+    """
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def config_changes(self) -> Path:
+        return self.root / "config_changes.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        return self.root / "prompts"
+
+    @property
+    def eval_prompts(self) -> Path:
+        return self.root / "eval_prompts"
+
+    @property
+    def teacher_eval_prompts(self) -> Path:
+        """The problems as the teacher's tokenizer writes them."""
+        return self.root / "eval_prompts_teacher"
+
+    @property
+    def held_out(self) -> RunDir:
+        return RunDir(self.root / "held_out")
+
+    @property
+    def schedule(self) -> Path:
+        return self.root / "schedule.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def policies(self) -> Path:
+        return self.root / "policies"
+
+    @property
+    def attempts(self) -> Path:
+        """What the nodes of a start tell one another."""
+        return self.root / "attempts"
+
+    @property
+    def logs(self) -> Path:
+        """The servers' logs."""
+        return self.root / "logs"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
+    def metrics(self) -> Path:
+        return self.report / "metrics.jsonl"
+
+    @property
+    def accuracy(self) -> Path:
+        return self.report / "accuracy.json"
+
+    @property
+    def seconds(self) -> Path:
+        return self.report / "seconds.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        return self.report / "environment.json"
+
+    def round(self, index: int) -> Path:
+        return self.root / "rounds" / f"{index:04d}"
+
+    def rollouts(self, index: int) -> Path:
+        return self.round(index) / "rollouts"
+
+    def annotations(self, index: int) -> Path:
+        return self.round(index) / "annotations"
+
+    def selection(self, index: int) -> Path:
+        return self.round(index) / "selection"
+
+    def packs(self, index: int) -> Path:
+        return self.round(index) / "packs"
+
+    def rounds(self) -> list[Path]:
+        """Directories of the rounds that there are, in order."""
+        return sorted((self.root / "rounds").glob("[0-9]*"))
+
+    def policy(self, index: int) -> Path:
+        """HF directory of a policy that the run exported; number 0, the student as given, is not one."""
+        return self.policies / version(index)
+
+    def checkpoint_at(self, iteration: int) -> Path:
+        return self.checkpoints / f"iter_{iteration:07d}"
+
+    def checkpoint(self, policy: int) -> Path | None:
+        """The checkpoint that the trainer marked to become a policy; None: not yet."""
+        for path in sorted(self.checkpoints.glob("iter_*")):
+            try:
+                if json.loads((path / "state.json").read_text())["state"].get("policy") == policy:
+                    return path if (path / "manifest.json").is_file() else None
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue  # being written, or removed; what is damaged is refused by who reads it
+        return None
