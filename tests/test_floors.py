@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_npd"
 # docs/make_map.py lists them from the top.
 FLOORS = {
     **dict.fromkeys(("platform", "config", "errors", "lifeline", "limits", "links", "lock", "log", "manifest"), 0),
-    **dict.fromkeys(("paths", "records", "run_dir", "torchrun", "weights"), 0),
+    **dict.fromkeys(("paths", "records", "run_dir", "torchrun", "user_files", "weights"), 0),
     **dict.fromkeys(("store", "ops", "models"), 1),
     **dict.fromkeys(("data", "serving"), 2),
     **dict.fromkeys(("rollout", "teacher", "selection", "training"), 3),

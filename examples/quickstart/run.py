@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]  # problems.py and models.py; pretrain_npd.py
+sys.path[:0] = [str(HERE)]  # problems.py and models.py
 
-import pretrain_npd  # noqa: E402
+from megatron_npd.cli import train as train_command  # noqa: E402
 from megatron_npd.config.command_line import command_flags, parse_config  # noqa: E402
-from megatron_npd.config.settings import NPDConfig, TrainConfig  # noqa: E402
+from megatron_npd.config.run import NPDConfig  # noqa: E402
+from megatron_npd.config.settings import TrainConfig  # noqa: E402
 from megatron_npd.log import get_logger, run_main  # noqa: E402
 from megatron_npd.manifest import is_sealed, write_atomic  # noqa: E402
 from megatron_npd.platform import get_platform  # noqa: E402
@@ -40,8 +41,10 @@ from megatron_npd.data.prompts import prepare_prompts  # noqa: E402
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer  # noqa: E402
 from megatron_npd.models.convert import megatron_to_hf  # noqa: E402
 from megatron_npd.models.families import load_spec  # noqa: E402
-from megatron_npd.pipeline.runner import results, run_npd, timed  # noqa: E402
+from megatron_npd.pipeline.environment import timed  # noqa: E402
+from megatron_npd.pipeline.runner import results, run_npd  # noqa: E402
 from megatron_npd.rollout.evaluate import exact_match  # noqa: E402
+from megatron_npd.run_dir import RunDir  # noqa: E402
 from megatron_npd.serving.pool import ServerPool  # noqa: E402
 from megatron_npd.serving.refresh import refresh  # noqa: E402
 
@@ -72,17 +75,18 @@ class Quickstart:
         rollout = dataclasses.replace(npd.rollout, token_file=str(self.work / "server.token"))
         self.npd = dataclasses.replace(npd, rollout=rollout)  # the run is given a server that was started here
         self.npd_dir = self.work / "npd"
+        self.npd_run = RunDir(self.npd_dir)
         self.pool: ServerPool | None = None
 
     def run(self) -> str:
         """Do what is left to do and return the report's table and where policy and report are."""
         try:
-            with timed(self.npd_dir, "problems and models"):
+            with timed(self.npd_run, "problems and models"):
                 write_splits(self.work / "data")
                 write_models(self.work / "models")
-            with timed(self.npd_dir, "teacher SFT"):
+            with timed(self.npd_run, "teacher SFT"):
                 teacher = self._teacher()
-            with timed(self.npd_dir, "student SFT"):
+            with timed(self.npd_run, "student SFT"):
                 student = self._student()
             data = self.work / "data"
             run_npd(
@@ -95,9 +99,10 @@ class Quickstart:
                     platform="cpu",
                     eval=dataclasses.replace(self.npd.eval, prompts=str(data / "test.jsonl")),
                     rollout=dataclasses.replace(self.npd.rollout, urls=tuple(self._serve(student, "student").urls)),
-                )
+                ),
+                write_report,
             )
-            with timed(self.npd_dir, "further SFT"):
+            with timed(self.npd_run, "further SFT"):
                 self._further_sft(student)
         finally:
             if self.pool is not None:
@@ -107,7 +112,7 @@ class Quickstart:
     # -- steps -------------------------------------------------------------------------------------------------
 
     def _sft(self, name: str, recipe: TrainConfig, *, problems: str, start: Path, until: int) -> Path:
-        """Train with ``pretrain_npd.py`` up to a step, and export to an HF directory, which is returned."""
+        """Train with ``npd train`` up to a step, and export to an HF directory, which is returned."""
         out = self.work / name / f"hf-{until:05d}"
         if is_sealed(out):
             return out
@@ -119,7 +124,7 @@ class Quickstart:
         cfg = dataclasses.replace(
             recipe, hf_model=str(start), data_path=str(data / "packs"), save=str(save), exit_at_iteration=until
         )
-        pretrain_npd.main(command_flags(dataclasses.asdict(cfg)))
+        train_command.main(command_flags(dataclasses.asdict(cfg)))
         megatron_to_hf(save / f"iter_{until:07d}", start, out)
         return out
 

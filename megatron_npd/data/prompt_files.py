@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from megatron_npd.data.user_files import open_parquet, parse_json, read_rows
 from megatron_npd.records import BadRecord
+from megatron_npd.user_files import open_parquet, parse_json, read_rows
 
 _BATCH = 1024  # records handed on together
 _BATCH_BYTES = 2**23  # of them, or one record; encoding them takes some 200 times as much

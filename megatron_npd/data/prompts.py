@@ -29,11 +29,11 @@ from megatron_npd.data.tokenizer import (
     tokenizer_hash,
     turn_header,
 )
-from megatron_npd.data.user_files import parse_json
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import Manifest, check_quarantined, config_hash, file_sha256, seal, sealed_from, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE, BadRecord
+from megatron_npd.user_files import parse_json
 
 __all__ = ["check_vocabularies", "prepare_prompts"]
 

@@ -27,7 +27,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_npd.data.user_files import open_parquet, parse_json, read_rows
 from megatron_npd.errors import UserError
 from megatron_npd.lifeline import end_with
 from megatron_npd.log import get_logger, progress
@@ -51,6 +50,7 @@ from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND, StoreSha
 from megatron_npd.store.external import Sample, parse_sample
 from megatron_npd.store.repeats import find_repeated, sample_hashes
 from megatron_npd.store.teacher_records import count_in_top_k, warn_of_few_in_top_k
+from megatron_npd.user_files import open_parquet, parse_json, read_rows
 
 _LINE_BYTES = 2**30  # a longer line is no record: an answer for 32768 tokens with 10 alternatives has some 40 MB
 _PARQUET_ROWS = 16  # read at a time

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_npd.cli import pack as pack_tool
 from megatron_npd.config.settings import PackConfig
 from megatron_npd.data.packing import pack_lengths, pack_prompts, pack_selection
 from megatron_npd.errors import UserError
@@ -28,7 +29,6 @@ from megatron_npd.records import (
 from megatron_npd.store.annotation_store import AnnotationStore
 from tests.helpers import VOCAB_SIZE
 from tests.store.make_store import make_store
-from tools import pack as pack_tool
 
 LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (8, 60), (4, 12), (1, 1), (30, 2), (6, 6)]
 CFG = PackConfig(seq_length=64, segment_align=8)

@@ -258,7 +258,7 @@ def test_the_tool_converts_both_ways_keeping_bfloat16(work: Path, bf16_dir: Path
 
 
 def tool(rank: int, world_size: int, arguments: list[str]) -> None:
-    from tools.convert_checkpoint import main
+    from megatron_npd.cli.convert import main
 
     sys.argv[1:] = arguments
     main()

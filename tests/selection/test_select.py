@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_npd.cli import select as select_tool
 from megatron_npd.config.settings import SelectConfig
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.errors import UserError
@@ -20,7 +21,6 @@ from megatron_npd.manifest import is_sealed, seal, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, SELECTION_FILE, SELECTION_SCHEMA
 from megatron_npd.selection.select import frozen_taus, select_round
 from tests.store.make_store import make_store
-from tools import select as select_tool
 
 STUDENT = 0.5  # IFD of the student of every sample
 DELTAS = [-0.2, 0.0, 0.1, 0.3, 0.9, None]

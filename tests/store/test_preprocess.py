@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_npd.cli import preprocess as tool
+from megatron_npd.cli import show as inspect_tool
 from megatron_npd.config.settings import PackConfig, SelectConfig
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.packing import pack_selection
@@ -28,8 +30,6 @@ from megatron_npd.store.export import export_store
 from megatron_npd.store.external import parse_sample
 from megatron_npd.store.preprocess import preprocess
 from tests.store.make_store import VOCAB_SIZE, make_store
-from tools import inspect as inspect_tool
-from tools import preprocess_data as tool
 
 LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (4, 12), (1, 1), (30, 2)]
 K = 4

@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_npd.cli.preprocess import main as command
 from megatron_npd.records import SAMPLES_FILE
 from megatron_npd.serving.access import bearer
 from megatron_npd.serving.pool import ServerPool
 from megatron_npd.serving.server import GENERATE
 from tests.helpers import VOCAB_SIZE
 from tests.teacher.reference import TransformersModel, check_top_k
-from tools.preprocess_data import main as command
 
 pytestmark = pytest.mark.server
 

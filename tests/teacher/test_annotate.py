@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from megatron_npd.cli.annotate import main as command
 from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 from tests.dist import run_distributed
 from tests.helpers import VOCAB_SIZE, make_tiny_model
 from tests.teacher.reference import HEADER, TransformersModel, check_top_k, make_rollouts
-from tools.annotate import main as command
 
 CFG = AnnotateConfig(top_k=4, seq_length=128)
 FOLLOWING = AnnotateConfig(top_k=4, seq_length=128, follow_seconds=60.0)

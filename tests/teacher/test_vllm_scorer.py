@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_npd.cli.annotate import main as command
 from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
@@ -22,7 +23,6 @@ from tests.helpers import make_tiny_model
 from tests.serving.fake import FakeServer
 from tests.teacher.reference import TransformersModel, check_top_k, make_rollouts
 from tests.teacher.test_annotate import LENGTHS, annotate, assert_samples_close, contents, rollout_rows
-from tools.annotate import main as command
 
 TOP_K = 6
 

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_npd.data.user_files import open_parquet, read_rows
 from megatron_npd.errors import UserError
 from megatron_npd.store.preprocess import preprocess
+from megatron_npd.user_files import open_parquet, read_rows
 from tests.data.test_conversation import TOOL, prepare, tokenizer, tokenizer_dir
 from tests.data.test_prompts import write_lines
 from tests.store.test_preprocess import record
