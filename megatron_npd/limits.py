@@ -25,7 +25,9 @@ def allow_connections(count: int) -> None:
             f"the limit of open files must be at least {wanted} for {count} requests in flight, got {hard} (ulimit "
             "-Hn); lower concurrency, or have the limit raised (limits.conf, or LimitNOFILE of Slurm's daemon)"
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Not to the hard limit: it is 1e9 in some containers, and children that close all files below it take minutes.
+    enough = 2 * wanted if hard == resource.RLIM_INFINITY else min(2 * wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 @contextmanager

@@ -46,3 +46,18 @@ def test_a_hard_limit_that_is_too_low_is_named() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "for 2048 requests in flight, got 200 (ulimit -Hn); lower concurrency" in done.stderr.splitlines()[-1]
+
+
+def test_the_limit_is_raised_no_further_than_needed() -> None:
+    program = (
+        "import resource; hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))\n"
+        "from megatron_npd.limits import allow_connections; allow_connections(100)\n"
+        "first = resource.getrlimit(resource.RLIMIT_NOFILE); allow_connections(1)\n"
+        "print(*first, hard, *resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    soft, hard, before, again, _ = map(int, done.stdout.split())
+    assert 164 <= soft <= 600
+    assert hard == before
+    assert again == soft
