@@ -222,6 +222,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return read_object(path)
 
 
+def language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says of the language model: a part of it, where the model reads images too."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
+
+
 def _files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     """Names of the weight files, sorted, and the index (tensor -> file) where there is one."""
     if not has_weights(directory):

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib import metadata
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.serving.access import SECRET_VARIABLE, TOKEN_VARIABLE, bearer, make_token, proves_secret
-from megatron_npd.weights import read_config, read_weights
+from megatron_npd.weights import language_config, read_config, read_weights
 
 GENERATE = "/inference/v1/generate"
 EXTENSION = "megatron_npd.serving.worker_extension.WorkerExtension"
@@ -146,7 +147,7 @@ class VLLMServer:
             "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
         }
         if on_cpu:
-            command += _cpu_arguments(self.cfg, hf_config)
+            command += _cpu_arguments(self.cfg, self.model_dir, hf_config)
             environment |= _CPU_ENVIRONMENT
         elif self.cfg.num_servers > 1:
             environment |= _device_environment(self.cfg, self.index)
@@ -297,15 +298,32 @@ def _vllm_is_for_cpu() -> bool:
 
 
 def _checkpoint_dtype(hf_config: dict[str, Any]) -> str:
-    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+    for config in (hf_config, language_config(hf_config)):
+        if given := config.get("dtype") or config.get("torch_dtype"):
+            return str(given).removeprefix("torch.")
+    return "float32"
 
 
-def _head_size(hf_config: dict[str, Any]) -> int:
-    return hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
+def _attention(model_dir: Path, hf_config: dict[str, Any]) -> tuple[int, int, int]:
+    """Layers, key and value heads, and size of a head."""
+    config = language_config(hf_config)
+
+    def size(name: str) -> int:
+        if type(value := config.get(name)) is not int or value < 1:
+            raise UserError(
+                f"{name} in {model_dir / 'config.json'} must be a positive integer for vLLM on a CPU, got {value!r}; "
+                "this model cannot be served here"
+            )
+        return value
+
+    heads = size("num_attention_heads")
+    head_size = size("hidden_size") // heads if config.get("head_dim") is None else size("head_dim")
+    kv_heads = heads if config.get("num_key_value_heads") is None else size("num_key_value_heads")
+    return size("num_hidden_layers"), kv_heads, head_size
 
 
 def _check_head_size(model_dir: Path, hf_config: dict[str, Any]) -> None:
-    size = _head_size(hf_config)
+    size = _attention(model_dir, hf_config)[2]
     if size not in CPU_HEAD_SIZES:
         raise UserError(
             f"the attention head size of {model_dir} must be one of {', '.join(map(str, CPU_HEAD_SIZES))} for vLLM on "
@@ -323,10 +341,9 @@ def check_servable(model_dir: str | Path) -> None:
         _check_head_size(Path(model_dir), read_config(model_dir))
 
 
-def _cpu_arguments(cfg: RolloutConfig, hf_config: dict[str, Any]) -> list[str]:
+def _cpu_arguments(cfg: RolloutConfig, model_dir: Path, hf_config: dict[str, Any]) -> list[str]:
     """What makes a CPU server start fast and stay small."""
-    kv_heads = hf_config.get("num_key_value_heads") or hf_config["num_attention_heads"]
-    bytes_a_token = 2 * hf_config["num_hidden_layers"] * kv_heads * _head_size(hf_config) * 4
+    bytes_a_token = 2 * prod(_attention(model_dir, hf_config)) * 4
     wanted = bytes_a_token * cfg.max_model_len * (cfg.concurrency + 1)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return [

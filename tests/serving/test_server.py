@@ -16,7 +16,7 @@ import pytest
 
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
-from megatron_npd.serving.server import VLLMServer, start_servers
+from megatron_npd.serving.server import VLLMServer, _attention, _checkpoint_dtype, start_servers
 from megatron_npd.weights import SINGLE_FILE
 from tests.helpers import make_tiny_model
 from tests.serving.fake import FakeServer
@@ -49,6 +49,37 @@ def test_head_size_that_dies_in_use_is_refused_before_the_start(tmp_path: Path) 
     model = make_tiny_model(tmp_path / "model", num_attention_heads=4, num_key_value_heads=2)  # heads of 16
     with pytest.raises(UserError, match=r"head size of .* must be one of 32, 64, .* on a CPU, got 16"):
         launch(model)
+
+
+SIZES = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SIZES, (28, 4, 128)),
+        ({"text_config": SIZES, "vision_config": {"hidden_size": 1280}}, (28, 4, 128)),  # as Qwen2.5-VL's has it now
+        (SIZES | {"head_dim": None, "num_key_value_heads": None}, (28, 28, 128)),
+        (SIZES | {"head_dim": 256}, (28, 4, 256)),  # as Qwen3's and Gemma's
+        ({"n_layer": 12, "n_head": 12, "n_embd": 768}, "num_attention_heads in .*config.json must be .*, got None"),
+        ({"text_config": {"model_type": "llama"}}, "num_attention_heads in .*, got None; this model cannot be served"),
+        (SIZES | {"num_attention_heads": 0}, "num_attention_heads in .*, got 0"),
+        (SIZES | {"hidden_size": "wide"}, "hidden_size in .*, got 'wide'"),
+        (SIZES | {"num_key_value_heads": [4, 8]}, r"num_key_value_heads in .*, got \[4, 8\]"),
+        (SIZES | {"num_hidden_layers": None}, "num_hidden_layers in .*, got None"),
+    ],
+)
+def test_sizes_of_every_family_are_read_or_refused(config: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            _attention(tmp_path, config)
+    else:
+        assert _attention(tmp_path, config) == expected
+
+
+def test_the_type_of_the_language_model_is_the_servers() -> None:
+    assert _checkpoint_dtype({"text_config": {"torch_dtype": "bfloat16"}}) == "bfloat16"
+    assert _checkpoint_dtype({"dtype": "torch.float16"}) == "float16" and _checkpoint_dtype({}) == "float32"
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_npd.errors import UserError
-from megatron_npd.weights import read_config
+from megatron_npd.weights import language_config, read_config
 
 RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
 Dim = Literal["vocab", "hidden", "query", "kv", "ffn"]
@@ -247,9 +247,7 @@ def load_sizes(hf_dir: str | Path) -> tuple[int, int]:
         UserError: ``config.json`` is missing, malformed or does not give them.
     """
     path = Path(hf_dir)
-    config = read_config(path)
-    if isinstance(config.get("text_config"), dict):  # of a model that reads images too
-        config = config["text_config"]
+    config = language_config(read_config(path))
     names = ("vocab_size", "max_position_embeddings")
     for name in names:
         _expect(_is_size(config.get(name)), path / "config.json", name, "a positive integer", config)
