@@ -10,14 +10,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
+from megatron_npd.config.cluster import ClusterConfig
+from megatron_npd.config.command_line import parse_config
+from megatron_npd.config.run import NPDConfig
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.platform import get_platform
 from tests.helpers import make_tiny_model
+
+get_platform("cpu")
+
+from megatron_npd.audit.verify import verify_run  # noqa: E402
+from megatron_npd.pipeline.preflight import check_run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "launch" / "npd_72b_to_7b.sh"
+
+
+RECIPE = """
+platform: cpu
+rollout: {dtype: float32, max_tokens: 12, max_model_len: 128}
+annotate: {tensor_model_parallel_size: 2, top_k: 4, seq_length: 256, follow_seconds: 600}
+select: {filter: none}
+pack: {seq_length: 256}
+train: {tensor_model_parallel_size: 2, global_batch_size: 1, train_iters: 4, lr_warmup_iters: 1, lr: 1.0e-3}
+eval: {held_out: 2}
+"""
 
 
 def free_port() -> str:
@@ -28,77 +48,92 @@ def free_port() -> str:
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The script with its defaults, on the first of six nodes where nothing else is said."""
-    environment = {"MASTER_ADDR": "node0"} | environment
+    environment = {"MASTER_ADDR": "node0", "PYTHON": sys.executable} | environment
     return subprocess.run(
         [SCRIPT, *arguments], env=os.environ | environment, capture_output=True, text=True, check=False, timeout=60
     )
 
 
-def test_dry_run_prints_every_stage_with_its_sizes(tmp_path: Path) -> None:
-    environment = {"RUN": str(tmp_path / "run"), "TEACHER_TP": "8", "TRAIN_ITERS": "900"}
-    done = launch("--dry-run", **environment)
+def test_dry_run_prints_what_a_node_would_do(tmp_path: Path) -> None:
+    environment = {"RUN": str(tmp_path / "run"), "ATTEMPT": "1"}
+    done = launch("--dry-run", "--train.train-iters=900", **environment)
     assert done.returncode == 0, done.stderr
     for expected in (
-        "tools/rollout.py",
-        "tools/annotate.py",
-        "-m megatron_npd.torchrun --nnodes 4 --node-rank 0 --nproc-per-node 8 --master-addr node0",
-        "--tensor-model-parallel-size 8",
-        "--follow-seconds 600",
-        "tools/select.py",
-        "tools/pack.py",
-        "pretrain_npd.py",
-        "--exit-at-iteration 450",
-        "--exit-at-iteration 900",
-        "tools/convert_checkpoint.py --direction megatron-to-hf",
-        "tools/refresh.py",
-        "tools/report.py",
+        "node 0 of 6:",
+        "round 0   rollout",
+        "round 1   annotate         ranks    to do",
+        "-m megatron_npd.torchrun --nnodes 4 --node-rank 0 --master-addr node0 --master-port 29500 --nproc-per-node 8",
+        "-m megatron_npd annotate",
+        "--tensor_model_parallel_size=8",
+        "--follow_seconds=600",
+        "-m megatron_npd train",
+        "--train_iters=900",
+        "--updates=1",
     ):
         assert expected in done.stdout, expected
     assert not (tmp_path / "run").exists()
-    server = launch("--dry-run", **environment, NODE_RANK="5").stdout
-    assert server.count("tools/serve.py") == 1 and "pretrain_npd" not in server
-    assert "tools/serve.py" in launch("--dry-run", **environment, NNODES="8", NODE_RANK="4").stdout
+    trainer = launch("--dry-run", **environment, NODE_RANK="3").stdout
+    assert "--node-rank 3 " in trainer and "rollout " not in trainer
+    for nodes, rank in (("6", "5"), ("8", "4")):
+        server = launch("--dry-run", **environment, NNODES=nodes, NODE_RANK=rank).stdout
+        assert "8 servers on ports 8100 to 8107" in server and "train" not in server
 
 
-def test_further_flags_reach_their_stage() -> None:
-    done = launch("--train.adam-beta2", "0.98", "--dry-run", "--rollout.temperature=0.8", "--train.log-interval", "5")
-    lines = done.stdout.splitlines()
-    assert all(line.endswith(" --adam-beta2 0.98 --log-interval 5") for line in lines if "pretrain_npd.py" in line)
-    assert all("--temperature=0.8" in line for line in lines if "tools/rollout.py" in line)
-    assert done.stdout.count("--adam-beta2") == done.stdout.count("--temperature=0.8") == 2
-    assert "0.98 must follow a flag" in launch("0.98", "--train.adam-beta2").stderr
-    assert "--STAGE.FLAG VALUE" in launch("--lr").stdout
+def test_further_flags_reach_the_run() -> None:
+    done = launch("--train.adam-beta2", "0.98", "--dry-run", "--train.log-interval=5", ATTEMPT="1")
+    (train,) = (line for line in done.stdout.splitlines() if "-m megatron_npd train" in line)
+    assert "--adam_beta2=0.98" in train and "--log_interval=5" in train
+    assert "did you mean --train.lr?" in launch("--lr=1", ATTEMPT="1").stderr
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("environment", "flags", "message"),
     [
-        ({"NNODES": "8", "SERVER_NODES": "2"}, r"TRAIN_NODES \+ SERVER_NODES must be NNODES \(8\).*got 4 \+ 2"),
-        ({"NNODES": "4"}, r"each at least 1, got 4 \+ 0"),
-        ({"NODE_RANK": "6"}, r"NODE_RANK must be from 0 to NNODES - 1 \(5\), got 6"),
-        ({"MASTER_ADDR": "localhost"}, "MASTER_ADDR must be the first node's name .* got localhost"),
-        ({"TEACHER_TP": "3"}, r"a multiple of TEACHER_TP x TEACHER_PP \(3 x 1\), got 32"),
-        ({"STUDENT_PP": "3"}, r"a multiple of STUDENT_TP x STUDENT_PP \(4 x 3\), got 32"),
-        ({"GLOBAL_BATCH_SIZE": "12"}, r"a multiple of MICRO_BATCH_SIZE x replicas \(1 x 8\), got 12"),
-        ({"SLURM_STEP_NUM_TASKS": "48"}, "one task a node, got 48 for 6 nodes"),
-        ({}, "ATTEMPT must be the same on every node and new at each start, got none"),
+        ({"TRAIN_NODES": "7"}, [], r"train_nodes must be from 0 to nnodes \(6\), got 7"),
+        ({"NNODES": "4"}, [], "train_nodes must be fewer than nnodes, or rollout.urls given, got 4"),
+        ({"NODE_RANK": "6"}, [], r"node_rank must be from 0 to nnodes - 1 \(5\), got 6"),
+        ({"MASTER_ADDR": "localhost"}, [], "master_addr must be the first node's name .* got localhost"),
+        ({}, ["--rollout.urls=http://a"], "rollout.urls must be empty with server nodes"),
+        ({"SLURM_STEP_NUM_TASKS": "48"}, [], "one task per node, got 48 for 6 nodes"),
+        ({"ATTEMPT": ""}, [], "attempt must be the same on every node and new at each start, got none"),
+        ({"ATTEMPT": "../1"}, [], "attempt must be a plain name"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(
-    tmp_path: Path, environment: dict[str, str], message: str
+    tmp_path: Path, environment: dict[str, str], flags: list[str], message: str
 ) -> None:
-    done = launch(**environment, RUN=str(tmp_path / "run"))
+    done = launch(*flags, **{"ATTEMPT": "1", "RUN": str(tmp_path / "run"), **environment})
     assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
     assert not done.stdout and not (tmp_path / "run").exists()
 
 
-def test_a_name_that_a_node_alone_reaches_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"annotate": {"tensor_model_parallel_size": 3}}, "number of processes must be a multiple of .* got 32"),
+        ({"train": {"pipeline_model_parallel_size": 3}}, "number of processes must be a multiple of .* got 32"),
+        ({"train": {"global_batch_size": 12}}, "global_batch_size must be a multiple of .* got 12"),
+    ],
+)
+def test_layouts_are_checked_over_all_nodes(tmp_path: Path, fields: dict[str, dict[str, int]], message: str) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1 + 1?"}\n')
+    paths = {"run_dir": "run", "teacher": "model", "student": "model", "prompts": "prompts.jsonl"}
+    nodes = ["--nnodes=6", "--train-nodes=4", "--nproc-per-node=8", "--master-addr=node0", "--attempt=1"]
+    flags = [f"--{stage}.{name}={value}" for stage, values in fields.items() for name, value in values.items()]
+    small = ["--rollout.max-model-len=128", "--train.lr=1e-4", "--train.global-batch-size=32", "--platform=cpu"]
+    cfg = parse_config(NPDConfig, [*(f"--{k}={tmp_path / v}" for k, v in paths.items()), *nodes, *small, *flags])
+    assert model.is_dir()
+    with pytest.raises(UserError, match=message):
+        check_run(cfg)
+
+
+def test_a_name_that_a_node_alone_reaches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian gives a host's own name 127.0.1.1."""
-    (tmp_path / "hostname").write_text("#!/bin/sh\necho localhost\n")
-    (tmp_path / "hostname").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RUN": str(tmp_path / "run"), "NODE_RANK": "5"}
-    assert re.search("SERVER_HOST must be this node's name .* got localhost", launch(**environment).stderr)
-    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    with pytest.raises(UserError, match=r"server_host must be this node's name .* got localhost"):
+        ClusterConfig().host_name()
+    assert ClusterConfig(server_host="127.0.0.1").host_name() == "127.0.0.1"
 
 
 def test_slurm_says_which_node_this_is(tmp_path: Path) -> None:
@@ -108,44 +143,21 @@ def test_slurm_says_which_node_this_is(tmp_path: Path) -> None:
     )
     scontrol.chmod(0o755)
     slurm = {"SLURM_JOB_NUM_NODES": "8", "SLURM_NODEID": "3", "SLURM_JOB_NODELIST": "gpu[07-14]", "MASTER_ADDR": ""}
+    slurm |= {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     done = launch("--dry-run", **slurm, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
-    assert "--nnodes 4 --node-rank 3" in done.stdout and "--master-addr gpu07 " in done.stdout
+    assert "--nnodes 4 --node-rank 3 --master-addr gpu07 " in done.stdout
     sbatch = (SCRIPT.parent / "npd.sbatch").read_text()
     assert f" examples/launch/{SCRIPT.name} " in sbatch and "--ntasks-per-node=1" in sbatch
 
 
-def test_commands_end_with_a_script_that_is_killed(tmp_path: Path) -> None:
-    python = tmp_path / "python"  # a command of ours that has work for ten minutes
-    python.write_text(
-        f"#!{sys.executable}\nimport os, sys, time\nfrom megatron_npd.lifeline import end_with_starter\n"
-        "end_with_starter()\nopen(os.environ['PIDS'], 'w').write(f'{os.getpid()}\\n')\ntime.sleep(600)\n"
-    )
-    python.chmod(0o755)
-    os.mkfifo(tmp_path / "pids")
-    environment = {"NNODES": "5", "NODE_RANK": "4", "MASTER_ADDR": "node0", "ATTEMPT": "1", "PYTHON": str(python)}
-    environment |= {"SERVER_HOST": "127.0.0.1", "PIDS": str(tmp_path / "pids"), "PYTHONPATH": str(ROOT)}
-    environment["RUN"] = str(tmp_path / "run")
-    script = subprocess.Popen([SCRIPT], env=os.environ | environment, stdout=subprocess.DEVNULL)
-    children = []
-    try:
-        with open(tmp_path / "pids") as pids:
-            command = psutil.Process(int(pids.readline()))
-        children = psutil.Process(script.pid).children(recursive=True)
-        assert command in children
-    finally:
-        script.kill()
-        script.wait()
-    assert not psutil.wait_procs(children, timeout=60)[1]
-
-
-def start_nodes(environment: dict[str, str], logs: list[Path]) -> list[int]:
+def start_nodes(environment: dict[str, str], logs: list[Path], *flags: str) -> list[int]:
     """Exit codes of the script's processes, one a node."""
     nodes = []
     for rank, path in enumerate(logs):
         with open(path, "wb") as log:
             node = os.environ | environment | {"SLURM_NODEID": str(rank)}
-            nodes.append(subprocess.Popen([SCRIPT], env=node, stdout=log, stderr=subprocess.STDOUT))
+            nodes.append(subprocess.Popen([SCRIPT, *flags], env=node, stdout=log, stderr=subprocess.STDOUT))
     try:
         return [node.wait(timeout=1100) for node in nodes]
     finally:
@@ -166,8 +178,8 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
         "TEACHER": str(teacher),
         "STUDENT": str(student),
         "PROMPTS": str(prompts),
-        "PYTHON": "false",
-        "PLATFORM": "cpu",
+        "RECIPE": str(tmp_path / "recipe.yaml"),
+        "PYTHON": sys.executable,
         "MASTER_ADDR": "127.0.0.2",  # loopback too, by an address that several nodes could share
         "MASTER_PORT": free_port(),
         "SERVER_PORT": free_port(),
@@ -177,29 +189,15 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
         "SLURM_JOB_NUM_NODES": "3",
         "TRAIN_NODES": "2",
         "DEVICES_PER_NODE": "1",
-        "SERVERS_PER_NODE": "1",
-        "TEACHER_TP": "2",
-        "STUDENT_TP": "2",
-        "BF16": "false",
-        "SERVER_DTYPE": "float32",
-        "TOP_K": "4",
-        "TEACHER_SEQ_LENGTH": "256",
-        "SEQ_LENGTH": "256",
-        "MAX_TOKENS": "12",
-        "MAX_MODEL_LEN": "128",
-        "GLOBAL_BATCH_SIZE": "1",
-        "TRAIN_ITERS": "4",
-        "LR_WARMUP_ITERS": "1",
-        "LR": "1e-3",
-        "FILTER": "none",
         "OMP_NUM_THREADS": "1",
     }
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
     logs = [tmp_path / f"node{rank}.log" for rank in range(3)]
-    assert start_nodes(environment, logs) == [1, 1, 1]
-    assert "another node failed: node 2, exit code 1" in logs[0].read_text()
+    assert start_nodes(environment, logs, "--rollout.server-args=--no-such-flag") == [2, 2, 2]
+    assert "error: another node failed: node 2: " in logs[0].read_text()
     assert start_nodes(environment, logs[:1]) == [2]
-    assert "ATTEMPT must be new at each start, got 7.0.0 again" in logs[0].read_text()
-    codes = start_nodes(environment | {"SLURM_RESTART_COUNT": "1", "PYTHON": sys.executable}, logs)
+    assert "attempt must be new at each start, got 7.0.0 again" in logs[0].read_text()
+    codes = start_nodes(environment | {"SLURM_RESTART_COUNT": "1"}, logs)
     printed = "\n".join(path.read_text() for path in logs)
     assert codes == [0, 0, 0], printed[-6000:]
     with socket.socket() as probe:  # the servers end with the run
@@ -210,4 +208,7 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
         read_manifest(run / "rounds" / f"{index:04d}" / "annotations", kind="annotations")
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert [entry["steps"] for entry in summary["training"]] == [[1, 2], [3, 4]]
-    assert f"the report {run}/report/report.html" in logs[0].read_text()
+    assert "evaluate" not in summary["seconds"] and summary["seconds"].keys() >= {"rollout", "annotate", "train"}
+    assert [entry["policy"] for entry in summary["measures"]] == [0, 1, 2]
+    assert f"report  {run}/report/report.html" in logs[0].read_text()
+    assert verify_run(run).problems == []
