@@ -91,6 +91,11 @@ def test_a_quarantined_sample_has_its_reason(whole: Path, tmp_path: Path) -> Non
     assert describe_sample(run, "lost") == "sample lost: set aside by the rollout stage (timeout: 5 s)\n"
 
 
+def test_no_tool_has_the_name_of_a_standard_module() -> None:
+    """Python puts a script's directory first on its path, also while the standard library imports from itself."""
+    assert not {path.stem for path in (ROOT / "tools").glob("*.py")} & sys.stdlib_module_names
+
+
 @pytest.mark.parametrize("folder", [".", "tools"])
 def test_tools_do_not_hide_the_standard_library(whole: Path, folder: str) -> None:  # noqa: F811
     """Python puts a script's directory first on its path: none may have the name of a module."""

@@ -99,7 +99,7 @@ def _like_an_older_version(rank: int, world: int, model: Path, root: Path) -> st
 def test_a_shifted_state_is_refused(models: Path, tmp_path: Path) -> None:
     for message in run_distributed(_like_an_older_version, 2, models / "305", tmp_path):
         assert "iter_0000001 must hold the optimizer's state of its own weights, got another one for " in message
-        assert "convert_checkpoint.py --direction megatron-to-hf" in message
+        assert "npd convert --direction megatron-to-hf" in message
 
 
 def _flip(rank: int, world: int, model: Path, root: Path) -> list[str]:

@@ -250,12 +250,3 @@ def test_the_tool_prints_the_zones(tmp_path: Path, capsys: pytest.CaptureFixture
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["proximal", "3", "50.00", "%"] in lines and ["kept", "3", "50.00", "%"] in lines
     assert ["dropped", "as", "cognitive_disconnect:", "1"] in lines
-
-
-def test_scripts_beside_the_tool_still_find_the_standard_select() -> None:
-    import subprocess
-    import sys
-
-    tools = Path(select_tool.__file__).parent
-    code = f"import sys; sys.path.insert(0, {str(tools)!r}); import select, subprocess; select.poll()"
-    subprocess.run([sys.executable, "-c", code], check=True)
