@@ -264,6 +264,10 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
             yield "No student with further SFT to compare with."
     if not summary["measures"]:
         yield "No distance from the teacher and no samples: no prompts were held out (eval.held_out)."
+    for entry in summary["measures"]:
+        if entry["reason"] is not None:
+            when = f"after round {entry['policy'] - 1}" if entry["policy"] else "before the run"
+            yield f"No distance from the teacher {when}: {entry['reason']}."
     if not summary["training"]:
         yield "No losses: no training step has been recorded."
     elif not summary["lag"]:

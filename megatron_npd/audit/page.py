@@ -151,7 +151,7 @@ def _policies(summary: Mapping[str, Any]) -> str:
         value, entry = reached.get(label), measures.get(-1 if index is None else index, {})
         if value is None and not entry and not index:
             continue
-        kl = "" if entry.get("kl") is None else f"{entry['kl']:.3f} ± {entry['kl_error']:.3f}"
+        kl = "-" * bool(entry) if entry.get("kl") is None else f"{entry['kl']:.3f} ± {entry['kl_error']:.3f}"
         policy = f"v{index:04d}" if index else ""
         link = f' (<a href="../policies/{policy}/">{policy}</a>)' if policy in summary["policies"] else ""
         rows.append(
@@ -161,7 +161,7 @@ def _policies(summary: Mapping[str, Any]) -> str:
                 "" if value is None or start is None or label == "start" else f"{value - start:+.1f}",
                 kl,
                 _percent(entry.get("top1_agreement")),
-                f"{entry['response_tokens']:.1f}" if entry else "",
+                "" if entry.get("response_tokens") is None else f"{entry['response_tokens']:.1f}",
                 _percent(entry.get("cut")),
             ]
         )

@@ -66,7 +66,8 @@ def text_table(summary: Mapping[str, Any]) -> str:
             label = f"round {entry['policy'] - 1}" if entry["policy"] else "start"
             kl = "-" if entry["kl"] is None else f"{entry['kl']:.3f} +- {entry['kl_error']:.3f}"
             agreed = "-" if entry["top1_agreement"] is None else f"{100 * entry['top1_agreement']:.1f} %"
-            lines += [f"  {label:<16}{kl:>27}{agreed:>17}{entry['response_tokens']:>17.1f}"]
+            tokens = "-" if entry["response_tokens"] is None else f"{entry['response_tokens']:.1f}"
+            lines += [f"  {label:<16}{kl:>27}{agreed:>17}{tokens:>17}"]
     if summary["zones"]:
         lines += ["", "responses by zone of Delta-IFD"]
         lines += ["  round" + "".join(f"{zone:>12}" for zone in ZONES) + "    kept"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from megatron_npd.data.held_out import HELD_OUT_FILE, prepare_held_out
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import is_sealed, verified_file, write_atomic
+from megatron_npd.manifest import in_words, is_sealed, read_manifest, verified_file, write_atomic
 from megatron_npd.pipeline.environment import read_json
 from megatron_npd.records import PROMPTS_FILE, ROLLOUTS_FILE
 from megatron_npd.rollout.evaluate import Accuracy, exact_match
 from megatron_npd.run_dir import RunDir, version
 from megatron_npd.serving.pool import ServerPool
 from megatron_npd.store.annotation_store import AnnotationStore
+
+_NUMBERS = ("prompts", "kl", "kl_error", "top1_agreement", "response_tokens", "cut")
 
 # -- accuracy ------------------------------------------------------------------------------------------------------
 
@@ -127,19 +130,49 @@ def read_measures(run: RunDir) -> list[dict[str, Any]]:
     Returns:
         ``policy`` (0: the student as given), ``prompts``, ``kl`` and ``kl_error`` (its standard error over prompts;
         nats a token), ``top1_agreement``, ``response_tokens`` (mean) and ``cut`` (share of the responses that were cut
-        by length); None where too few responses were scored.
+        by length); None where too few responses were scored. ``reason`` says why nothing could be, else None.
     """
-    return [{"policy": int(path.parent.name)} | _measure(path) for path in _measured(run)]
+    entries = []
+    for path in run.held_out.rounds():
+        policy = {"policy": int(path.name)}
+        if is_sealed(path / "annotations"):
+            entries.append(policy | {"reason": None} | _measure(path / "annotations"))
+        elif (reason := nothing_measured(path)) is not None:
+            entries.append(policy | {"reason": reason} | dict.fromkeys(_NUMBERS))
+    return entries
+
+
+def nothing_measured(path: Path) -> str | None:
+    """Why nothing can be measured on a round of ``held_out/``: all of a stage was set aside; None where that is not so.
+
+    Such a stage refuses to seal its directory; its shards are sealed.
+    """
+    for stage, what in (("rollouts", "no response was kept"), ("annotations", "no response was scored")):
+        shards = sorted((path / stage).glob("shard-*"))
+        if is_sealed(path / stage) or not shards or not all(map(is_sealed, shards)):
+            continue
+        books = [read_manifest(shard, verify=False).counts for shard in shards]
+        if not any(book["kept"] for book in books):
+            reasons: Counter[str] = Counter()
+            for book in books:
+                reasons.update(book["quarantined"])
+            return f"{what} ({in_words(reasons)})"
+    return None
 
 
 def measure_line(entry: Mapping[str, Any]) -> str:
     """One entry of ``read_measures`` in words."""
-    parts = [f"{version(entry['policy'])} on {entry['prompts']} held-out prompts:"]
+    policy = version(entry["policy"])
+    if entry["reason"] is not None:
+        return f"{policy} could not be measured on held-out prompts: {entry['reason']}"
+    parts = [f"{policy} on {entry['prompts']} held-out prompts:"]
     if entry["kl"] is not None:
         parts.append(f"KL to the teacher {entry['kl']:.3f} +- {entry['kl_error']:.3f} nats a token,")
     if entry["top1_agreement"] is not None:
         parts.append(f"top-1 agreement {100 * entry['top1_agreement']:.1f} %,")
-    return " ".join([*parts, f"{entry['response_tokens']:.1f} response tokens"])
+    if entry["response_tokens"] is not None:
+        parts.append(f"{entry['response_tokens']:.1f} response tokens")
+    return " ".join(parts)
 
 
 def read_samples(run: RunDir, student: str, number: int = 3) -> list[dict[str, Any]]:
@@ -184,15 +217,15 @@ def _measure(path: Path) -> dict[str, Any]:
         "kl": kl,
         "kl_error": error,
         "top1_agreement": float(np.concatenate(agreed).mean()) if agreed else None,
-        "response_tokens": float(lengths.mean()),
-        "cut": columns["finish_reason"].to_pylist().count("length") / len(lengths),
+        "response_tokens": float(lengths.mean()) if len(lengths) else None,
+        "cut": columns["finish_reason"].to_pylist().count("length") / len(lengths) if len(lengths) else None,
     }
 
 
 def _mean_with_error(sums: np.ndarray, tokens: np.ndarray) -> tuple[float | None, float | None]:
     """The mean over all tokens of what was summed for each response, and its standard error (of a ratio)."""
     number = len(tokens)
-    if number < 2:
+    if number < 2 or not tokens.sum():
         return None, None
     mean = sums.sum() / tokens.sum()
     spread = np.sqrt(((sums - mean * tokens) ** 2).sum() * number / (number - 1))

@@ -85,7 +85,7 @@ def plan(cfg: NPDConfig) -> str:
         place = {"run": "run", "policy": f"policy {task.index}", "round": f"round {task.index}"}[task.stage.per]
         lines.append(f"{place:<9} {task.stage.name:<16} {task.stage.needs:<8} {'done' if task.done(ctx) else 'to do'}")
     for command, fields in (
-        ("annotate", work.annotate_settings(ctx, 0, run)),
+        ("annotate", work.annotate_settings(ctx, 0, run, cfg.annotate)),
         ("train", work.trainer_settings(run, cfg)),
     ):
         if not ctx.launcher.alone or command == "train":

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_npd.config.run import NPDConfig
+from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
+from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.pipeline.evaluation import (
     Accuracies,
     measure_line,
     measure_settings,
+    nothing_measured,
     prepare_measure,
     read_measures,
 )
@@ -95,24 +99,34 @@ def is_evaluated(ctx: Context, index: int) -> bool:
 
 
 def measure(ctx: Context, index: int) -> None:
-    """Measure a policy's distance from the teacher, from a small round of rollouts with its annotations."""
+    """Measure a policy's distance from the teacher, from a small round of rollouts with its annotations.
+
+    Where all of these few samples are quarantined, that is its result; it must not stop a run.
+    """
     held_out = ctx.run.held_out
-    generate_round(
-        held_out.prompts,
-        held_out.rollouts(index),
-        pool=ctx.servers.serve(index),
-        cfg=measure_settings(ctx.cfg.rollout),
-        round_index=index,
-        policy_version=version(index),
-    )
-    _annotate(ctx, index, held_out)
-    get_logger().info("%s", measure_line(read_measures(ctx.run)[-1]))
+    try:
+        generate_round(
+            held_out.prompts,
+            held_out.rollouts(index),
+            pool=ctx.servers.serve(index),
+            cfg=measure_settings(ctx.cfg.rollout),
+            round_index=index,
+            policy_version=version(index),
+        )
+        _annotate(ctx, index, held_out, dataclasses.replace(ctx.cfg.annotate, max_quarantined=1.0))
+    except UserError:
+        if nothing_measured(held_out.round(index)) is None:
+            raise
+    entry = next(entry for entry in read_measures(ctx.run) if entry["policy"] == index)
+    get_logger().log(logging.INFO if entry["reason"] is None else logging.WARNING, "%s", measure_line(entry))
 
 
 def is_measured(ctx: Context, index: int) -> bool:
     held_out = ctx.run.held_out
     prompts_known = is_sealed(ctx.run.prompts)
-    return is_sealed(held_out.annotations(index)) or (prompts_known and not is_sealed(held_out.prompts))
+    if is_sealed(held_out.annotations(index)) or nothing_measured(held_out.round(index)) is not None:
+        return True
+    return prompts_known and not is_sealed(held_out.prompts)
 
 
 def own_policy(_: Context, index: int) -> int:
@@ -140,7 +154,7 @@ def rollout(ctx: Context, index: int) -> None:
     """Generate a round of responses; with ``annotate.follow_seconds`` another command annotates them meanwhile."""
     policy = generating_policy(ctx, index)
     if ctx.cfg.annotate.follow_seconds:
-        ctx.followers[index] = ctx.launcher.start("annotate", annotate_settings(ctx, index, ctx.run))
+        ctx.followers[index] = ctx.launcher.start("annotate", annotate_settings(ctx, index, ctx.run, ctx.cfg.annotate))
     generate_round(
         ctx.run.prompts,
         ctx.run.rollouts(index),
@@ -156,7 +170,7 @@ def annotate(ctx: Context, index: int) -> None:
     if index in ctx.followers:
         ctx.followers.pop(index).wait()
     else:
-        _annotate(ctx, index, ctx.run)
+        _annotate(ctx, index, ctx.run, ctx.cfg.annotate)
 
 
 def select(ctx: Context, index: int) -> None:
@@ -220,23 +234,21 @@ def always(_: Context, __: int) -> bool:
     return True
 
 
-def _annotate(ctx: Context, index: int, run: RunDir) -> None:
-    if not ctx.launcher.alone or ctx.cfg.annotate.backend == "vllm":
-        ctx.launcher.start("annotate", annotate_settings(ctx, index, run)).wait()
+def _annotate(ctx: Context, index: int, run: RunDir, cfg: AnnotateConfig) -> None:
+    if not ctx.launcher.alone or cfg.backend == "vllm":
+        ctx.launcher.start("annotate", annotate_settings(ctx, index, run, cfg)).wait()
         return
     from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
 
     teacher, student = ctx.cfg.teacher, _annotated_policy(ctx, index, run)
-    annotate_round(
-        run.rollouts(index), run.annotations(index), teacher_dir=teacher, student_dir=student, cfg=ctx.cfg.annotate
-    )
+    annotate_round(run.rollouts(index), run.annotations(index), teacher_dir=teacher, student_dir=student, cfg=cfg)
 
 
-def annotate_settings(ctx: Context, index: int, run: RunDir) -> dict[str, Any]:
+def annotate_settings(ctx: Context, index: int, run: RunDir, cfg: AnnotateConfig) -> dict[str, Any]:
     """The configuration of a round's annotator; ``run``: the run, or its held-out prompts as one."""
     paths = {"rollouts": run.rollouts(index), "out": run.annotations(index)}
     models = {"teacher": ctx.cfg.teacher, "student": _annotated_policy(ctx, index, run)}
-    return {**paths, **models, **dataclasses.asdict(ctx.cfg.annotate), "platform": ctx.cfg.platform}
+    return {**paths, **models, **dataclasses.asdict(cfg), "platform": ctx.cfg.platform}
 
 
 def _annotated_policy(ctx: Context, index: int, run: RunDir) -> Path:

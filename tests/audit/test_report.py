@@ -36,6 +36,7 @@ ENVIRONMENT = {
 MEASURES = [
     {
         "policy": 0,
+        "reason": None,
         "prompts": 64,
         "kl": 0.94,
         "kl_error": 0.03,
@@ -45,6 +46,7 @@ MEASURES = [
     },
     {
         "policy": 1,
+        "reason": None,
         "prompts": 64,
         "kl": 0.66,
         "kl_error": 0.02,
@@ -54,6 +56,7 @@ MEASURES = [
     },
     {
         "policy": 2,
+        "reason": None,
         "prompts": 64,
         "kl": 0.56,
         "kl_error": 0.02,

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from megatron_npd.audit.report import write_report
 from megatron_npd.config.run import EvalConfig, NPDConfig
 from megatron_npd.config.settings import AnnotateConfig, RolloutConfig
-from megatron_npd.pipeline.evaluation import Accuracies, measure_line
+from megatron_npd.errors import UserError
+from megatron_npd.manifest import seal
+from megatron_npd.pipeline import work
+from megatron_npd.pipeline.evaluation import Accuracies, measure_line, read_measures
+from megatron_npd.pipeline.launch import Launcher
+from megatron_npd.pipeline.servers import Servers
 from megatron_npd.run_dir import RunDir
+from megatron_npd.serving.pool import ServerPool
 from tests.helpers import make_tiny_tokenizer
-from tests.serving.fake import EOS, FakeServer
+from tests.serving.fake import EOS, FakeServer, write_prompts
 
 
 def test_the_teacher_answers_in_its_own_template(tmp_path: Path) -> None:
@@ -58,8 +67,53 @@ def test_without_problems_or_regex_nothing_is_lacking(tmp_path: Path) -> None:
 
 
 def test_a_measure_in_words_leaves_out_what_is_undefined() -> None:
-    entry = {"policy": 1, "prompts": 64, "kl": 0.66, "kl_error": 0.0123, "top1_agreement": 0.7, "response_tokens": 60}
+    entry = {
+        "policy": 1,
+        "reason": None,
+        "prompts": 64,
+        "kl": 0.66,
+        "kl_error": 0.0123,
+        "top1_agreement": 0.7,
+        "response_tokens": 60,
+    }
     words = "v0001 on 64 held-out prompts: KL to the teacher 0.660 +- 0.012 nats a token, top-1 agreement 70.0 %, "
     assert measure_line(entry) == words + "60.0 response tokens"
     undefined = entry | {"kl": None, "kl_error": None, "top1_agreement": None}
     assert measure_line(undefined) == "v0001 on 64 held-out prompts: 60.0 response tokens"
+
+
+def test_a_measure_without_a_kept_response_does_not_stop_the_run(tmp_path: Path) -> None:
+    """Every request is refused; the report says so, in table and page, where a real trouble still ends the run."""
+    write_prompts(tmp_path / "held_out" / "prompts", [5, 6, 7])
+    with FakeServer() as server:
+        server.trouble = lambda body: 400 if body["sampling_params"]["max_tokens"] > 1 else None
+        cfg = NPDConfig(rollout=RolloutConfig(max_model_len=64, urls=(server.url,)), eval=EvalConfig(answer_regex=""))
+        run = RunDir(tmp_path)
+        ctx = work.Context(run=run, cfg=cfg, servers=Servers(run, cfg), launcher=Launcher(cfg))
+        ctx.servers._pool, ctx.servers._served = ServerPool([server.url], cfg.rollout), 0
+        work.measure(ctx, 0)
+        assert work.is_measured(ctx, 0) and not work.is_measured(ctx, 1)
+        ctx.servers._served = 1
+        with pytest.raises(UserError, match="must serve policy v0001"):
+            work.measure(ctx, 1)
+    why = "no response was kept (set aside: 6 request_failed)"
+    (entry,) = read_measures(RunDir(tmp_path))
+    assert entry["reason"] == why and entry["kl"] is None
+    assert measure_line(entry) == f"v0000 could not be measured on held-out prompts: {why}"
+    table = write_report(tmp_path)
+    assert ["start", "-", "-", "-"] in [line.split() for line in table.splitlines()]
+    assert f"No distance from the teacher before the run: {why}." in table
+    assert why in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_a_measure_without_a_scored_response_has_its_reason(tmp_path: Path) -> None:
+    """What the annotation leaves where it refuses to seal the round, and what an interrupted one does."""
+    shards = {"0000": [0], "0001": [0, 3], "0002": []}
+    for name, kept in shards.items():
+        for number, count in enumerate(kept):
+            shard = tmp_path / "held_out" / "rounds" / name / "annotations" / f"shard-{number:05d}"
+            shard.mkdir(parents=True)
+            counts = {"in": 4, "kept": count, "quarantined": {"too_long": 4 - count}}
+            seal(shard, kind="annotations-shard", counts=counts)
+    (entry,) = read_measures(RunDir(tmp_path))
+    assert (entry["policy"], entry["reason"]) == (0, "no response was scored (set aside: 4 too_long)")
