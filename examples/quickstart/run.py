@@ -1,6 +1,6 @@
 """The quickstart: train a teacher and a small student from scratch, then distill, on this machine's CPU.
 
-    python examples/quickstart/run.py [--work-dir runs/quickstart]
+    python examples/quickstart/run.py [--work-dir runs/quickstart] [--fast]
 
 Every step is skipped when its result is there, so that stopping and starting again is safe:
 
@@ -31,7 +31,7 @@ from megatron_npd.log import get_logger, run_main  # noqa: E402
 from megatron_npd.manifest import is_sealed, write_atomic  # noqa: E402
 from megatron_npd.platform import get_platform  # noqa: E402
 from models import write_models  # noqa: E402
-from problems import write_splits  # noqa: E402
+from problems import SPLITS, write_splits  # noqa: E402
 
 get_platform("cpu")  # before anything imports megatron.core
 
@@ -48,6 +48,8 @@ from megatron_npd.run_dir import RunDir  # noqa: E402
 from megatron_npd.serving.pool import ServerPool  # noqa: E402
 from megatron_npd.serving.refresh import refresh  # noqa: E402
 
+FAST = 20  # by which --fast divides problems and steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
@@ -63,6 +65,9 @@ class QuickstartConfig:
     """Recipe of the distillation."""
     patience: int = 3
     """Evaluations in a row that bring less than one point and so end the student's SFT."""
+    fast: bool = False
+    """A twentieth of the problems and steps: shows that everything runs here, and teaches the models next to nothing.
+    It needs a work_dir of its own."""
 
 
 class Quickstart:
@@ -73,7 +78,8 @@ class Quickstart:
         self.work = Path(cfg.work_dir)
         npd = parse_config(NPDConfig, ["--config", cfg.npd_config])
         rollout = dataclasses.replace(npd.rollout, token_file=str(self.work / "server.token"))
-        self.npd = dataclasses.replace(npd, rollout=rollout)  # the run is given a server that was started here
+        # The run is given a server that was started here.
+        self.npd = dataclasses.replace(npd, rollout=rollout, train=self._shortened(npd.train))
         self.npd_dir = self.work / "npd"
         self.npd_run = RunDir(self.npd_dir)
         self.pool: ServerPool | None = None
@@ -82,7 +88,8 @@ class Quickstart:
         """Do what is left to do and return the report's table and where policy and report are."""
         try:
             with timed(self.npd_run, "problems and models"):
-                write_splits(self.work / "data")
+                sizes = {name: size // FAST for name, size in SPLITS.items()} if self.cfg.fast else SPLITS
+                write_splits(self.work / "data", sizes=sizes)
                 write_models(self.work / "models")
             with timed(self.npd_run, "teacher SFT"):
                 teacher = self._teacher()
@@ -111,6 +118,16 @@ class Quickstart:
 
     # -- steps -------------------------------------------------------------------------------------------------
 
+    def _recipe(self, file: str) -> TrainConfig:
+        return self._shortened(parse_config(TrainConfig, ["--config", file]))
+
+    def _shortened(self, recipe: TrainConfig) -> TrainConfig:
+        """With ``fast``: fewer steps, and the student is evaluated after all of them."""
+        if not self.cfg.fast:
+            return recipe
+        steps, warmup = recipe.train_iters // FAST, recipe.lr_warmup_iters // FAST
+        return dataclasses.replace(recipe, train_iters=steps, save_interval=steps, lr_warmup_iters=warmup)
+
     def _sft(self, name: str, recipe: TrainConfig, *, problems: str, start: Path, until: int) -> Path:
         """Train with ``npd train`` up to a step, and export to an HF directory, which is returned."""
         out = self.work / name / f"hf-{until:05d}"
@@ -129,7 +146,7 @@ class Quickstart:
         return out
 
     def _teacher(self) -> Path:
-        recipe = parse_config(TrainConfig, ["--config", self.cfg.teacher_config])
+        recipe = self._recipe(self.cfg.teacher_config)
         start = self.work / "models" / "teacher"
         model = self._sft("teacher", recipe, problems="teacher", start=start, until=recipe.train_iters)
         result = self.work / "teacher" / "accuracy.json"
@@ -142,7 +159,7 @@ class Quickstart:
 
     def _student(self) -> Path:
         """SFT on the few labelled problems until ``patience`` evaluations in a row bring less than one point."""
-        recipe = parse_config(TrainConfig, ["--config", self.cfg.student_config])
+        recipe = self._recipe(self.cfg.student_config)
         start = self.work / "models" / "student"
         path = self.work / "student" / "accuracy.json"
         known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
