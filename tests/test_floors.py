@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_npd"
 # docs/make_map.py lists them from the top.
 FLOORS = {
-    **dict.fromkeys(("platform", "config", "errors", "lifeline", "limits", "links", "lock", "log", "manifest"), 0),
+    **dict.fromkeys(
+        ("choices", "platform", "config", "errors", "lifeline", "limits", "links", "lock", "log", "manifest"), 0
+    ),
     **dict.fromkeys(("paths", "records", "run_dir", "torchrun", "user_files", "weights"), 0),
     **dict.fromkeys(("store", "ops", "models"), 1),
     **dict.fromkeys(("data", "serving"), 2),

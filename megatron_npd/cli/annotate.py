@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from megatron_npd.choices import PlatformName
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import AnnotateConfig, PlatformName
+from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import wrote
 from megatron_npd.paths import check_model_dir, check_out_dir, check_sealed

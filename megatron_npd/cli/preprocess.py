@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_npd.choices import PlatformName
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import PlatformName
 from megatron_npd.errors import UserError
 from megatron_npd.log import wrote
 from megatron_npd.platform import get_platform

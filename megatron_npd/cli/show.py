@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from megatron_npd.choices import PlatformName
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import PlatformName
 from megatron_npd.errors import UserError
 from megatron_npd.log import wrote
 from megatron_npd.manifest import read_manifest

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from megatron_npd.choices import PlatformName
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import PlatformName
 from megatron_npd.platform import get_platform
 
 

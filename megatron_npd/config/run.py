@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_npd.choices import PlatformName
 from megatron_npd.config.cluster import ClusterConfig
-from megatron_npd.config.settings import (
-    AnnotateConfig,
-    PackConfig,
-    PlatformName,
-    RolloutConfig,
-    SelectConfig,
-    TrainConfig,
-    require,
-)
+from megatron_npd.config.settings import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig, TrainConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_npd.choices import DivergenceName, FilterName, Impl, Mode, PlatformName, RefreshRule
 from megatron_npd.errors import UserError
-
-PlatformName = Literal["auto", "cpu", "cuda", "npu"]
-KDMode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]
-KDDivergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 
 
 def require(holds: bool, name: str, rule: str, got: object, remedy: str) -> None:
@@ -136,9 +133,7 @@ class AnnotateConfig:
 class SelectConfig:
     """Which answers train (METHOD section 3)."""
 
-    filter: Literal[
-        "delta_ifd", "delta_ifd_lower", "delta_ifd_upper", "student_ifd", "teacher_ifd", "perplexity", "none"
-    ] = "delta_ifd"
+    filter: FilterName = "delta_ifd"
     """delta_ifd: keep lower <= Delta-IFD <= tau, _lower and _upper: one bound alone; student_ifd, teacher_ifd: the same
     bounds on one model's IFD; perplexity: keep all with a defined IFD, weighted by 1 / the teacher's perplexity; none:
     keep all with a defined IFD."""
@@ -211,7 +206,7 @@ class TrainConfig:
     exit_at_iteration: int = 0
     """Stop, with a checkpoint, after this step, and leave the rest to a later call; 0: go on to train_iters."""
 
-    refresh: Literal["never", "even", "every_n", "by_lag"] = "even"
+    refresh: RefreshRule = "even"
     """When a checkpoint becomes the next policy: never before the end; at updates + 1 steps spread evenly; every
     refresh_interval steps; once the policy lag's moving average passes refresh_lag, refresh_interval steps after the
     last time at the earliest."""
@@ -243,9 +238,9 @@ class TrainConfig:
 
     kd_alpha: float = 0.9
     """Weight of KD in (1 - kd_alpha) * CE + kd_alpha * KD; 0 is SFT."""
-    kd_mode: KDMode = "tail"
+    kd_mode: Mode = "tail"
     """What becomes of the probability outside the teacher's top-k (METHOD section 2)."""
-    kd_divergence: KDDivergence = "forward_kl"
+    kd_divergence: DivergenceName = "forward_kl"
     """Divergence of student and teacher; those but forward_kl need kd_mode tail or renorm_both."""
     kd_beta: float = 0.5
     """Teacher's share of the mixture in jsd."""
@@ -256,7 +251,7 @@ class TrainConfig:
     fused_linear_loss: bool = False
     """Fuse the output layer into the loss: the logits are never whole, but from forward to backward there is a float32
     gradient of the output layer's weight."""
-    loss_impl: Literal["auto", "torch", "triton"] = "auto"
+    loss_impl: Impl = "auto"
     """Implementation of the loss; auto: triton on CUDA where it is installed, else torch."""
 
     lr: float = 1e-4

@@ -6,19 +6,18 @@ Legend: T tokens, N tokens that count, K teacher ids a token, B = K + 1 buckets.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, NoReturn, TypedDict, get_args
+from typing import NamedTuple, NoReturn, TypedDict, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_npd.choices import DivergenceName, Mode
 from megatron_npd.errors import UserError
 from megatron_npd.ops.divergences import DIVERGENCES, Objective, Rows
 from megatron_npd.ops.vocab_parallel import VocabShard, vocab_shard
 
-Mode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]
 MODES: tuple[str, ...] = get_args(Mode)
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 MASS_TOLERANCE = 1e-3
 """How far rounding may lift a teacher's mass above 1."""
 

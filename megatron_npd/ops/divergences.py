@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_npd.choices import DivergenceName
 from megatron_npd.ops.vocab_parallel import Stats
 
 
@@ -61,7 +62,7 @@ class Divergence(NamedTuple):
 
 # jsd: generalised Jensen-Shannon of GKD, beta KL(p | m) + (1 - beta) KL(q | m) with m = beta p + (1 - beta) q.
 # skew_kl, skew_reverse_kl: of DistiLLM, KL(p | s p + (1 - s) q) and KL(q | (1 - s) p + s q).
-DIVERGENCES: dict[str, Divergence] = {
+DIVERGENCES: dict[DivergenceName, Divergence] = {
     "forward_kl": Divergence(
         terms=lambda log_p, log_q, _: _times(log_p, log_p - log_q),
         pull=lambda log_p, log_q, _: -log_p.exp(),

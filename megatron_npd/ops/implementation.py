@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from megatron_npd.choices import Impl
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-
-Impl = Literal["auto", "torch", "triton"]
 
 
 def use_triton(impl: str, device: torch.device) -> bool:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_npd.config.run import NPDConfig
@@ -65,10 +65,8 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
         if cfg.node_rank:
             launcher.follow()
             return ""
-        if nodes is not None and cfg.training_nodes < cfg.nnodes:
-            here = replace(cfg.rollout, urls=nodes.urls(), token_file=str(nodes.token_file))
-            cfg = replace(cfg, rollout=here)
-        servers = stack.enter_context(Servers(run, cfg))
+        given = (nodes.urls(), nodes.token_file) if nodes is not None and cfg.training_nodes < cfg.nnodes else None
+        servers = stack.enter_context(Servers(run, cfg, given))
         ctx = Context(run=run, cfg=cfg, servers=servers, launcher=launcher)
         _run(ctx, report)
         return report(run.root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_npd.config.run import NPDConfig
@@ -27,11 +28,14 @@ class Servers:
 
     Args:
         run: The run.
-        cfg: Its configuration; with running servers their URLs.
+        cfg: Its configuration.
+        given: The servers of other nodes: their URLs, and the file with their token; None: as ``cfg`` says.
     """
 
-    def __init__(self, run: RunDir, cfg: NPDConfig) -> None:
-        self.run, self.cfg = run, cfg
+    def __init__(self, run: RunDir, cfg: NPDConfig, given: tuple[tuple[str, ...], Path] | None = None) -> None:
+        self.run, self.cfg, self.rollout = run, cfg, cfg.rollout
+        if given is not None:
+            self.rollout = replace(cfg.rollout, urls=given[0], token_file=str(given[1]))
         self._pool: ServerPool | None = None
         self._served: int | None = None  # number of the policy on the servers
 
@@ -40,8 +44,8 @@ class Servers:
         policy = policy_dir(self.run, self.cfg, index)
         if self._pool is None:
             with timed(self.run, "server start", index):
-                self._pool = ServerPool.open(policy, self.cfg.rollout, version=version(index), log_dir=self.run.logs)
-            if not self.cfg.rollout.urls:  # given servers may hold another run's weights under the same version
+                self._pool = ServerPool.open(policy, self.rollout, version=version(index), log_dir=self.run.logs)
+            if not self.rollout.urls:  # given servers may hold another run's weights under the same version
                 self._served = index
         if self._served != index:
             with timed(self.run, "refresh", index):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_npd.choices import FilterName
 from megatron_npd.selection.ifd import delta_ifd, ifd
 
 # Zone -> why a sample in it is dropped, where the filter drops it. A zone's number is its place here.
@@ -54,7 +55,7 @@ class Filter(NamedTuple):
         return kept_N
 
 
-FILTERS: Mapping[str, Filter] = {
+FILTERS: Mapping[FilterName, Filter] = {
     "delta_ifd": Filter("delta", lower=True, upper=True),
     "delta_ifd_lower": Filter("delta", lower=True),
     "delta_ifd_upper": Filter("delta", upper=True),

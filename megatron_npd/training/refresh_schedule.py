@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_npd.choices import RefreshRule
 from megatron_npd.config.settings import TrainConfig
 
 _LAG_DECAY = 0.9  # of the moving average, per step
@@ -47,7 +48,7 @@ def _by_lag(cfg: TrainConfig, _: int, progress: Progress) -> bool:
 
 
 # Whether a step's checkpoint is marked, from the settings, the step and what was seen; at most ``updates`` are.
-REFRESH: dict[str, Callable[[TrainConfig, int, Progress], bool]] = {
+REFRESH: dict[RefreshRule, Callable[[TrainConfig, int, Progress], bool]] = {
     "never": lambda *_: False,
     "even": _even,
     "every_n": _every_n,

@@ -1,0 +1,30 @@
+"""Each list of choices stands once, and its table has an entry for each name."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from megatron_npd import choices
+from megatron_npd.ops.divergences import DIVERGENCES
+from megatron_npd.platform import PLATFORMS, get_platform
+from megatron_npd.selection.metrics import FILTERS
+
+get_platform("cpu")
+
+from megatron_npd.training.refresh_schedule import REFRESH  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (choices.DivergenceName, DIVERGENCES),
+        (choices.FilterName, FILTERS),
+        (choices.RefreshRule, REFRESH),
+        (choices.PlatformName, ["auto", *PLATFORMS]),
+    ],
+    ids=["divergences", "filters", "refresh rules", "platforms"],
+)
+def test_a_table_has_an_entry_for_each_choice(names: Any, table: Any) -> None:
+    assert sorted(get_args(names)) == sorted(table)
