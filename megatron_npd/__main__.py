@@ -43,7 +43,7 @@ def _run(command: str, arguments: list[str]) -> int | None:
     try:
         return import_module(f"megatron_npd.cli.{command}").main(arguments)
     finally:
-        if "megatron.core" in sys.modules:
+        if sys.modules.get("megatron.core") is not None:
             from megatron_npd.platform.initialize import shutdown
 
             shutdown()  # else the groups' threads meet the interpreter's end, which may abort the process

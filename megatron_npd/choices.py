@@ -12,6 +12,7 @@ PlatformName = Literal["auto", "cpu", "cuda", "npu"]
 FilterName = Literal[
     "delta_ifd", "delta_ifd_lower", "delta_ifd_upper", "student_ifd", "teacher_ifd", "perplexity", "none"
 ]
+ObjectiveName = Literal["sft", "distill"]
 RefreshRule = Literal["never", "even", "every_n", "by_lag"]
 Mode = Literal["tail", "truncated", "renorm_teacher", "renorm_both"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]

@@ -13,6 +13,7 @@ from megatron_npd.selection.metrics import FILTERS
 
 get_platform("cpu")
 
+from megatron_npd.training.objectives import OBJECTIVES  # noqa: E402
 from megatron_npd.training.refresh_schedule import REFRESH  # noqa: E402
 
 
@@ -22,9 +23,10 @@ from megatron_npd.training.refresh_schedule import REFRESH  # noqa: E402
         (choices.DivergenceName, DIVERGENCES),
         (choices.FilterName, FILTERS),
         (choices.RefreshRule, REFRESH),
+        (choices.ObjectiveName, OBJECTIVES),
         (choices.PlatformName, ["auto", *PLATFORMS]),
     ],
-    ids=["divergences", "filters", "refresh rules", "platforms"],
+    ids=["divergences", "filters", "refresh rules", "objectives", "platforms"],
 )
 def test_a_table_has_an_entry_for_each_choice(names: Any, table: Any) -> None:
     assert sorted(get_args(names)) == sorted(table)

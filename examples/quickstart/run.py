@@ -185,7 +185,7 @@ class Quickstart:
         if known.keys() >= {"further_sft", "teacher"}:
             return
         known["teacher"] = json.loads((self.work / "teacher" / "accuracy.json").read_text())["accuracy"]
-        recipe = dataclasses.replace(self.npd.train, kd_alpha=0.0)
+        recipe = dataclasses.replace(self.npd.train, objective="sft")
         model = self._sft("further", recipe, problems="student", start=student, until=recipe.train_iters)
         known["further_sft"] = self._accuracy(self._serve(model, "further"), model)
         write_atomic(path, json.dumps(known, indent=1) + "\n")

@@ -21,6 +21,8 @@ from megatron_npd.run_dir import RunDir
 ZONES = ("degenerate", "proximal", "disconnect", "undefined")
 LAG_BOUND = 0.10  # nats a token, METHOD section 4
 DROPPED_BOUND = CUT_BOUND = 0.10  # shares of a round's responses
+# Numbers of a step that are no parts of its objective, or have a table of their own.
+_NO_PARTS = ("lag_k1", "lag_k3", "lr", "grad_norm", "tokens_per_second", "step_seconds", "data_wait_seconds")
 _ESSENTIAL = (
     *("teacher", "student", "prompts", "updates", "rollout.greedy_paths", "rollout.sampled_paths"),
     *("rollout.temperature", "rollout.max_tokens", "rollout.seed", "annotate.top_k", "annotate.backend"),
@@ -180,13 +182,20 @@ def _lag(index: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 
 
 def _training(index: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """First and last steps of a round, its tokens a second, and loss, CE and KD over its last tenth."""
+    """First and last steps of a round, its tokens per second, and the objective's parts over its last tenth."""
     end = lines[-max(1, len(lines) // 10) :]
-    entry: dict[str, Any] = {"round": index, "steps": [lines[0]["iteration"], lines[-1]["iteration"]]}
-    for name, part in (("loss", end), ("ce", end), ("kd", end), ("teacher_mass", end), ("tokens_per_second", lines)):
-        values = [line[name] for line in part if line.get(name) is not None]
-        entry[name] = sum(values) / len(values) if values else None
-    return entry
+    names = [name for name, value in end[-1].items() if isinstance(value, float) and name not in _NO_PARTS]
+    return {
+        "round": index,
+        "steps": [lines[0]["iteration"], lines[-1]["iteration"]],
+        "parts": {name: _mean(end, name) for name in names},
+        "tokens_per_second": _mean(lines, "tokens_per_second"),
+    }
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    values = [line[name] for line in lines if line.get(name) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _essentials(config: Mapping[str, Any]) -> dict[str, Any]:

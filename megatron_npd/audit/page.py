@@ -227,11 +227,12 @@ def _training(summary: Mapping[str, Any]) -> str:
         return "" if value is None else format(value, form)
 
     lags = {entry["round"]: entry for entry in summary["lag"]}
+    parts = list(dict.fromkeys(name for entry in summary["training"] for name in entry["parts"]))
     rows = [
         [
             f"round {entry['round']}",
             "{} to {}".format(*entry["steps"]),
-            *(number(entry[name]) for name in ("loss", "ce", "kd", "teacher_mass")),
+            *(number(entry["parts"].get(name)) for name in parts),
             *(number(lags.get(entry["round"], {}).get(name)) for name in ("mean", "highest", "end")),
             number(entry["tokens_per_second"], ".0f"),
         ]
@@ -239,8 +240,9 @@ def _training(summary: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    header = ["round", "steps", "loss", "CE", "KD", "teacher mass", "lag mean", "lag highest", "lag at end", "tokens/s"]
-    note = "Loss, CE, KD and teacher mass: means over the last tenth of a round's steps; lag: means over any tenth."
+    names = [{"ce": "CE", "kd": "KD"}.get(name, name.replace("_", " ")) for name in parts]
+    header = ["round", "steps", *names, "lag mean", "lag highest", "lag at end", "tokens/s"]
+    note = "Loss and its parts: means over the last tenth of a round's steps; lag: means over any tenth."
     return _rows(header, rows) + f'<p class="note">{note}</p>'
 
 

@@ -62,4 +62,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_prompts(config.prompts, prompts, model=model, max_prompt_len=config.seq_length - 1)
     pack_prompts(prompts, config.out, config, vocab_size=load_spec(config.hf_model).vocab_size)
     packs = Path(config.out) / "packs"
-    wrote(packs, f"npd train --data-path {packs} --hf-model {config.hf_model} --kd-alpha 0 --save CHECKPOINTS")
+    wrote(packs, f"npd train --data-path {packs} --hf-model {config.hf_model} --objective sft --save CHECKPOINTS")

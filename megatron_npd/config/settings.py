@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_npd.choices import DivergenceName, FilterName, Impl, Mode, PlatformName, RefreshRule
+from megatron_npd.choices import DivergenceName, FilterName, Impl, Mode, ObjectiveName, PlatformName, RefreshRule
 from megatron_npd.errors import UserError
 
 
@@ -182,7 +182,7 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run of ``npd train``: SFT (kd_alpha 0) or distillation."""
+    """One training run of ``npd train``: SFT or distillation."""
 
     hf_model: str = ""
     """Hugging Face directory of the starting weights, configuration and tokenizer."""
@@ -236,8 +236,10 @@ class TrainConfig:
     use_distributed_optimizer: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
 
+    objective: ObjectiveName = "distill"
+    """What is minimised: sft, the cross-entropy of the responses; distill, (1 - kd_alpha) * CE + kd_alpha * KD."""
     kd_alpha: float = 0.9
-    """Weight of KD in (1 - kd_alpha) * CE + kd_alpha * KD; 0 is SFT."""
+    """Weight of KD in distill; 0 trains like sft and shows KD beside it."""
     kd_mode: Mode = "tail"
     """What becomes of the probability outside the teacher's top-k (METHOD section 2)."""
     kd_divergence: DivergenceName = "forward_kl"
@@ -311,7 +313,7 @@ class TrainConfig:
             "refresh_interval",
         ):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name), "0 switches it off")
-        require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "0 is SFT, 1 is KD alone")
+        require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "1 is KD alone")
         needs_interval = self.refresh in ("every_n", "by_lag")
         require(
             not needs_interval or self.refresh_interval > 0,

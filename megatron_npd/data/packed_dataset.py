@@ -85,7 +85,7 @@ class PackedRows:
         self.top_k, self.vocab_size = self.store.top_k, self.store.vocab_size
         if streams.teacher and not self.top_k:
             raise UserError(
-                f"{self.store.path} must hold teacher records for kd_alpha > 0, got none; set kd_alpha to 0"
+                f"{self.store.path} must hold teacher records for distillation, got none; train with --objective sft"
             )
         self._open()
         if verify:

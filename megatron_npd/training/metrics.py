@@ -15,22 +15,9 @@ from megatron_npd.manifest import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 _wandb_runs: dict[str, Any] = {}  # those that are open: the rounds of a run are one of wandb's
-# Quantities that an interval's line averages over its steps; the others are those of its last step.
-AVERAGED = (
-    "loss",
-    "ce",
-    "entropy",
-    "kd",
-    "teacher_mass",
-    "student_mass",
-    "top1_agreement",
-    "lag_k1",
-    "lag_k3",
-    "grad_norm",
-    "tokens_per_second",
-    "step_seconds",
-    "data_wait_seconds",
-)
+_OF_THE_LAST_STEP = ("lr",)  # beside whole numbers: what an interval's line does not average over its steps
+_LABELS = {"ce": "CE", "kd": "KD", "lag_k3": "lag k3", "grad_norm": "grad norm"}
+_NO_PARTS = ("lr", "tokens_per_second", "step_seconds", "data_wait_seconds")  # shown in units of their own
 
 
 def metrics_file(cfg: TrainConfig) -> Path | None:
@@ -56,11 +43,12 @@ def truncate_metrics(path: Path, iteration: int) -> None:
 
 
 def average(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record for several steps: the last one, with the means of the ``AVERAGED`` that are defined."""
+    """One record for several steps: the last one, with the means of the numbers that are no whole ones."""
     result = dict(records[-1])
-    for name in AVERAGED:
-        values = [record[name] for record in records if record[name] is not None]
-        result[name] = sum(values) / len(values) if values else None
+    for name in {name for record in records for name, value in record.items() if isinstance(value, float)}:
+        values = [record[name] for record in records if record.get(name) is not None]
+        if name not in _OF_THE_LAST_STEP:
+            result[name] = sum(values) / len(values)
     return result
 
 
@@ -69,15 +57,10 @@ def console_line(record: Mapping[str, Any], train_iters: int) -> str:
 
     def items() -> Iterator[str]:
         yield f"step {record['iteration']}/{train_iters}"
-        for name, label in (("loss", "loss"), ("ce", "CE"), ("kd", "KD")):
-            if record[name] is not None:
-                yield f"{label} {record[name]:.4f}"
-        if record["teacher_mass"] is not None:
-            yield f"top-k mass teacher {record['teacher_mass']:.3f} student {record['student_mass']:.3f}"
-        yield f"grad norm {record['grad_norm']:.3f}"
+        for name, value in record.items():
+            if isinstance(value, float) and name not in _NO_PARTS:
+                yield f"{_LABELS.get(name, name.replace('_', ' '))} {value:.4f}"
         yield f"lr {record['lr']:.2e}"
-        if record["lag_k3"] is not None:
-            yield f"lag k3 {record['lag_k3']:.4f} nats"
         yield f"{record['tokens_per_second']:.0f} tok/s"
         yield f"{1e3 * record['step_seconds']:.1f} ms/step (data {1e3 * record['data_wait_seconds']:.1f})"
         yield f"{record['rows_consumed']} rows"
@@ -149,7 +132,7 @@ class MetricsWriter:
             os.fsync(self._jsonl.fileno())
 
     def write(self, record: dict[str, Any]) -> None:
-        """Take one step's record: keys as ``step.SUMS`` and ``trainer`` name them, None where undefined."""
+        """Take one step's record: the objective's parts and what ``trainer`` adds, None where undefined."""
         if self._jsonl is not None:
             self._jsonl.write(json.dumps(record) + "\n")
         self._bar.update()

@@ -1,6 +1,6 @@
 """One optimizer step on megatron-core: DDP, optimizer, schedules, and the forward-backward over a global batch.
 
-Legend: T tokens of a micro-batch, M metrics.
+Legend: T tokens of a micro-batch, M parts of the objective.
 """
 
 from __future__ import annotations
@@ -25,25 +25,7 @@ from megatron_npd.config.settings import TrainConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.errors import UserError
 from megatron_npd.models.build import head_weight, packed_params, without_output_layer
-from megatron_npd.ops.distill_loss import DistillLoss
-from megatron_npd.training.lag import lag_sums
-from megatron_npd.training.objectives import OBJECTIVES, ModelOutput, objective_name
-
-# What a step reports, in the order of the vector that is reduced: sums over the global batch's response tokens.
-SUMS = (
-    "loss",
-    "ce",
-    "entropy",
-    "kd",
-    "teacher_mass",
-    "student_mass",
-    "top1_agreement",
-    "lag_k1",
-    "lag_k3",
-    "lag_tokens",
-    "response_tokens",
-)
-DISTILL_ONLY = ("kd", "teacher_mass", "student_mass", "top1_agreement")
+from megatron_npd.training.objectives import OBJECTIVES, ModelOutput
 
 
 class TrainStep:
@@ -71,8 +53,9 @@ class TrainStep:
     ) -> None:
         self._cfg, self._vocab_size = cfg, vocab_size
         self._micro_batch_tokens, self._num_micro_batches = micro_batch_tokens, num_micro_batches
-        self._objective = OBJECTIVES[objective_name(cfg)]
-        self._distills = self._objective is not OBJECTIVES["sft"]
+        self._objective = OBJECTIVES[cfg.objective].make(cfg)
+        self._told = False
+        self._names: list[str] | None = None  # of the parts, once the last stage has made some
         self._device = next(model.parameters()).device
         config: Any = model.config
         config.calculate_per_token_loss = True
@@ -137,15 +120,15 @@ class TrainStep:
             iteration: Number of the step, from 1, for messages.
 
         Returns:
-            On every rank: the means over response tokens (None where undefined), ``lag_tokens``,
-            ``response_tokens``, ``grad_norm`` before clipping, and the ``lr`` of this step.
+            On every rank: the objective's parts (means over response tokens, None where undefined; sums of those that
+            end in ``_tokens``), ``response_tokens``, ``grad_norm`` before clipping, and the ``lr`` of this step.
 
         Raises:
             UserError: No response token in the batch, or a loss or gradient norm that is not finite.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums_M = self._forward_backward(
+        sums = self._forward_backward(
             forward_step_func=self._forward_step,
             data_iterator=batches,
             model=self.model,
@@ -153,8 +136,8 @@ class TrainStep:
             seq_length=self._micro_batch_tokens,
             micro_batch_size=1,  # rows lie end to end: to the model a micro-batch is one long row
         )
-        means = self._reduce(sums_M)
-        if means["loss"] is None:
+        means = self._reduce(sums)
+        if not means["response_tokens"]:
             raise UserError(f"the batch of step {iteration} must have response tokens, got none; check the packs")
         _check_finite("loss", means["loss"], iteration)
         means["lr"] = get_canonical_lr_for_logging(self.optimizer.param_groups)
@@ -187,37 +170,45 @@ class TrainStep:
             )
         else:
             last = ModelOutput(tensor=output.squeeze(0), vocab_size=self._vocab_size)
-        total, loss = self._objective(last, batch, self._cfg)
+        total, parts = self._objective(last, batch)
         mask_T = batch.loss_mask[0]
-        return total, mask_T.sum().int(), self._sums(batch, loss, mask_T)
+        self._names = self._names or list(parts)
+        return total, mask_T.sum().int(), _sums_and_counts(list(parts.values()), mask_T)
 
-    def _sums(self, batch: PackedBatch, loss: DistillLoss, mask_T: Tensor) -> Tensor:
-        """``SUMS`` of one micro-batch, fp32 [M], without a synchronisation."""
-        parts = [loss.loss_T.detach(), loss.ce_T, loss.entropy_T]
-        if self._distills:
-            parts += [loss.kd_T, loss.teacher_mass_T, loss.student_mass_T, loss.top1_agreement_T]
-        sums = torch.stack(parts) @ mask_T
-        if not self._distills:
-            sums = torch.cat([sums, sums.new_zeros(len(DISTILL_ONLY))])
-        if batch.generator_logprobs is None:
-            lag = sums.new_zeros(3)
-        else:
-            lag = lag_sums(loss.label_logprob_T, batch.generator_logprobs, mask_T)
-        return torch.cat([sums, lag, mask_T.sum().reshape(1)])
-
-    def _reduce(self, sums_M: list[Tensor]) -> dict[str, Any]:
-        """Means over the global batch, on every rank."""
-        total_M = torch.stack(sums_M).sum(0) if self._reports else torch.zeros(len(SUMS), device=self._device)
+    def _reduce(self, sums: list[Tensor]) -> dict[str, Any]:
+        """What is shown of a global batch, on every rank."""
+        names = self._part_names()
+        total_2M = torch.stack(sums).sum(0) if self._reports else torch.zeros(2, len(names) + 1, device=self._device)
         if dist.get_world_size() > 1:
-            dist.all_reduce(total_M)
-        *totals, lag_tokens, response_tokens = total_M.tolist()
-        means: dict[str, Any] = {"lag_tokens": int(lag_tokens), "response_tokens": int(response_tokens)}
-        for name, total in zip(SUMS[:-2], totals, strict=True):
-            count = lag_tokens if name.startswith("lag") else response_tokens
-            defined = count > 0 and (self._distills or name not in DISTILL_ONLY)
-            defined &= self._cfg.log_entropy or name != "entropy"
-            means[name] = total / count if defined else None
+            dist.all_reduce(total_2M)
+        means: dict[str, Any] = {}
+        for name, total, count in zip([*names, "response_tokens"], *total_2M.tolist(), strict=True):
+            if name.endswith("_tokens"):
+                means[name] = int(total)
+            elif name == "loss":  # of every response token: what is NaN is no matter of definition here
+                means[name] = total / count if count == total_2M[1, -1] > 0 else math.nan
+            else:
+                means[name] = total / count if count else None
         return means
+
+    def _part_names(self) -> list[str]:
+        """The names of the objective's parts, which the last stage alone knows until it has told the others, once."""
+        if dist.get_world_size() > 1 and not self._told:
+            known: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(known, self._names)
+            self._names, self._told = next(filter(None, known)), True
+        assert self._names is not None
+        return self._names
+
+
+def _sums_and_counts(parts: list[Tensor], mask_T: Tensor) -> Tensor:
+    """Sums of the parts over the response tokens, and for how many each is defined, fp32 [2, M + 1].
+
+    The last column is that of the response tokens themselves. Without a synchronisation.
+    """
+    values_MT = torch.stack([*parts, torch.ones_like(mask_T)])
+    defined_MT = ~values_MT.isnan()
+    return torch.stack([values_MT.where(defined_MT, 0.0) @ mask_T, defined_MT.float() @ mask_T])
 
 
 def _check_finite(what: str, value: float, iteration: int) -> None:

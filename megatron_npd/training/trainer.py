@@ -34,6 +34,7 @@ from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
+from megatron_npd.training.objectives import OBJECTIVES
 from megatron_npd.training.refresh_schedule import RefreshSchedule
 from megatron_npd.training.rounds import Rounds
 from megatron_npd.training.saving import Saver
@@ -153,7 +154,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
                         "data_wait_seconds": feed.take_wait(),
                     }
                 )
-            marked = refresh.after(iteration, entry.round, values["lag_k3"])
+            marked = refresh.after(iteration, entry.round, values.get("lag_k3"))
             if saver.due(iteration, marked):
                 if writer is not None:
                     writer.sync()
@@ -190,7 +191,7 @@ def _open_data(cfg: TrainConfig, schedule: Path, spec: ModelSpec) -> PackedDatas
     streams = Streams(
         tokens=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         targets=last,
-        teacher=last and cfg.kd_alpha > 0,
+        teacher=last and "teacher" in OBJECTIVES[cfg.objective].streams,
     )
     # One process of a machine hashes the files; a failure there ends the job.
     data = PackedDataset(schedule, seed=cfg.seed, streams=streams, verify=local_rank() == 0)
@@ -199,8 +200,8 @@ def _open_data(cfg: TrainConfig, schedule: Path, spec: ModelSpec) -> PackedDatas
             f"{cfg.data_path} must be made for the model's vocabulary of {spec.vocab_size} tokens, got "
             f"{data.vocab_size}; annotate and pack for {cfg.hf_model}"
         )
-    if cfg.kd_alpha > 0 and not data.top_k:
-        raise UserError(f"{cfg.data_path} must hold teacher rows for kd_alpha {cfg.kd_alpha}, got none; 0 trains SFT")
+    if "teacher" in OBJECTIVES[cfg.objective].streams and not data.top_k:
+        raise UserError(f"{cfg.data_path} must hold teacher records for {cfg.objective}, got none; --objective sft")
     return data
 
 

@@ -94,7 +94,7 @@ def test_a_flag_that_must_be_given() -> None:
         ("updates: 1\nlr: 1.0\n", 2, "lr is unknown; did you mean train.lr?"),
         ("train:\n  lr: 1e-4\nrolout:\n  max_tokens: 3\n", 3, "rolout is unknown; did you mean rollout?"),
         ("updates: 1\ntrain:\n  lr: bar\n", 3, "train.lr must be a number, got bar; "),
-        ("# a remark\ntrain:\n\n  kd_alpha: 7\n", 4, "kd_alpha must be in [0, 1], got 7.0; 0 is SFT, 1 is KD alone"),
+        ("# a remark\ntrain:\n\n  kd_alpha: 7\n", 4, "kd_alpha must be in [0, 1], got 7.0; 1 is KD alone"),
         ("train: 3\n", 1, "train must hold fields, indented below it, got none; "),
         ("updates: 1\nselect:\ntrain:\n  lr: 1.0\n", 2, "select must hold fields, indented below it, got none; "),
         ("updates: 1\ntrain:\n  lr: 1.0\nupdates: 2\n", 4, "updates must be given once, got it at "),

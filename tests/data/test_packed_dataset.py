@@ -208,7 +208,7 @@ def test_tokens_only_stores_train_without_a_teacher(tmp_path: Path) -> None:
     batch = PackedDataset(tmp_path / "packs", seed=0, streams=NO_TEACHER).batch([0]).to("cpu")
     assert batch.tokens[0, :6].tolist() == [1, 2, 3, 4, 5, 0] and batch.labels[0, 2:4].tolist() == [4, 5]
     assert batch.loss_mask[0].nonzero().flatten().tolist() == [2, 3, 8, 9, 10]
-    with pytest.raises(UserError, match="kd_alpha"):
+    with pytest.raises(UserError, match="distillation"):
         PackedDataset(tmp_path / "packs", seed=0, streams=ALL)
 
 

@@ -171,7 +171,7 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
     teacher = make_tiny_model(tmp_path / "teacher", seed=1, num_hidden_layers=3, num_key_value_heads=2)
     student = make_tiny_model(tmp_path / "student", num_key_value_heads=2)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"What is {n} + 7?"}) + "\n" for n in range(8)))
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {n} + 7?"}) + "\n" for n in range(24)))
     run = tmp_path / "run"
     environment = os.environ | {
         "RUN": str(run),

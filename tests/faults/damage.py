@@ -19,6 +19,7 @@ from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.data.packing import pack_selection
 from megatron_npd.data.prompt_files import read_batches
 from megatron_npd.data.row_schedule import load_schedule
+from megatron_npd.data.seen import Seen
 from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
 from megatron_npd.manifest import MANIFEST, read_manifest
@@ -184,7 +185,7 @@ def _targets(readers: Readers) -> dict[str, tuple[Path, list[bytes], Reader]]:
     text = b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
     def jsonl() -> None:
-        seen: dict[str, tuple[str, int]] = {}
+        seen = Seen()
         for source in chain.from_iterable(read_batches(lines)):
             try:
                 prompts_reader._admit(source, seen)

@@ -7,20 +7,20 @@ import math
 import pytest
 import torch
 
-from megatron_npd.training.lag import lag_sums
+from megatron_npd.training.lag import lag_parts
 
 
-def test_sums_by_the_formula_over_the_defined_tokens_alone() -> None:
+def test_both_by_the_formula_where_they_are_defined() -> None:
     learner = torch.tensor([-1.0, -2.0, -0.5, -9.0, -3.0])
     generator = torch.tensor([-1.5, -1.0, math.nan, -1.0, -3.0])
-    mask = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])  # the fourth is no response token, the third is not defined
+    parts = lag_parts(learner, generator)  # the third is not defined
 
-    k1, k3, count = lag_sums(learner, generator, mask).tolist()
-
-    ratios = [0.5, -1.0, 0.0]
-    assert count == 3
-    assert k1 == pytest.approx(-sum(ratios))
-    assert k3 == pytest.approx(sum(math.exp(r) - 1 - r for r in ratios))
+    ratios = [0.5, -1.0, -8.0, 0.0]
+    assert parts["lag_tokens"].tolist() == [1, 1, 0, 1, 1]
+    defined = ~parts["lag_k1"].isnan()
+    assert defined.tolist() == (~parts["lag_k3"].isnan()).tolist() == [True, True, False, True, True]
+    assert parts["lag_k1"][defined].tolist() == pytest.approx([-r for r in ratios])
+    assert parts["lag_k3"][defined].tolist() == pytest.approx([math.exp(r) - 1 - r for r in ratios])
 
 
 def test_both_estimate_the_divergence() -> None:
@@ -30,12 +30,8 @@ def test_both_estimate_the_divergence() -> None:
     sampled = torch.multinomial(generator.exp(), 200_000, replacement=True)
     divergence = float((generator.exp() * (generator - learner)).sum())
 
-    k1, k3, count = lag_sums(learner[sampled], generator[sampled], torch.ones(len(sampled))).tolist()
+    parts = lag_parts(learner[sampled], generator[sampled])
 
     assert divergence > 0.02
-    assert k1 / count == pytest.approx(divergence, rel=0.05)
-    assert k3 / count == pytest.approx(divergence, rel=0.05)
-
-
-def test_nothing_defined_is_a_count_of_zero() -> None:
-    assert lag_sums(torch.tensor([-1.0]), torch.tensor([math.nan]), torch.ones(1)).tolist() == [0.0, 0.0, 0.0]
+    assert float(parts["lag_k1"].mean()) == pytest.approx(divergence, rel=0.05)
+    assert float(parts["lag_k3"].mean()) == pytest.approx(divergence, rel=0.05)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_npd.config.settings import TrainConfig
-from megatron_npd.training.metrics import MetricsWriter, average, metrics_file, truncate_metrics
+from megatron_npd.training.metrics import MetricsWriter, average, console_line, metrics_file, truncate_metrics
 
 
 def record(iteration: int, **values: Any) -> dict[str, Any]:
@@ -60,6 +60,13 @@ def test_an_interval_averages_what_is_defined_and_takes_the_rest_from_its_last_s
     assert means["iteration"] == 3 and means["lr"] == pytest.approx(3e-3) and means["rows_consumed"] == 12
 
 
+def test_parts_of_an_objective_that_nobody_knows_are_shown_too(caplog: pytest.LogCaptureFixture) -> None:
+    records = [record(1, advantage=0.5), record(2, advantage=1.0)]
+    means = average(records)
+    assert means["advantage"] == 0.75
+    assert "advantage 0.7500" in console_line(means, 10)
+
+
 def test_console_has_one_line_an_interval_and_one_at_the_end(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     cfg = TrainConfig(log_interval=2, train_iters=10, metrics_path=str(tmp_path / "m.jsonl"))
     with caplog.at_level(logging.INFO), MetricsWriter(cfg, iteration=0, stop=5) as writer:
@@ -67,7 +74,7 @@ def test_console_has_one_line_an_interval_and_one_at_the_end(caplog: pytest.LogC
             writer.write(record(iteration, kd=0.25, teacher_mass=0.9, student_mass=0.8, lag_k3=0.01))
     lines = [message for message in caplog.messages if message.startswith("step ")]
     assert [line.split(",")[0] for line in lines] == ["step 2/10", "step 4/10", "step 5/10"]
-    assert "loss 1.5000, CE 1.0000, KD 0.2500" in lines[0] and "lag k3 0.0100 nats" in lines[0]
+    assert "loss 1.5000, CE 1.0000, KD 0.2500" in lines[0] and "lag k3 0.0100" in lines[0]
     assert "1000 tok/s" in lines[0] and "256.0 ms/step (data 10.0)" in lines[0]
     assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 5
 
