@@ -115,6 +115,7 @@ def export_hf(
     if refusal[0] is not None:
         raise UserError(refusal[0])
     dtypes = _export_dtypes(spec)
+    _refuse_not_finite(model, spec, dtypes, out)
     if dist.get_rank() != 0:
         for _ in _gather(model, spec, dtypes):
             pass
@@ -204,6 +205,24 @@ def open_checkpoint(spec: ModelSpec) -> HFCheckpoint:
 
 def _export_dtypes(spec: ModelSpec) -> Mapping[str, torch.dtype]:
     return open_checkpoint(spec).dtypes if has_weights(spec.path) else dict.fromkeys(hf_shapes(spec), spec.dtype)
+
+
+def _refuse_not_finite(model: nn.Module, spec: ModelSpec, dtypes: Mapping[str, torch.dtype], out: Path) -> None:
+    """Raise the same error on every rank of the replica: if rank 0 found it alone, the others would wait for it."""
+    rules, wrong = parameter_rules(spec), None
+    for name, parameter in global_parameters(model):
+        local = parameter.detach().to(_widest(rules[name], dtypes))
+        if not torch.stack(local.aminmax()).isfinite().all():
+            wrong = " and ".join(rules[name].hf)
+            break
+    group: Any = parallel_state.get_model_parallel_group()
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, wrong, group=group)
+    if (first := next((name for name in found if name), None)) is not None:
+        raise UserError(
+            f"{first} of the model to export into {out} must hold finite numbers, got NaN or infinity; use weights "
+            "from before they arose"
+        )
 
 
 def _tensor_parallel() -> tuple[int, int]:
