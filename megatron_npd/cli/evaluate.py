@@ -17,7 +17,6 @@ from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import wrote
 from megatron_npd.manifest import is_sealed
-from megatron_npd.serving.pool import ServerPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_npd.data.prompts import prepare_prompts
     from megatron_npd.data.tokenizer import load_model_tokens
     from megatron_npd.rollout.evaluate import exact_match
+    from megatron_npd.serving.pool import ServerPool
 
     model = load_model_tokens(cfg.model)
     with TemporaryDirectory() as scratch:

@@ -14,8 +14,6 @@ from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import wrote
 from megatron_npd.manifest import is_sealed
-from megatron_npd.serving.pool import ServerPool
-from megatron_npd.serving.refresh import refresh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +43,9 @@ class RefreshCommand:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the configuration, export where asked, and refresh."""
     command = parse_config(RefreshCommand, argv)
+    from megatron_npd.serving.pool import ServerPool
+    from megatron_npd.serving.refresh import refresh
+
     if command.checkpoint and not is_sealed(command.policy):
         from megatron_npd.platform import get_platform
 

@@ -13,8 +13,6 @@ from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, wrote
-from megatron_npd.rollout.generate import finished_round, generate_round
-from megatron_npd.serving.pool import ServerPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +44,9 @@ class RolloutCommand(RolloutConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the configuration and generate."""
     cfg = parse_config(RolloutCommand, argv)
+    from megatron_npd.rollout.generate import finished_round, generate_round
+    from megatron_npd.serving.pool import ServerPool
+
     this_round = {"cfg": cfg, "round_index": cfg.round, "policy_version": cfg.policy_version}
     if finished_round(cfg.prompts, cfg.out, **this_round) is not None:
         get_logger().info("%s is finished already", cfg.out)  # without starting a server

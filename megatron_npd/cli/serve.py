@@ -17,8 +17,6 @@ from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
-from megatron_npd.serving.access import keep_token
-from megatron_npd.serving.server import VLLMServer, start_servers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,9 @@ class ServeCommand(RolloutConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Start the servers, announce them, and stay until a signal or the first server's end."""
     cfg = parse_config(ServeCommand, argv)
+    from megatron_npd.serving.access import keep_token
+    from megatron_npd.serving.server import VLLMServer, start_servers
+
     get_platform(cfg.platform)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the exit stack: no server outlives this command
     token = keep_token(cfg.token_file)
