@@ -69,6 +69,12 @@ def _watch(ancestor: psutil.Process) -> None:
         # A zombie's own parent may never ask for it.
         while ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:
             time.sleep(_LOOK_SECONDS)
+    print(
+        f"error: process {ancestor.pid}, which started this one, must run until this one is done, got its end; "
+        "start it again, and what is sealed or saved stays",
+        file=sys.stderr,
+        flush=True,
+    )
     _end()
 
 

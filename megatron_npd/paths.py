@@ -52,7 +52,8 @@ def check_training(cfg: TrainConfig) -> None:
     """
     check_model_dir("hf_model", cfg.hf_model)
     data = Path(cfg.data_path)
-    if not cfg.data_path or not (data.is_file() or is_sealed(data) or (data / "rounds").is_dir()):
+    grows = not is_sealed(data) and any(map(Path.is_dir, (data / "rounds", data / "prompts")))
+    if not cfg.data_path or not (data.is_file() or is_sealed(data) or grows):
         raise UserError(
             "data_path must be a sealed directory of packs, a schedule.jsonl or a run's directory, got "
             f"{cfg.data_path!r}; pack first"
@@ -63,6 +64,10 @@ def check_training(cfg: TrainConfig) -> None:
         check_out_dir("the directory of metrics_path", str(Path(cfg.metrics_path).parent))
     if cfg.exit_at_iteration and not cfg.save:
         raise UserError("save must be given with exit_at_iteration, got none; the steps done would be lost")
+    if grows and cfg.updates and not cfg.save:
+        raise UserError(
+            "save must be given with the directory of a run, got none; its policies are made of checkpoints"
+        )
     if cfg.load != cfg.save and first_checkpoint(cfg) is None and cfg.load:
         raise UserError(f"load must hold a checkpoint, got none in {cfg.load}; leave it out to start from hf_model")
 

@@ -79,6 +79,13 @@ class NPDConfig(ClusterConfig):
         )
         super().__post_init__()
         require(self.max_lead >= 0, "max_lead", "at least 0", self.max_lead, "0 waits for the newest policy")
+        require(
+            self.train.refresh != "by_lag" or self.rollout.measures_lag,
+            "train.refresh",
+            "another than by_lag without rollout.sampled_paths at temperature 1 and top_p 1, which the lag is known of",
+            self.train.refresh,
+            "sample a path so, or use every_n",
+        )
         serving = self.nnodes - self.training_nodes
         require(
             not (serving and self.rollout.urls),

@@ -83,6 +83,11 @@ class RolloutConfig:
             remedy = "max_model_len, concurrency, dtype and seed have fields, the others are fixed"
             require(argument[:2] != "--" or name not in own, "server_args", f"without --{name}", argument, remedy)
 
+    @property
+    def measures_lag(self) -> bool:
+        """Whether there are responses of which the policy lag is known (METHOD section 4)."""
+        return self.sampled_paths > 0 and self.temperature == self.top_p == 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotateConfig:
@@ -214,8 +219,8 @@ class TrainConfig:
     """Policies before the run's last one, at most."""
     refresh_interval: int = 0
     """Steps between policies, for every_n and by_lag."""
-    refresh_lag: float = 0.05
-    """Policy lag (k3) that asks for a new policy, for by_lag, in nats per token."""
+    refresh_lag: float = 0.1
+    """Policy lag (k3) that asks for a new policy, for by_lag, in nats per token; the paper's bound is 0.1."""
     max_lead: int = 0
     """Rounds that may be generated ahead of the trainer; 0: it waits at each new policy for the packs made with it."""
 

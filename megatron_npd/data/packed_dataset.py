@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from megatron_npd.data.batch import HostBatch
-from megatron_npd.data.row_schedule import PACKS_KIND, RowSchedule, load_schedule
+from megatron_npd.data.row_schedule import PACKS_KIND, RowSchedule, ScheduleEntry, load_schedule
 from megatron_npd.errors import UserError
 from megatron_npd.links import refuse_links
 from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest, verified_file
@@ -255,22 +255,41 @@ class PackedDataset:
 
     def __init__(self, data_path: str | Path, *, seed: int, streams: Streams, verify: bool = True) -> None:
         path = Path(data_path)
-        self.entries = load_schedule(path)
-        base, root = (path, None) if path.is_dir() else (path.parent, path.parent)
-        if root is not None and verify:
-            refuse_links(root)
-        self._packs = [
-            PackedRows(base / entry.packs, streams=streams, verify=verify, root=root) for entry in self.entries
-        ]
-        shapes = [(packs.seq_length, packs.top_k, packs.vocab_size) for packs in self._packs]
-        for entry, shape in zip(self.entries, shapes, strict=True):
-            if shape != shapes[0]:
-                raise UserError(
-                    f"{path}: all packs must have the (seq_length, top_k, vocab_size) {shapes[0]} of the first, "
-                    f"got {shape} in {entry.packs}; pack that round again"
-                )
-        self.seq_length, self.top_k, self.vocab_size = shapes[0]
-        self.schedule = RowSchedule(self.entries, [len(packs) for packs in self._packs], seed)
+        self._path, self._seed, self._streams, self._verify = path, seed, streams, verify
+        self._base, self._root = (path, None) if path.is_dir() else (path.parent, path.parent)
+        self.entries: list[ScheduleEntry] = []
+        self._packs: list[PackedRows] = []
+        self._add(load_schedule(path))
+
+    def extend(self, entry: ScheduleEntry) -> None:
+        """Have one more round train from ``entry.from_row`` on; no other thread may use the data set meanwhile.
+
+        Raises:
+            UserError: As of the class.
+        """
+        assert entry.from_row > self.entries[-1].from_row
+        self._add([entry])
+
+    def _add(self, entries: Sequence[ScheduleEntry]) -> None:
+        if self._root is not None and self._verify:
+            refuse_links(self._root)
+        for entry in entries:
+            self._packs.append(self._open(entry))
+            self.entries.append(entry)
+        self.schedule = RowSchedule(self.entries, [len(packs) for packs in self._packs], self._seed)
+
+    def _open(self, entry: ScheduleEntry) -> PackedRows:
+        packs = PackedRows(self._base / entry.packs, streams=self._streams, verify=self._verify, root=self._root)
+        shape = (packs.seq_length, packs.top_k, packs.vocab_size)
+        if not self._packs:
+            self.seq_length, self.top_k, self.vocab_size = shape
+        expected = (self.seq_length, self.top_k, self.vocab_size)
+        if shape != expected:
+            raise UserError(
+                f"{self._path}: all packs must have the (seq_length, top_k, vocab_size) {expected} of the first, "
+                f"got {shape} in {entry.packs}; pack that round again"
+            )
+        return packs
 
     def batch(self, positions: Sequence[int], *, pin_memory: bool = False) -> HostBatch:
         """The rows that train at these positions, laid end to end: T = ``len(positions) * seq_length``."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from megatron_npd.choices import RefreshRule
 from megatron_npd.config.settings import TrainConfig
+from megatron_npd.errors import UserError
 
 _LAG_DECAY = 0.9  # of the moving average, per step
 
@@ -42,9 +43,14 @@ def _every_n(cfg: TrainConfig, _: int, progress: Progress) -> bool:
     return progress.steps >= cfg.refresh_interval
 
 
-def _by_lag(cfg: TrainConfig, _: int, progress: Progress) -> bool:
+def _by_lag(cfg: TrainConfig, iteration: int, progress: Progress) -> bool:
     late = progress.steps >= cfg.refresh_interval
-    return late and progress.lag is not None and progress.lag > cfg.refresh_lag
+    if late and progress.lag is None:
+        raise UserError(
+            f"refresh by_lag must be given responses sampled at temperature 1 and top_p 1, got none in the "
+            f"{progress.steps} steps to step {iteration}, nor a policy lag; use every_n, or sample such"
+        )
+    return late and cast(float, progress.lag) > cfg.refresh_lag
 
 
 # Whether a step's checkpoint is marked, from the settings, the step and what was seen; at most ``updates`` are.
@@ -75,6 +81,9 @@ class RefreshSchedule:
             iteration: Number of the step, from 1.
             round_index: The round whose rows it trained on.
             lag: Its k3, in nats per token; None: not measured.
+
+        Raises:
+            UserError: The rule needs the lag, and no step since the last mark had one.
         """
         progress = self.progress
         progress.steps += 1

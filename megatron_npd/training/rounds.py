@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_npd.data.row_schedule import PACKS_KIND, ScheduleEntry, load_schedule
+from megatron_npd.config.settings import TrainConfig
+from megatron_npd.data.row_schedule import PACKS_KIND, ScheduleEntry, load_schedule, schedule_text
+from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.manifest import is_sealed, read_manifest, write_atomic
 from megatron_npd.models.checkpoint import together
 from megatron_npd.run_dir import RunDir
 from megatron_npd.training.schedule import append_entry
@@ -22,67 +27,118 @@ from megatron_npd.training.schedule import append_entry
 _POLL_SECONDS = 0.2
 _TELL_SECONDS = 10.0  # the other ranks are told that often that the wait goes on: a collective must not take long
 
+Answer = TypeVar("Answer")
+
 
 class Rounds:
     """The schedule of a trainer's data: of a run that grows, or of packs that are all there.
 
     Args:
-        data_path: A run's directory, a ``schedule.jsonl``, or a sealed directory of packs.
+        cfg: ``data_path``: a run's directory, a ``schedule.jsonl``, or a sealed directory of packs; ``updates`` and
+            ``max_lead``.
+
+    Attributes:
+        schedule: What the packed data set is opened from.
+        entries: Rounds of a run that grows that are scheduled, the same on all ranks; they may begin at later rows.
     """
 
-    def __init__(self, data_path: str) -> None:
-        path = Path(data_path)
+    def __init__(self, cfg: TrainConfig) -> None:
+        path = Path(cfg.data_path)
         self._run = RunDir(path) if path.is_dir() and not is_sealed(path) else None
+        self._updates, self._max_lead = cfg.updates, cfg.max_lead
         self.schedule = path if self._run is None else self._run.schedule
+        self.entries: list[ScheduleEntry] = []
 
-    @property
-    def grows(self) -> bool:
-        """Whether further rounds may come."""
-        return self._run is not None
-
-    def take(self, index: int, from_row: int, *, wait: bool) -> bool:
-        """Have a round's packs train from a row on, if they do not yet; all ranks call it together.
+    def begin(self, trained: Sequence[Mapping[str, Any]]) -> None:
+        """Have the schedule there, with the first round once its packs are sealed; all ranks call it together.
 
         Args:
-            index: Number of the round.
-            from_row: Rows consumed.
-            wait: Until they are sealed.
+            trained: ``state`` of the checkpoint that the run goes on from.
 
-        Returns:
-            Whether they stand in the schedule; without a run, whose schedule is what it is, always.
+        Raises:
+            UserError: The packs, or the schedule, are damaged, or it is not the one that the checkpoint was trained by.
+        """
+        if self._run is not None:
+            entries = [ScheduleEntry(**entry) for entry in trained]
+            self.entries = self._wait(0, lambda seconds: self._begin(entries, seconds))
+
+    def following(self, policies: int, rows_consumed: int) -> ScheduleEntry | None:
+        """The round that trains from this row on, if a new one does; all ranks call it together before each step.
+
+        A round may train once the policy of its number is marked. The trainer waits for its packs where more than
+        ``max_lead`` policies would be marked without it; else it takes them when it sees them.
+
+        Args:
+            policies: Checkpoints that were marked so far.
+            rows_consumed: At the boundary of a global batch.
 
         Raises:
             UserError: The packs, or the schedule, are damaged.
         """
-        if self._run is None:
-            return True
-        waited = False
-        while not (taken := self._together(index, from_row, _TELL_SECONDS if wait else 0.0)) and wait:
-            if not waited:
+        index, due = len(self.entries), min(policies, self._updates)
+        # What an earlier attempt scheduled for a later row stands: this one takes nothing before it.
+        if self._run is None or index > due or self.entries[-1].from_row >= rows_consumed:
+            return None
+        if index <= due - self._max_lead:
+            entry = self._wait(index, lambda seconds: self._append(index, rows_consumed, seconds))
+        else:
+            entry = _on_rank_0(lambda: self._append(index, rows_consumed, 0.0))
+        if entry is not None:
+            self.entries.append(entry)
+            get_logger().info("round %d trains from row %d on", index, rows_consumed)
+        return entry
+
+    def state(self, rows_consumed: int) -> list[dict[str, Any]]:
+        """The entries that trained so far, for a checkpoint: with it a lost ``schedule.jsonl`` is written again."""
+        return [vars(entry) for entry in self.entries if entry.from_row < rows_consumed]
+
+    def _wait(self, index: int, look: Callable[[float], Answer | None]) -> Answer:
+        assert self._run is not None
+        seconds = 0.0
+        while (answer := _on_rank_0(partial(look, seconds))) is None:
+            if not seconds:
                 get_logger().info("waiting for %s", self._run.packs(index))
-            waited = True
-        return taken
+            seconds = _TELL_SECONDS
+        return answer
 
-    def _together(self, index: int, from_row: int, seconds: float) -> bool:
-        answer = [False]
-        with together():
-            if dist.get_rank() == 0:
-                answer = [self._look(index, from_row, seconds)]
-        dist.broadcast_object_list(answer, src=0)
-        return answer[0]
+    def _begin(self, trained: list[ScheduleEntry], seconds: float) -> list[ScheduleEntry] | None:
+        """Rank 0: the schedule, as it stands, as the checkpoint knows it, or with the first round."""
+        path = self.schedule
+        if trained and not path.exists():
+            write_atomic(path, schedule_text(trained))
+        if not path.exists() and self._append(0, 0, seconds) is None:
+            return None
+        entries = load_schedule(path)
+        if entries[: len(trained)] != trained:
+            raise UserError(
+                f"{path} must begin with the rounds that the checkpoint was trained with, {trained}, got {entries}; "
+                "restore it, or remove it and the trainer writes it again"
+            )
+        return entries
 
-    def _look(self, index: int, from_row: int, seconds: float) -> bool:
-        """Rank 0: append the round, once it is sealed, unless it stands there."""
+    def _append(self, index: int, from_row: int, seconds: float) -> ScheduleEntry | None:
+        """Rank 0: append a round, if its packs are sealed within these seconds."""
         run, until = self._run, time.monotonic() + seconds
         assert run is not None
-        if run.schedule.exists() and index < len(load_schedule(run.schedule)):
-            return True
         packs = run.packs(index)
         while not is_sealed(packs):
             if time.monotonic() >= until:
-                return False
+                return None
             time.sleep(_POLL_SECONDS)
-        version = str(read_manifest(packs, kind=PACKS_KIND, verify=False).provenance["policy_version"])
-        name = os.path.relpath(packs, run.root)
-        append_entry(run.schedule, ScheduleEntry(from_row=from_row, packs=name, round=index, policy_version=version))
-        return True
+        made = read_manifest(packs, kind=PACKS_KIND, verify=False).provenance
+        if made["round"] != index:
+            raise UserError(f"{packs} must hold round {index}, got round {made['round']}; pack that round again")
+        name, version = os.path.relpath(packs, run.root), str(made["policy_version"])
+        entry = ScheduleEntry(from_row=from_row, packs=name, round=index, policy_version=version)
+        append_entry(run.schedule, entry)
+        return entry
+
+
+def _on_rank_0(function: Callable[[], Answer]) -> Answer:
+    """What the function gives on rank 0, on all ranks; what it raises too."""
+    answer: list[Any] = [None]
+    with together():
+        if dist.get_rank() == 0:
+            answer = [function()]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]

@@ -95,8 +95,9 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
             "repeat some rows and leave others out; give the old seed"
         )
     spec = load_spec(cfg.hf_model)
-    rounds, refresh = Rounds(cfg.data_path), RefreshSchedule(cfg, state.get("refresh"))
-    rounds.take(0, 0, wait=True)
+    own = state if checkpoint is not None and checkpoint.parent == Path(cfg.save) else {}  # not another run's rounds
+    rounds, refresh = Rounds(cfg), RefreshSchedule(cfg, own.get("refresh"))
+    rounds.begin(own.get("schedule", []))
     data = _open_data(cfg, rounds.schedule, spec)
     dp_size = parallel_state.get_data_parallel_world_size()
     rows_per_step = check_batch(cfg, data.seq_length, dp_size)
@@ -126,15 +127,13 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         dp_size,
     )
     iteration, saver = state["iteration"], Saver(cfg, stop)
-    due = rounds.grows and refresh.progress.policies > 0  # a policy was made whose round may not train yet
     with (
         BatchLoader(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
         MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
     ):
         while iteration < stop:
-            if due and rounds.take(refresh.progress.policies, feed.rows_consumed, wait=cfg.max_lead == 0):
-                feed.reopen(_open_data(cfg, rounds.schedule, spec))
-                due = False
+            if (following := rounds.following(refresh.progress.policies, feed.rows_consumed)) is not None:
+                feed.extend(following)
             start, entry = time.perf_counter(), feed.entry()
             values = step.run(feed, iteration + 1)
             iteration += 1
@@ -159,9 +158,8 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
                 if writer is not None:
                     writer.sync()
                 state = {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed}
-                policy = {"policy": refresh.progress.policies} if marked else {}
-                saver.save(step, {**state, "refresh": refresh.state(), **policy})
-            due |= marked
+                state |= {"refresh": refresh.state(), "schedule": rounds.state(feed.rows_consumed)}
+                saver.save(step, state | ({"policy": refresh.progress.policies} if marked else {}))
     return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
 
 
@@ -261,11 +259,11 @@ class BatchLoader(Iterator[PackedBatch]):
         self._handed_out = 0
         self._batches = Prefetcher(self._make(rows_consumed), depth=_PREFETCHED)
 
-    def reopen(self, data: PackedDataset) -> None:
-        """Go on with another state of the schedule, at a global batch's boundary; what was made ahead is dropped."""
-        assert self._handed_out % self._per_step == 0
+    def extend(self, entry: ScheduleEntry) -> None:
+        """Have one more round train from the next global batch on; what was made ahead is dropped."""
+        assert self._handed_out % self._per_step == 0 and entry.from_row == self.rows_consumed
         self._batches.close()
-        self._data = data
+        self._data.extend(entry)
         self._batches = Prefetcher(self._make(self.rows_consumed), depth=_PREFETCHED)
 
     def _make(self, rows_consumed: int) -> Iterator[PackedBatch]:

@@ -39,6 +39,17 @@ def make_packs(
     return root / "packs"
 
 
+def make_round(run: Path, index: int, *, samples: int = 30) -> Path:
+    """The packs of a round of a run, over a store of its own, as its stages leave them."""
+    root = run / "rounds" / f"{index:04d}"
+    about = {"round": index, "policy_version": f"v{index:04d}"}
+    lengths = sample_lengths(samples, seed=index)
+    store = make_store(root / "annotations", lengths, top_k=8, vocab_size=VOCAB_SIZE, seed=index, provenance=about)
+    selection = make_selection(root / "selection", store, [True] * samples)
+    pack_selection(store, selection, root / "packs", PackConfig(seq_length=SEQ_LENGTH, segment_align=8))
+    return root / "packs"
+
+
 def make_sft_packs(root: Path, *, samples: int = 40) -> Path:
     """Packs of tokens alone."""
     rng = np.random.default_rng(1)
