@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.teacher:
             check_vocabularies(load_tokenizer(config.hf_model), load_tokenizer(config.teacher))
     if config.text:
-        from megatron_npd.data.packing import store_prompts
         from megatron_npd.data.prompts import prepare_prompts
+        from megatron_npd.store.unscored import store_prompts
 
         prompts = Path(config.out).with_name(f"{Path(config.out).name}.prompts")
         prepare_prompts(

@@ -1,17 +1,15 @@
 """Packing: kept samples into training rows, as an index over the store.
 
 Packs are a sealed directory of kind ``packs`` with ``packs.arrow`` (``records.PACK_SCHEMA``), byte-identical as a
-function of its inputs. Supervised data goes the same way: a store of tokens alone, then packs over it.
+function of its inputs. What nobody scores goes the same way: a store without teacher records (``store/unscored.py``), then packs over it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,23 +19,16 @@ import pyarrow.parquet as pq
 from megatron_npd.config.settings import PackConfig
 from megatron_npd.data.row_schedule import PACKS_KIND
 from megatron_npd.errors import UserError
-from megatron_npd.log import get_logger, progress
-from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, in_words, read_manifest, seal, sealed_from, writing
+from megatron_npd.log import get_logger
+from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
 from megatron_npd.records import (
     PACK_SCHEMA,
     PACKS_FILE,
-    PROMPTS_FILE,
     QUARANTINE_FILE,
-    SAMPLE_SCHEMA,
-    SAMPLES_FILE,
     SELECTION_FILE,
-    parquet_batches,
-    sample_id,
 )
-from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND, AnnotationStore, StoreShardWriter
-
-DATA_POLICY = "data"  # policy version of responses that come from a data set
-_BATCH = 1024  # prompts read at a time
+from megatron_npd.store.annotation_store import AnnotationStore
+from megatron_npd.store.unscored import store_prompts
 
 
 def pack_lengths(
@@ -160,98 +151,6 @@ def pack_prompts(prompts_dir: str | Path, out_dir: str | Path, cfg: PackConfig, 
     store_prompts(prompts_dir, out_dir / "store", vocab_size=vocab_size)
     store = AnnotationStore(out_dir / "store")
     return _write_packs(store, np.arange(len(store)), out_dir / "packs", cfg, {})
-
-
-def store_prompts(prompts_dir: str | Path, store_dir: str | Path, *, vocab_size: int) -> Manifest:
-    """Seal a store of tokens alone from prompts with their responses; one sealed from the same input is left.
-
-    Args:
-        prompts_dir: Sealed directory of kind ``prompts``.
-        store_dir: Directory to seal.
-        vocab_size: V* of the model that will train.
-
-    Raises:
-        UserError: As ``pack_prompts``.
-    """
-    prompts_dir, store_dir = Path(prompts_dir), Path(store_dir)
-    read_manifest(prompts_dir, kind="prompts")
-    provenance = {
-        "top_k": 0,
-        "vocab_size": vocab_size,
-        "round": 0,
-        "policy_version": DATA_POLICY,
-        "prompts_sha256": file_sha256(prompts_dir / MANIFEST),
-    }
-    if manifest := sealed_from(store_dir, kind=STORE_KIND, provenance=provenance):
-        return manifest
-    with writing(store_dir) as directory:
-        counts = _write_prompt_store(prompts_dir, directory, vocab_size)
-        return seal(directory, kind=STORE_KIND, provenance=provenance, counts=counts)
-
-
-def _write_prompt_store(prompts_dir: Path, store_dir: Path, vocab_size: int) -> dict[str, Any]:
-    reasons: Counter[str] = Counter()
-    kept = total = 0
-    with (
-        writing(store_dir / "shard-00000") as shard,
-        pq.ParquetFile(prompts_dir / PROMPTS_FILE) as prompts,
-        pq.ParquetWriter(shard / SAMPLES_FILE, SAMPLE_SCHEMA) as samples,
-        open(store_dir / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine,
-        progress(prompts.metadata.num_rows, "store", "sample") as bar,
-    ):
-        writer = StoreShardWriter(shard, 0, vocab_size=vocab_size)
-        for batch in parquet_batches(prompts, _BATCH, columns=["prompt_id", "prompt_ids", "response_ids"]):
-            rows = []
-            for prompt in batch.to_pylist():
-                tokens = np.array(prompt["prompt_ids"] + (prompt["response_ids"] or []))
-                problem = {}
-                if not prompt["response_ids"]:
-                    problem = {"reason": "no_response"}
-                elif tokens.max() >= vocab_size:
-                    detail = f"token {tokens.max()}, but the embedding of the model to train has {vocab_size} rows"
-                    problem = {"reason": "token_outside_vocabulary", "detail": detail}
-                if problem:
-                    reasons[problem["reason"]] += 1
-                    quarantine.write(json.dumps({"prompt_id": prompt["prompt_id"], **problem}) + "\n")
-                    continue
-                writer.add(tokens)
-                rows.append(_data_sample(prompt))
-            samples.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA))
-            kept, total = kept + len(rows), total + batch.num_rows
-            bar.update(batch.num_rows)
-        writer.finalize()
-        samples.close()
-        if not kept:
-            raise UserError(
-                f"{prompts_dir} must hold prompts with responses that the model can read, got none, but "
-                f"{in_words(reasons)}; give response in the prompts, and prepare them with the tokenizer of the model "
-                "that will train"
-            )
-        if outside := reasons["token_outside_vocabulary"]:
-            message = "%d of %d prompts of %s have tokens beyond the model's vocabulary and do not train; see %s"
-            get_logger().warning(message, outside, total, prompts_dir, QUARANTINE_FILE)
-        seal(shard, kind=SHARD_KIND, provenance={"top_k": 0, "vocab_size": vocab_size}, counts={"samples": kept})
-    return {"in": total, "kept": kept, "quarantined": dict(reasons), "pending": 0}
-
-
-def _data_sample(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    nan = float("nan")
-    return {
-        "sample_id": sample_id(prompt["prompt_id"], 0, 0),
-        "prompt_id": prompt["prompt_id"],
-        "path": 0,
-        "prompt_len": len(prompt["prompt_ids"]),
-        "response_len": len(prompt["response_ids"]),
-        "finish_reason": "stop",
-        "copies": 1,
-        "policy_version": DATA_POLICY,
-        "on_distribution": False,
-        "teacher_loss": nan,
-        "teacher_loss_unconditional": nan,
-        "student_loss": nan,
-        "student_loss_unconditional": nan,
-        "teacher_logprobs": [],
-    }
 
 
 def _write_packs(
