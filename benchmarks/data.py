@@ -146,19 +146,20 @@ def _write_shard(
 ) -> None:
     N, R = len(prompt_lens), int(response_lens.sum())
     starts = np.concatenate([[0], np.cumsum(response_lens)])
-    records = np.empty(R, teacher_record_dtype(TOP_K))
+    records = np.zeros(R, teacher_record_dtype(TOP_K))
     records["ids"] = (rng.integers(0, VOCAB_SIZE, R)[:, None] + 7919 * np.arange(TOP_K)) % VOCAB_SIZE
     shares = rng.standard_exponential((R, TOP_K + 1), dtype=np.float32)
     shares = np.maximum(shares / shares.sum(axis=1, keepdims=True), 1e-7)
     records["logprobs"] = np.log(-np.sort(-shares[:, :TOP_K], axis=1))
     records["log_tail"] = np.log(shares[:, TOP_K])
-    records["generator_logprob"] = -rng.standard_exponential(R)
+    generator = -rng.standard_exponential(R, dtype=np.float32)
     token_starts = np.concatenate([[0], np.cumsum(prompt_lens + response_lens)])
     tokens = rng.integers(0, VOCAB_SIZE, token_starts[-1], dtype=np.int32)
     writer = StoreShardWriter(directory, TOP_K, vocab_size=VOCAB_SIZE)
     for index in range(N):
         own = tokens[token_starts[index] : token_starts[index + 1]]
-        writer.add(own, records[starts[index] : starts[index + 1]], checked=True)
+        part = slice(starts[index], starts[index + 1])
+        writer.add(own, teacher=records[part], generator=generator[part], checked=True)
     writer.finalize()
     names = [f"{first + index:016x}" for index in range(N)]
     alone = rng.uniform(1, 2, N).astype(np.float32)
@@ -170,6 +171,7 @@ def _write_shard(
         "response_len": response_lens.astype(np.int32),
         "finish_reason": ["stop"] * N,
         "copies": np.ones(N, np.int32),
+        "source": ["student"] * N,
         "policy_version": ["v0000"] * N,
         "on_distribution": np.ones(N, bool),
         "teacher_loss": alone * rng.uniform(0.5, 0.9, N).astype(np.float32),
@@ -229,7 +231,7 @@ def bench_reading(root: Path, samples: int, repeat: int) -> None:
     whole = range(len(rows) - 1)  # the last row is not full
     batches = [make_batch([(rows, index)]) for index in whole]
     segments = np.mean([len(rows.segments(index)) for index in whole])
-    num_bytes = SEQ_LENGTH * (teacher_record_dtype(TOP_K).itemsize + 4)
+    num_bytes = SEQ_LENGTH * (teacher_record_dtype(TOP_K).itemsize + 8)
     table(
         f"Rows of {SEQ_LENGTH} tokens, {segments:.0f} segments on average, k = {TOP_K}, {num_bytes / 1e6:.2f} MB each; "
         f"{len(whole)} rows in turn, one core"
@@ -253,9 +255,7 @@ def bench_reading(root: Path, samples: int, repeat: int) -> None:
         make_batch([(rows, index)])
 
     def decode_row(index: int) -> None:
-        records_TW = make_batch([(rows, index)]).teacher_TW
-        assert records_TW is not None
-        taken_apart(records_TW, TOP_K)
+        taken_apart(make_batch([(rows, index)]).streams["teacher"], TOP_K)
 
     for what, action in (
         ("gathering the records alone", gather),

@@ -56,20 +56,22 @@ def _write_shard(directory: Path, first: int, size: int, bodies: Path | None) ->
     rng = np.random.default_rng(first)
     prompt_lens = np.arange(size, dtype=np.int32) % 3 + 1
     if bodies is not None:
-        for name in ("tokens.bin", "tokens.idx", "teacher.bin", "teacher.idx"):
+        for name in ("tokens.bin", "tokens.idx", "teacher.bin", "teacher.idx", "generator.bin", "generator.idx"):
             shutil.copyfile(bodies / name, directory / name)
     else:
         records = np.zeros(RESPONSE, teacher_record_dtype(1))
-        records["logprobs"], records["log_tail"], records["generator_logprob"] = np.log(0.5), np.log(0.5), -1.0
+        records["logprobs"], records["log_tail"] = np.log(0.5), np.log(0.5)
+        generator = np.full(RESPONSE, -1.0, np.float32)
         writer = StoreShardWriter(directory, 1, vocab_size=1000)
         for length in prompt_lens.tolist():
-            writer.add(np.arange(length + RESPONSE), records)
+            writer.add(np.arange(length + RESPONSE), teacher=records, generator=generator)
         writer.finalize()
     names = [f"{number:016x}" for number in range(first, first + size)]
     ones = np.ones(size, np.int32)
     columns = {name: rng.uniform(0.5, 1, size).astype(np.float32) for name in SAMPLE_SCHEMA.names if "loss" in name}
     columns |= {"sample_id": names, "prompt_id": names, "path": 0 * ones, "prompt_len": prompt_lens, "copies": ones}
     columns |= {"response_len": RESPONSE * ones, "finish_reason": ["stop"] * size, "policy_version": ["v0000"] * size}
+    columns |= {"source": ["student"] * size}
     columns |= {"on_distribution": ones == 1, "teacher_logprobs": [np.zeros(RESPONSE, np.float32)] * size}
     pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), directory / SAMPLES_FILE)
 

@@ -23,7 +23,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.links import link_in_words, refuse_links_beside
 from megatron_npd.lock import LOCK, check_lock, hold_lock
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 PART = ".part"  # where the files of a directory are written before it is sealed
 _KNOWN_FILE = "MEGATRON_NPD_VERIFIED"  # environment: the process tree's file of hashes

@@ -20,6 +20,8 @@ SELECTION_FILE = "selection.parquet"
 PACKS_FILE = "packs.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
 
+SOURCES = ("student", "teacher", "dataset")  # whose a response is: the policy's, another model's, the data's
+
 _IDS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
 
@@ -55,11 +57,12 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("temperature", pa.float32(), nullable=False),  # 0 is greedy
         pa.field("top_p", pa.float32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),  # of SOURCES
         pa.field("policy_version", pa.string(), nullable=False),
     ]
 )
 
-# One row an annotated sample, in the order of the shard's IndexedDataset pair.
+# One row a sample of a store, in the order of the shard's IndexedDataset pairs.
 SAMPLE_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
@@ -69,8 +72,10 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("response_len", pa.int32(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
         pa.field("copies", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),  # of SOURCES
         pa.field("policy_version", pa.string(), nullable=False),
-        pa.field("on_distribution", pa.bool_(), nullable=False),  # sampled at temperature 1, top_p 1: lag is defined
+        # Sampled by the student at temperature 1, top_p 1: the policy lag is defined.
+        pa.field("on_distribution", pa.bool_(), nullable=False),
         pa.field("teacher_loss", pa.float32(), nullable=False),  # L(y|x), mean nats a token
         pa.field("teacher_loss_unconditional", pa.float32(), nullable=False),  # L(y)
         pa.field("student_loss", pa.float32(), nullable=False),
@@ -83,6 +88,8 @@ SAMPLE_SCHEMA = pa.schema(
 SELECTION_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),  # of SOURCES
+        pa.field("policy_version", pa.string(), nullable=False),
         pa.field("ifd_teacher", pa.float32()),
         pa.field("ifd_student", pa.float32()),
         pa.field("delta", pa.float32()),
@@ -140,15 +147,14 @@ def teacher_record_dtype(top_k: int) -> np.dtype:
     """The fixed record of one response token: ``6 k + 4`` bytes (64 at k = 10), little-endian.
 
     Fields: ``ids`` int32 [k]; ``logprobs`` fp16 [k], descending, full vocabulary; ``log_tail`` fp16, log of the mass
-    outside the k, floored at -30; ``generator_logprob`` fp16 of the response's own token, NaN where the policy lag
-    is not defined for it.
+    outside the k, floored at -30; ``reserved``, two bytes that are 0 and that no reader looks at.
     """
     return np.dtype(
         [
             ("ids", "<i4", (top_k,)),
             ("logprobs", "<f2", (top_k,)),
             ("log_tail", "<f2"),
-            ("generator_logprob", "<f2"),
+            ("reserved", "<u2"),
         ]
     )
 

@@ -23,10 +23,9 @@ from megatron_npd.records import (
     SAMPLES_FILE,
     SELECTION_FILE,
     defined_logprobs,
-    teacher_record_dtype,
 )
-from megatron_npd.store.annotation_store import SHARD_KIND, AnnotationStore
-from megatron_npd.store.teacher_records import broken_records
+from megatron_npd.store.annotation_store import SHARD_KIND, AnnotationStore, check_token_ids
+from megatron_npd.store.streams import STREAMS, stream_items
 
 
 @dataclass(kw_only=True)
@@ -117,18 +116,8 @@ def check_rollouts(path: Path) -> None:
 
 
 def check_store_shard(path: Path, store: AnnotationStore) -> None:
-    """Look at every token and teacher record of a shard of a store; raise UserError for what no model gives."""
-    for name, dtype in (("tokens", np.dtype("<i4")), ("teacher", teacher_record_dtype(store.top_k))):
-        file = path / f"{name}.bin"
-        if not file.is_file() or not file.stat().st_size:
-            continue
-        items = np.memmap(file, dtype=dtype, mode="r")
-        if name == "tokens":
-            broken = (items < 0) | (items >= store.vocab_size)
-        else:
-            broken = broken_records(items, store.vocab_size)
-        if broken.any():
-            first = int(np.flatnonzero(broken)[0])
-            raise UserError(
-                f"{file} must hold what a model can give, got {items[first]} at item {first}; annotate again"
-            )
+    """Look at every token and every item of a shard of a store; raise UserError for what no model gives."""
+    for name, item in {"tokens": np.dtype("<i4"), **stream_items(store.top_k)}.items():
+        if (file := path / f"{name}.bin").stat().st_size:
+            check = check_token_ids if name == "tokens" else STREAMS[name].check
+            check(np.memmap(file, dtype=item, mode="r"), store.vocab_size, str(file))

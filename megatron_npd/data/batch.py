@@ -5,21 +5,24 @@ Legend: T tokens of the micro-batch (rows x seq_length), K teacher columns, S se
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from megatron_npd.store.decode import decoded
+from megatron_npd.store.streams import STREAMS
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """Rows laid end to end; segments attend only to themselves.
 
-    A stream that this rank does not read is None: tokens belong to the first pipeline stage; labels, mask and teacher
-    to the last; every stage has positions and cu_seqlens. Label, mask and teacher row at a position are those of the
-    token that follows it in its segment; the mask is 1 where that token is the response's.
+    A stream that this rank does not read is None: tokens belong to the first pipeline stage; labels, mask and what the
+    objective reads of ``store.streams.STREAMS`` to the last; every stage has positions and cu_seqlens. Label, mask and
+    items of streams at a position are those of the token that follows it in its segment; the mask is 1 where that token
+    is the response's.
 
     Attributes:
         tokens: int64 [1, T].
@@ -46,7 +49,7 @@ class PackedBatch:
     teacher_ids: Tensor | None
     teacher_logprobs: Tensor | None
     teacher_log_tail: Tensor | None
-    generator_logprobs: Tensor | None
+    generator_logprobs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """A copy on ``device``; cu_seqlens stays on the CPU, where the model reads it without a synchronisation."""
@@ -60,7 +63,7 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class HostBatch:
-    """What ``PackedBatch`` is made from, in the types of the store: 64 bytes a token go to the device at k = 10.
+    """What ``PackedBatch`` is made from, in the types of the store: 73 bytes per token go to the device at k = 10.
 
     A stream that this rank does not read is None.
 
@@ -70,7 +73,8 @@ class HostBatch:
         weights_T: float32 [T]; None where all are 1.
         cu_seqlens: int32 [S + 1].
         max_seqlen: Longest segment, in tokens.
-        teacher_TW: int32 [T, W], the teacher records as ``decode.empty_records`` lays them out.
+        streams: What is read of ``store.streams.STREAMS``, by name: ``teacher`` int32 [T, W], the records as
+            ``decode.empty_records`` lays them out; others float32 [T].
         top_k: K.
         feeds_tokens: Whether the model of this rank takes the tokens, or only the loss their labels.
     """
@@ -80,7 +84,7 @@ class HostBatch:
     weights_T: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
-    teacher_TW: Tensor | None
+    streams: Mapping[str, Tensor]
     top_k: int
     feeds_tokens: bool
 
@@ -90,15 +94,15 @@ class HostBatch:
         T = int(self.cu_seqlens[-1])
         bounds = self.cu_seqlens.to(device, non_blocking=True).long()
         starts_T = torch.repeat_interleave(bounds[:-1], bounds.diff(), output_size=T)
-        labels = loss_mask = ids_TK = logprobs_TK = log_tail_T = generator_T = None
+        labels = loss_mask = ids_TK = logprobs_TK = log_tail_T = None
         if self.mask_T is not None:
             assert tokens_T is not None
             mask_T = self.mask_T.to(device, non_blocking=True)
             labels = (tokens_T.roll(-1) * mask_T).long()[None]  # rolled, a segment's end holds the next one's token
             loss_mask = mask_T.float()[None]
-        if self.teacher_TW is not None:
-            records_TW = self.teacher_TW.to(device, non_blocking=True)
-            ids_TK, logprobs_TK, log_tail_T, generator_T = decoded(records_TW, self.top_k)
+        streams = {name: values.to(device, non_blocking=True) for name, values in self.streams.items()}
+        if "teacher" in streams:
+            ids_TK, logprobs_TK, log_tail_T = decoded(streams.pop("teacher"), self.top_k)
         return PackedBatch(
             tokens=tokens_T.long()[None] if tokens_T is not None and self.feeds_tokens else None,
             position_ids=torch.arange(T, device=device).sub_(starts_T)[None],
@@ -110,5 +114,5 @@ class HostBatch:
             teacher_ids=ids_TK,
             teacher_logprobs=logprobs_TK,
             teacher_log_tail=log_tail_T,
-            generator_logprobs=generator_T,
+            **{STREAMS[name].field: values_T for name, values_T in streams.items()},
         )

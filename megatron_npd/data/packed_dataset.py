@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +22,29 @@ from megatron_npd.links import refuse_links
 from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest, verified_file
 from megatron_npd.records import PACK_SCHEMA, PACKS_FILE
 from megatron_npd.store.annotation_store import AnnotationStore, check_token_ids
-from megatron_npd.store.decode import as_items, check_records, empty_records, filler_record
+from megatron_npd.store.decode import as_items, check_records, empty_records
+from megatron_npd.store.streams import STREAMS, stream_items
 
 
-@dataclass(frozen=True, kw_only=True)
-class Streams:
-    """What a rank reads; positions and cu_seqlens always.
+class Streams(frozenset[str]):
+    """Names of what a rank reads; positions and cu_seqlens always.
 
-    Attributes:
-        tokens: Token ids: the first pipeline stage.
-        targets: Labels and loss mask: the last stage.
-        teacher: Teacher rows and generator log-probs: the last stage, where the loss has a KD part.
+    ``tokens``: token ids, for the first pipeline stage. ``targets``: labels and loss mask, for the last. The names of
+    ``store.streams.STREAMS`` (``teacher``, ``generator``): for the last stage, where the objective reads them.
+
+    Args:
+        read: Whether each is read, by name; those that are not named are.
     """
 
-    tokens: bool = True
-    targets: bool = True
-    teacher: bool = True
+    def __new__(cls, **read: bool) -> Streams:
+        names = ("tokens", "targets", *STREAMS)
+        assert read.keys() <= {*names}, f"streams are {names}, got {set(read)}"
+        return super().__new__(cls, (name for name in names if read.get(name, True)))
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the pairs of files that are read; labels come from tokens."""
+        return ["tokens"] * bool(self & {"tokens", "targets"}) + [name for name in STREAMS if name in self]
 
 
 _CHECKED = 2**20  # segments checked at a time, so that a process holds no array of all
@@ -60,7 +66,7 @@ class PackedRows:
         vocab_size: V*.
         policy_version: Of the policy that generated the answers.
         weighted: Whether a sample's loss weighs other than 1.
-        checked: bool [R], rows whose teacher records this process has checked: the first reading of each does.
+        checked: bool [R], rows whose items this process has checked: the first reading of each does.
 
     Raises:
         UserError: The directory is damaged, its store is not the one it was made from, or holds no teacher records
@@ -81,9 +87,9 @@ class PackedRows:
             file_inside(root, os.path.relpath(store, root))
         if not is_sealed(store) or file_sha256(store / MANIFEST) != provenance["store_sha256"]:
             raise UserError(f"{self.path} must be packed from {store} as it is now, got another; pack again")
-        self.store = AnnotationStore(store, verify=verify)
+        self.store = AnnotationStore(store, verify=verify, streams=streams)
         self.top_k, self.vocab_size = self.store.top_k, self.store.vocab_size
-        if streams.teacher and not self.top_k:
+        if "teacher" in streams and not self.top_k:
             raise UserError(
                 f"{self.store.path} must hold teacher records for distillation, got none; train with --objective sft"
             )
@@ -155,7 +161,7 @@ class PackedRows:
     def will_need(self, row: int) -> None:
         """Have the kernel read a row's samples ahead."""
         samples = self._samples[self._part(row)]
-        self.store.will_need(samples, tokens=self.streams.tokens or self.streams.targets, teacher=self.streams.teacher)
+        self.store.will_need(samples, self.streams.files)
 
     def response_tokens(self, row: int) -> int:
         """Number of response tokens (positions with mask 1) of a row."""
@@ -179,14 +185,16 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
     """
     packs = rows[0][0]
     streams, T = packs.streams, packs.seq_length * len(rows)
-    tokens_T = torch.zeros(T if streams.tokens or streams.targets else 0, dtype=torch.int32, pin_memory=pin_memory)
-    mask_T = torch.zeros(T if streams.targets else 0, dtype=torch.bool, pin_memory=pin_memory)
-    weighted = streams.targets and any(source.weighted for source, _ in rows)
+    reads_tokens, targets = "tokens" in streams.files, "targets" in streams
+    tokens_T = torch.zeros(T if reads_tokens else 0, dtype=torch.int32, pin_memory=pin_memory)
+    mask_T = torch.zeros(T if targets else 0, dtype=torch.bool, pin_memory=pin_memory)
+    weighted = targets and any(source.weighted for source, _ in rows)
     weights_T = torch.ones(T if weighted else 0, dtype=torch.float32, pin_memory=pin_memory)
-    records_TW = empty_records(T if streams.teacher else 0, packs.top_k, pin_memory=pin_memory)
     tokens, mask, weights = tokens_T.numpy(), mask_T.numpy(), weights_T.numpy()
-    records, filler = as_items(records_TW, packs.top_k), filler_record(packs.top_k)
-    starts, written = [], 0  # written: first token without a teacher record
+    gathers = [
+        _Gather(name, item, T, pin_memory) for name, item in stream_items(packs.top_k).items() if name in streams
+    ]
+    starts = []
     for index, (source, row) in enumerate(rows):
         assert (source.seq_length, source.top_k, source.streams) == (packs.seq_length, packs.top_k, streams)
         base = index * packs.seq_length
@@ -196,40 +204,71 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
             starts.append(start)
             tail = -(-end // source.align) * source.align
             first = start + prompt_len - 1  # predicts the first response token
-            if streams.targets:
+            if targets:
                 mask[first : end - 1] = True
             if weighted:
                 weights[first : end - 1] = weight
-            if streams.tokens or streams.targets:
+            if reads_tokens:
                 tokens[start:end] = source.store.tokens(sample)[:length]
-            if streams.teacher:
-                answer = end - 1 - first  # all of it, but for a truncated sample
-                records[written:first] = filler
-                records[first : end - 1] = source.store.teacher(sample)[:answer].view(records.dtype)
-                written = end - 1
+            for gather in gathers:
+                gather.put(first, end - 1, source.store.items(gather.name, sample))
         if tail < end_of_row:
             starts.append(tail)
-        if streams.teacher:
-            records[written:end_of_row] = filler
-            written = end_of_row
+    for gather in gathers:
+        gather.fill(T)
     where = str(packs.store.path)
     check_token_ids(tokens, packs.vocab_size, where)
     if not all(source.checked[row] for source, row in rows):
-        check_records(records_TW.numpy(), packs.top_k, packs.vocab_size, where)
+        for gather in gathers:
+            gather.check(packs.top_k, packs.vocab_size, where)
         for source, row in rows:
             source.checked[row] = True
     bounds = np.array([*starts, T], np.int32)
     lens = np.diff(bounds)
     return HostBatch(
-        tokens_T=tokens_T if streams.tokens or streams.targets else None,
-        mask_T=mask_T if streams.targets else None,
+        tokens_T=tokens_T if reads_tokens else None,
+        mask_T=mask_T if targets else None,
         weights_T=weights_T if weighted else None,
         cu_seqlens=torch.from_numpy(bounds),
         max_seqlen=int(lens.max()),
-        teacher_TW=records_TW if streams.teacher else None,
+        streams={gather.name: gather.tensor for gather in gathers},
         top_k=packs.top_k,
-        feeds_tokens=streams.tokens,
+        feeds_tokens="tokens" in streams,
     )
+
+
+class _Gather:
+    """The items of one stream for T positions: those of samples where they belong, fillers between."""
+
+    def __init__(self, name: str, item: np.dtype, T: int, pin_memory: bool) -> None:
+        self.name, self._written = name, 0  # positions before it have their item
+        if name == "teacher":
+            top_k = item["ids"].shape[0]
+            self.tensor = empty_records(T, top_k, pin_memory=pin_memory)
+            self._items = as_items(self.tensor, top_k)
+            self._filler = STREAMS[name].filler(top_k).view(self._items.dtype)
+        else:
+            self.tensor = torch.empty(T, dtype=torch.float32, pin_memory=pin_memory)
+            self._items = self.tensor.numpy()
+            self._filler = STREAMS[name].filler(0)
+
+    def put(self, first: int, after: int, items: np.ndarray) -> None:
+        """Set the items of one segment's response; of a truncated sample the first of them."""
+        self.fill(first)
+        self._items[first:after] = items[: after - first].view(self._items.dtype)
+        self._written = after
+
+    def fill(self, after: int) -> None:
+        """Set fillers up to a position."""
+        self._items[self._written : after] = self._filler
+        self._written = after
+
+    def check(self, top_k: int, vocab_size: int, where: str) -> None:
+        """Refuse items that no writer of a store leaves."""
+        if self.name == "teacher":
+            check_records(self.tensor.numpy(), top_k, vocab_size, where)
+        else:
+            STREAMS[self.name].check(self._items, vocab_size, where)
 
 
 class PackedDataset:

@@ -1,7 +1,8 @@
 """Packing: kept samples into training rows, as an index over the store.
 
 Packs are a sealed directory of kind ``packs`` with ``packs.arrow`` (``records.PACK_SCHEMA``), byte-identical as a
-function of its inputs. What nobody scores goes the same way: a store without teacher records (``store/unscored.py``), then packs over it.
+function of its inputs. What nobody scores goes the same way: a store without teacher records (``store/unscored.py``),
+then packs over it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from megatron_npd.records import (
     SELECTION_FILE,
 )
 from megatron_npd.store.annotation_store import AnnotationStore
-from megatron_npd.store.unscored import store_prompts
+from megatron_npd.store.unscored import store_prompts, store_rollouts
 
 
 def pack_lengths(
@@ -103,7 +104,8 @@ def pack_selection(
 
     Args:
         annotations_dir: The store.
-        selection_dir: Sealed directory of kind ``selection``, made from that store; None: all its samples are packed.
+        selection_dir: Sealed directory of kind ``selection``, made from that store; None: all its samples are packed,
+            each with the weight of the identical responses that it stands for.
         out_dir: Directory to seal with kind ``packs``.
         cfg: Row length, alignment, and what becomes of longer samples.
 
@@ -116,7 +118,7 @@ def pack_selection(
     """
     store = AnnotationStore(annotations_dir)
     if selection_dir is None:
-        return _write_packs(store, np.arange(len(store)), Path(out_dir), cfg, {})
+        return _pack_all(store, out_dir, cfg)
     origin = read_manifest(selection_dir, kind="selection").provenance.get("annotations_sha256")
     table = pq.read_table(Path(selection_dir) / SELECTION_FILE, columns=["kept", "weight"])
     if origin != file_sha256(store.path / MANIFEST) or len(table) != len(store):
@@ -132,7 +134,7 @@ def pack_selection(
 def pack_prompts(prompts_dir: str | Path, out_dir: str | Path, cfg: PackConfig, *, vocab_size: int) -> Manifest:
     """Pack prompts with their responses for supervised training.
 
-    Writes ``out_dir/store`` (tokens alone, ``top_k`` 0; prompts without a response are quarantined) and
+    Writes ``out_dir/store`` (``top_k`` 0; prompts without a response are quarantined) and
     ``out_dir/packs``; what is sealed from the same input is left.
 
     Args:
@@ -149,8 +151,42 @@ def pack_prompts(prompts_dir: str | Path, out_dir: str | Path, cfg: PackConfig, 
     """
     out_dir = Path(out_dir)
     store_prompts(prompts_dir, out_dir / "store", vocab_size=vocab_size)
-    store = AnnotationStore(out_dir / "store")
-    return _write_packs(store, np.arange(len(store)), out_dir / "packs", cfg, {})
+    return _pack_all(AnnotationStore(out_dir / "store"), out_dir / "packs", cfg)
+
+
+def pack_rollouts(
+    rollouts_dir: str | Path, out_dir: str | Path, cfg: PackConfig, *, vocab_size: int, max_quarantined: float = 0.1
+) -> Manifest:
+    """Pack a round of responses that nobody scores, for SFT and SeqKD.
+
+    Writes ``out_dir/store`` (``top_k`` 0, with the generator's log-probabilities) and ``out_dir/packs``; what is sealed
+    from the same input is left.
+
+    Args:
+        rollouts_dir: Sealed directory of kind ``rollouts``.
+        out_dir: Parent of both directories.
+        cfg: Row length and alignment.
+        vocab_size: V* of the model that will train.
+        max_quarantined: Share of the responses that may be set aside.
+
+    Returns:
+        The manifest of ``out_dir/packs``.
+
+    Raises:
+        UserError: As ``store.unscored.store_rollouts``, or nothing is left to pack.
+    """
+    out_dir = Path(out_dir)
+    store_rollouts(rollouts_dir, out_dir / "store", vocab_size=vocab_size, max_quarantined=max_quarantined)
+    return _pack_all(AnnotationStore(out_dir / "store"), out_dir / "packs", cfg)
+
+
+def _pack_all(store: AnnotationStore, out_dir: str | Path, cfg: PackConfig) -> Manifest:
+    """Pack all samples of a store; a sample weighs as many as the identical responses it stands for, 1 on average."""
+    parts = [part["copies"].to_numpy() for part in store.parts("copies")]
+    copies_N = np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.float64)
+    lens_N = store.response_lens
+    weights_N = copies_N * (lens_N.sum() / max((copies_N * lens_N).sum(), 1))
+    return _write_packs(store, np.arange(len(store)), Path(out_dir), cfg, {}, weights_N.astype(np.float32))
 
 
 def _write_packs(
@@ -159,7 +195,7 @@ def _write_packs(
     out_dir: Path,
     cfg: PackConfig,
     source: Mapping[str, str],
-    weights_N: npt.NDArray[np.float32] | None = None,
+    weights_N: npt.NDArray[np.float32],
 ) -> Manifest:
     provenance = {
         "seq_length": cfg.seq_length,
@@ -203,8 +239,7 @@ def _write_packs(
     }
     order = np.lexsort((offsets, rows))
     rows, offsets, lengths, samples = (column[order] for column in (rows, offsets, lengths, samples))
-    weights = np.ones(len(samples), np.float32) if weights_N is None else weights_N[samples]
-    columns = [rows, offsets, lengths, store.prompt_lens[samples], samples, weights]
+    columns = [rows, offsets, lengths, store.prompt_lens[samples], samples, weights_N[samples]]
     batch = pa.record_batch([pa.array(column) for column in columns], schema=PACK_SCHEMA)
     with writing(out_dir) as directory:
         with open(directory / PACKS_FILE, "wb") as sink, pa.ipc.new_file(sink, PACK_SCHEMA) as writer:

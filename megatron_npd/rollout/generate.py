@@ -30,7 +30,7 @@ from megatron_npd.manifest import (
     seal,
     writing,
 )
-from megatron_npd.records import QUARANTINE_FILE
+from megatron_npd.records import QUARANTINE_FILE, SOURCES
 from megatron_npd.rollout.journal import Recorded, check_settings
 from megatron_npd.rollout.shard import Shard, forget_journal
 from megatron_npd.serving.answers import Answer, Failure, Request
@@ -60,6 +60,7 @@ def generate_round(
     cfg: RolloutConfig,
     round_index: int,
     policy_version: str,
+    source: str = "student",
 ) -> Manifest:
     """Let the pool answer every prompt ``greedy_paths + sampled_paths`` times and seal the answers.
 
@@ -77,6 +78,7 @@ def generate_round(
         round_index: Round of the run; part of ids and seeds.
         policy_version: The version that every answer must carry, with the hash of the weights that were served when
             the round began.
+        source: Of ``records.SOURCES``: whose responses they are, where the servers do not serve the student.
 
     Returns:
         The round's manifest; counts: ``in`` = ``kept`` + sum of ``quarantined`` + ``pending`` (0), ``tokens``,
@@ -87,7 +89,7 @@ def generate_round(
             ``cfg.max_quarantined`` of the answers were set aside. Whatever had arrived is kept on disk.
     """
     prompts_dir, out_dir = Path(prompts_dir), Path(out_dir)
-    settings = _settings(prompts_dir, cfg, round_index, policy_version)
+    settings = _settings(prompts_dir, cfg, round_index, policy_version, source)
     if is_sealed(out_dir):
         return _read_sealed(out_dir, settings)
     settings["weights"] = pool.check(version=policy_version).rpartition("-")[2]
@@ -97,12 +99,18 @@ def generate_round(
 
 
 def finished_round(
-    prompts_dir: str | Path, out_dir: str | Path, *, cfg: RolloutConfig, round_index: int, policy_version: str
+    prompts_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    cfg: RolloutConfig,
+    round_index: int,
+    policy_version: str,
+    source: str = "student",
 ) -> Manifest | None:
     """The manifest of a round that is sealed already, or None; arguments and errors as for ``generate_round``."""
     if not is_sealed(out_dir):
         return None
-    return _read_sealed(Path(out_dir), _settings(Path(prompts_dir), cfg, round_index, policy_version))
+    return _read_sealed(Path(out_dir), _settings(Path(prompts_dir), cfg, round_index, policy_version, source))
 
 
 class _Round:
@@ -206,12 +214,16 @@ class _Round:
             self.shards.pop(number).seal()
 
 
-def _settings(prompts_dir: Path, cfg: RolloutConfig, round_index: int, policy_version: str) -> dict[str, Any]:
+def _settings(
+    prompts_dir: Path, cfg: RolloutConfig, round_index: int, policy_version: str, source: str = "student"
+) -> dict[str, Any]:
     """Everything that the round's files depend on."""
+    assert source in SOURCES, source
     prompts = read_manifest(prompts_dir, kind="prompts")
     return {name: getattr(cfg, name) for name in _SETTINGS} | {
         "stop_ids": prompts.provenance["stop_ids"],
         "round": round_index,
+        "source": source,
         "policy_version": policy_version,
         "prompts": file_sha256(prompts_dir / MANIFEST),
     }

@@ -220,6 +220,7 @@ class Shard:
             "seed": [seed for seed, _, _ in sampling],
             "temperature": [temperature for _, temperature, _ in sampling],
             "top_p": [top_p for _, _, top_p in sampling],
+            "source": [self.settings["source"]] * len(kept),
             "policy_version": [self.settings["policy_version"]] * len(kept),
         }
         return pa.table({field.name: columns[field.name] for field in ROLLOUT_SCHEMA}, schema=ROLLOUT_SCHEMA)

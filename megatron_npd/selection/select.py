@@ -292,10 +292,10 @@ def _write(
     """The table of the selection, a row group for each shard of the store."""
     after = 0
     with pq.ParquetWriter(file, SELECTION_SCHEMA) as writer:
-        for ids in samples.store.parts("sample_id"):
+        for ids in samples.store.parts("sample_id", "source", "policy_version"):
             part = slice(after, after := after + len(ids))
             columns = [
-                ids["sample_id"],
+                *ids.columns,
                 *(_nullable(samples.measures[name][part]) for name in ("ifd_teacher", "ifd_student", "delta")),
                 _words(zones_N[part], tuple(ZONES)),
                 samples.cut_N[part],

@@ -9,7 +9,6 @@ Legend: T tokens, K teacher columns, W words of a record: its 6 K + 4 bytes in i
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -35,15 +34,6 @@ def as_items(records_TW: Tensor, K: int) -> np.ndarray:
     """The same memory as opaque items [T]: numpy copies these by memcpy, where it would copy records field by field."""
     size = teacher_record_dtype(K).itemsize
     return records_TW.numpy().view(np.uint8)[:, :size].view(f"V{size}")[:, 0]
-
-
-@lru_cache(maxsize=4)
-def filler_record(K: int) -> np.ndarray:
-    """What stands where no record is needed: distinct ids, a distribution, no lag. One opaque item, shape [1]."""
-    record = np.empty(1, teacher_record_dtype(K))
-    record["ids"], record["logprobs"] = np.arange(K), -np.log(max(K, 1))
-    record["log_tail"], record["generator_logprob"] = LOG_TAIL_FLOOR, np.nan
-    return record.view(f"V{record.itemsize}")
 
 
 def check_records(records_TW: npt.NDArray[np.int32], K: int, vocab_size: int, where: str) -> None:
@@ -72,30 +62,29 @@ def _column_max(array_TN: np.ndarray) -> np.ndarray:
     return array_TN.reshape(math.gcd(T, 128), -1).max(axis=0).reshape(-1, N).max(axis=0)
 
 
-def decoded(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decoded(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the loss takes, from records on their device.
 
     Returns:
         Ids int32 [T, K], a view of the records; log-probs float32 [T, K], rescaled so that their mass is 1 - t_p
-        (METHOD section 2: fp16 rounding never gives a mass above 1); log t_p float32 [T]; generator's log-probs
-        float32 [T].
+        (METHOD section 2: fp16 rounding never gives a mass above 1); log t_p float32 [T].
     """
-    ids_TK, logprobs_TK, log_tail_T, generator_T = taken_apart(records_TW, K)
+    ids_TK, logprobs_TK, log_tail_T = taken_apart(records_TW, K)
     # exp2: torch's exp is MKL's, which is slow on AMD processors.
     mass_T = (logprobs_TK * math.log2(math.e)).exp2_() @ logprobs_TK.new_ones(K)
     log_scale_T = torch.log(-torch.expm1(log_tail_T) / mass_T)
-    return ids_TK, logprobs_TK.add_(log_scale_T[:, None]), log_tail_T, generator_T
+    return ids_TK, logprobs_TK.add_(log_scale_T[:, None]), log_tail_T
 
 
-def taken_apart(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def taken_apart(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """The fields of records as ``decoded`` gives them, log-probs as they were stored."""
     halves_TH = records_TW.view(torch.float16)
     # Contiguous before anything is computed: torch is slow on rows of K numbers that are apart in memory.
     logprobs_TK = torch.narrow_copy(halves_TH, 1, 2 * K, K).float()
-    return records_TW[:, :K], logprobs_TK, halves_TH[:, 3 * K].float(), halves_TH[:, 3 * K + 1].float()
+    return records_TW[:, :K], logprobs_TK, halves_TH[:, 3 * K].float()
 
 
-def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Turn teacher records into what the loss takes.
 
     Args:

@@ -29,12 +29,12 @@ def export_schema(top_k: int) -> pa.Schema:
     ids, floats = pa.list_(pa.int32()), pa.list_(pa.float32())
     fields = [field for field in SAMPLE_SCHEMA if field.name not in ("prompt_len", "response_len")]
     fields += [pa.field("prompt_ids", ids, nullable=False), pa.field("response_ids", ids, nullable=False)]
+    fields += [pa.field("generator_logprobs", floats)]
     if top_k:
         fields += [
             pa.field("top_ids", pa.list_(pa.list_(pa.int32(), top_k)), nullable=False),
             pa.field("top_logprobs", pa.list_(pa.list_(pa.float32(), top_k)), nullable=False),
             pa.field("log_tail", floats, nullable=False),
-            pa.field("generator_logprobs", floats),
         ]
     return pa.schema(fields)
 
@@ -96,20 +96,20 @@ def find_annotations(path: str | Path, round_index: int | None = None) -> Path:
 def _columns(store: AnnotationStore, batch: list[int]) -> dict[str, pa.Array]:
     tokens = [store.tokens(index) for index in batch]
     prompt_lens = [int(store.prompt_lens[index]) for index in batch]
+    generator = [store.generator(index) for index in batch]
+    undefined = np.array([bool(np.isnan(values).all()) for values in generator])
     columns = {
+        "generator_logprobs": _lists(generator, undefined),
         "prompt_ids": _lists([ids[:length] for ids, length in zip(tokens, prompt_lens, strict=True)]),
         "response_ids": _lists([ids[length:] for ids, length in zip(tokens, prompt_lens, strict=True)]),
     }
     if not store.top_k:
         return columns
     records = [store.teacher(index) for index in batch]
-    generator = [part["generator_logprob"].astype(np.float32) for part in records]
-    undefined = np.array([bool(np.isnan(values).all()) for values in generator])
     return columns | {
         "top_ids": _lists([part["ids"] for part in records]),
         "top_logprobs": _lists([part["logprobs"].astype(np.float32) for part in records]),
         "log_tail": _lists([part["log_tail"].astype(np.float32) for part in records]),
-        "generator_logprobs": _lists(generator, undefined),
     }
 
 

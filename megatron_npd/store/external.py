@@ -22,11 +22,13 @@ import numpy.typing as npt
 from megatron_npd.records import (
     LOG_TAIL_FLOOR,
     NO_LOGPROB,
+    SOURCES,
     BadRecord,
     defined_logprobs,
     sample_id,
     teacher_record_dtype,
 )
+from megatron_npd.store.streams import undefined_logprobs
 from megatron_npd.store.teacher_records import RECORD_RULES, broken_records
 
 LOSSES = ("teacher_loss", "teacher_loss_unconditional", "student_loss", "student_loss_unconditional")
@@ -38,12 +40,12 @@ class Sample:
 
     Attributes:
         tokens: int32 [P + n].
-        teacher: ``teacher_record_dtype(k)`` [n], None where k is 0.
+        streams: Items of the store's streams by name, [n] each: ``generator``, and ``teacher`` where k > 0.
         row: The fields of ``records.SAMPLE_SCHEMA``.
     """
 
     tokens: npt.NDArray[np.int32]
-    teacher: np.ndarray | None
+    streams: dict[str, np.ndarray]
     row: dict[str, Any]
 
 
@@ -71,15 +73,17 @@ def parse_sample(value: Any, *, top_k: int, vocab_size: int, policy_version: str
     generator_n = None
     if "generator_logprobs" in record:
         generator_n = _logprobs("generator_logprob_undefined", _numbers(record, "generator_logprobs", (n,)))
-    on_distribution = record.get("on_distribution", generator_n is not None)
+    if (source := record.get("source", "dataset" if generator_n is None else "student")) not in SOURCES:
+        raise BadRecord("wrong_type", f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+    on_distribution = record.get("on_distribution", generator_n is not None and source == "student")
     if not isinstance(on_distribution, bool):
         raise BadRecord("wrong_type", f"on_distribution must be true or false, got {on_distribution!r}")
-    sampled_n, teacher = np.full(n, np.nan), None
+    sampled_n, streams = np.full(n, np.nan), {"generator": undefined_logprobs(n)}
+    if generator_n is not None and on_distribution:
+        streams["generator"][:] = generator_n
     if top_k:
         ids_nC, logprobs_nC = _columns(record, n, vocab_size)
-        teacher = _records(record, ids_nC, logprobs_nC, top_k, vocab_size)
-        if generator_n is not None and on_distribution:
-            teacher["generator_logprob"] = generator_n
+        streams["teacher"] = teacher = _records(record, ids_nC, logprobs_nC, top_k, vocab_size)
         if (broken_n := broken_records(teacher, vocab_size)).any():
             token = int(np.flatnonzero(broken_n)[0])
             reason, rule = RECORD_RULES[broken_n[token] - 1]
@@ -90,12 +94,15 @@ def parse_sample(value: Any, *, top_k: int, vocab_size: int, policy_version: str
         sampled_n = _numbers(record, "teacher_logprobs", (n,))
     _logprobs("sampled_logprob_undefined", sampled_n)
     row = _row(record, tokens, len(prompt), sampled_n, generator_n, policy_version)
-    return Sample(tokens=tokens.astype(np.int32), teacher=teacher, row=row | {"on_distribution": on_distribution})
+    row |= {"source": source, "on_distribution": on_distribution}
+    return Sample(tokens=tokens.astype(np.int32), streams=streams, row=row)
 
 
 def _logprobs(reason: str, values_n: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Log-probabilities of a response's own tokens, NaN where one is not known, as a model can have given them."""
-    if (bad_n := ~(defined_logprobs(values_n) | np.isnan(values_n))).any():
+    with np.errstate(over="ignore"):
+        stored_n = values_n.astype(np.float32)
+    if (bad_n := ~(defined_logprobs(stored_n) | np.isnan(stored_n))).any():
         token = int(np.flatnonzero(bad_n)[0])
         raise BadRecord(
             reason, f"log-probs must be above {NO_LOGPROB:g} and <= 0, got {values_n[token]} at response token {token}"
@@ -197,10 +204,9 @@ def _records(
             log_tail_n = np.full(n, LOG_TAIL_FLOOR)
         else:
             log_tail_n = np.log(np.maximum(1 - np.exp(logprobs_nC[:, :top_k]).sum(axis=1), 0))
-        result = np.empty(n, teacher_record_dtype(top_k))
+        result = np.zeros(n, teacher_record_dtype(top_k))
         result["ids"], result["logprobs"] = ids_nC[:, :top_k], logprobs_nC[:, :top_k]
         result["log_tail"] = np.maximum(log_tail_n, LOG_TAIL_FLOOR)
-    result["generator_logprob"] = np.nan
     return result
 
 

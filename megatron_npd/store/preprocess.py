@@ -225,8 +225,8 @@ def _two_contents(parts: list[_Part], setting: _Setting, name: str, numbers: lis
             with suppress(BadRecord):
                 sample = setting.parse(value)
                 if sample.row["sample_id"] == name:
-                    row, teacher = sample.row, b"" if sample.teacher is None else sample.teacher.tobytes()
-                    content = row["prompt_len"], sample.tokens.tobytes(), teacher
+                    row, items = sample.row, b"".join(items.tobytes() for items in sample.streams.values())
+                    content = row["prompt_len"], sample.tokens.tobytes(), items
                     found.setdefault(content, f"line {line} of {part.source}")
     first, second, *_ = found.values()
     return UserError(
@@ -276,9 +276,9 @@ def _write_shard(part: _Part, directory: Path, setting: _Setting, skip: frozense
                 entry = {"file": part.source.name, "line": line, "reason": problem.reason, "detail": str(problem)[:500]}
                 quarantine.write(json.dumps(entry) + "\n")
                 continue
-            writer.add(sample.tokens, sample.teacher, checked=True)
-            if sample.teacher is not None:
-                in_top_k += count_in_top_k(sample.teacher, sample.tokens[-len(sample.teacher) :])
+            writer.add(sample.tokens, **sample.streams, checked=True)
+            if (teacher := sample.streams.get("teacher")) is not None:
+                in_top_k += count_in_top_k(teacher, sample.tokens[-len(teacher) :])
             rows.append(sample.row)
     writer.finalize()
     pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA), directory / SAMPLES_FILE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from io import BytesIO
+from contextlib import ExitStack
 from itertools import accumulate
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from megatron_npd.errors import UserError
-from megatron_npd.records import SAMPLES_FILE, teacher_record_dtype
+from megatron_npd.records import SAMPLES_FILE
+from megatron_npd.store.streams import stream_items
 
 
 def sample_hashes(shard: Path, top_k: int) -> npt.NDArray[np.uint64]:
@@ -22,19 +23,18 @@ def sample_hashes(shard: Path, top_k: int) -> npt.NDArray[np.uint64]:
     table = pq.read_table(shard / SAMPLES_FILE, columns=["sample_id", "prompt_len", "response_len"])
     names = table["sample_id"].to_pylist()
     prompt_lens, response_lens = (table[name].to_numpy().astype(np.int64) for name in table.column_names[1:])
-    token_bytes = 4 * (prompt_lens + response_lens)
-    record_bytes = response_lens * (teacher_record_dtype(top_k).itemsize if top_k else 0)
     hashes = []
-    with (
-        open(shard / "tokens.bin", "rb") as tokens,
-        open(shard / "teacher.bin", "rb") if top_k else BytesIO() as teacher,
-    ):
-        for name, prompt_len, size, record_size in zip(
-            names, prompt_lens.tolist(), token_bytes.tolist(), record_bytes.tolist(), strict=True
-        ):
+    with ExitStack() as files:
+        tokens = files.enter_context(open(shard / "tokens.bin", "rb"))
+        streams = [
+            (files.enter_context(open(shard / f"{name}.bin", "rb")), item.itemsize)
+            for name, item in stream_items(top_k).items()
+        ]
+        for name, prompt_len, n in zip(names, prompt_lens.tolist(), response_lens.tolist(), strict=True):
             content = hashlib.blake2b(f"{prompt_len} ".encode(), digest_size=8)
-            content.update(tokens.read(size))
-            content.update(teacher.read(record_size))
+            content.update(tokens.read(4 * (prompt_len + n)))
+            for stream, size in streams:
+                content.update(stream.read(n * size))
             hashes += [hashlib.blake2b(name.encode(), digest_size=8).digest(), content.digest()]
     return np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
 

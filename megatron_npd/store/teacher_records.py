@@ -25,7 +25,6 @@ RECORD_RULES = (  # reason by which a sample is set aside, rule; in the order of
     ("teacher_logprob_undefined", f"teacher log-probs must be finite, above {NO_LOGPROB:g} and <= 0"),
     ("teacher_logprobs_unsorted", "teacher log-probs must be descending"),
     ("teacher_tail_undefined", f"log_tail must be in [{LOG_TAIL_FLOOR:g}, 0)"),
-    ("generator_logprob_undefined", f"generator log-probs must be above {NO_LOGPROB:g} and <= 0, or NaN"),
     ("teacher_mass", f"top-k mass + tail mass must be 1 within {MASS_TOLERANCE:g}"),
 )
 
@@ -47,7 +46,7 @@ def broken_records(records_R: np.ndarray, vocab_size: int) -> npt.NDArray[np.int
     for start in range(0, len(records_R), _CHUNK):
         records = records_R[start : start + _CHUNK]
         ids_RK, logprobs_RK = np.sort(records["ids"], axis=1), records["logprobs"].astype(np.float32)
-        log_tail_R, generator_R = (records[name].astype(np.float32) for name in ("log_tail", "generator_logprob"))
+        log_tail_R = records["log_tail"].astype(np.float32)
         logs_RK1 = np.concatenate([logprobs_RK, log_tail_R[:, None]], axis=1)
         with np.errstate(over="ignore", invalid="ignore"):  # of records that break an earlier rule
             mass_RK1 = np.exp(logs_RK1)
@@ -58,7 +57,6 @@ def broken_records(records_R: np.ndarray, vocab_size: int) -> npt.NDArray[np.int
                 ~defined_logprobs(logprobs_RK).all(axis=1),
                 (np.diff(logprobs_RK, axis=1) > 0).any(axis=1),
                 ~((log_tail_R >= LOG_TAIL_FLOOR) & (log_tail_R < 0)),
-                ~(defined_logprobs(generator_R) | np.isnan(generator_R)),
                 ~(np.abs(mass_RK1.sum(axis=1) - 1) <= tolerance_R),
             )
         result_R[start : start + _CHUNK] = np.select(broken, range(1, len(broken) + 1), 0)

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from megatron_npd.manifest import Manifest, seal, writing
 from megatron_npd.records import (
     QUARANTINE_FILE,
-    SAMPLE_SCHEMA,
     SAMPLES_FILE,
     defined_logprobs,
     teacher_record_dtype,
@@ -62,7 +61,7 @@ def write_shard(
         "student_loss": mean_loss(_joined(samples.generator_logprobs, np.float32), teacher.starts_N),
         "student_loss_unconditional": student_loss_unconditional,
     }
-    records_R = _records(samples, teacher)
+    records_R = _records(teacher)
     kept, refused = _checked(samples, teacher, records_R, vocab_size)
     quarantine = samples.quarantine + refused
     reasons = Counter(entry["reason"] for entry in quarantine)
@@ -88,16 +87,14 @@ def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *parts])
 
 
-def _records(samples: Samples, teacher: Scores) -> np.ndarray:
+def _records(teacher: Scores) -> np.ndarray:
     """The store's records of all response tokens."""
     assert teacher.ids_RK is not None and teacher.logprobs_RK is not None and teacher.log_tail_R is not None
-    records_R = np.empty(int(teacher.starts_N[-1]), teacher_record_dtype(teacher.ids_RK.shape[1]))
+    records_R = np.zeros(int(teacher.starts_N[-1]), teacher_record_dtype(teacher.ids_RK.shape[1]))
     records_R["ids"] = teacher.ids_RK
     with np.errstate(over="ignore"):  # what fp16 cannot hold is refused by _checked
         records_R["logprobs"] = teacher.logprobs_RK
     records_R["log_tail"] = teacher.log_tail_R
-    defined_R = np.repeat(samples.on_distribution_N, np.diff(teacher.starts_N))
-    records_R["generator_logprob"] = np.where(defined_R, _joined(samples.generator_logprobs, np.float32), np.nan)
     return records_R
 
 
@@ -131,16 +128,9 @@ def _write_files(
     store = StoreShardWriter(out, records_R.dtype["ids"].shape[0], vocab_size=vocab_size)
     for index in kept.tolist():
         tokens = np.concatenate([samples.prompts[index], samples.responses[index]])
-        store.add(tokens, records_R[starts_N[index] : starts_N[index + 1]], checked=True)
+        records = records_R[starts_N[index] : starts_N[index + 1]]
+        store.add(tokens, teacher=records, generator=samples.generator(index), checked=True)
     store.finalize()
-    table = samples.table.take(pa.array(kept))
-    columns = {name: table[name] for name in SAMPLE_SCHEMA.names if name in table.schema.names}
     logprobs = pa.ListArray.from_arrays(starts_N.astype(np.int32), teacher.sampled_logprobs_R)
-    columns |= {
-        "prompt_len": np.array([len(samples.prompts[index]) for index in kept], np.int32),
-        "response_len": np.diff(starts_N)[kept].astype(np.int32),
-        "on_distribution": samples.on_distribution_N[kept],
-        "teacher_logprobs": logprobs.take(pa.array(kept)),
-        **{name: values_N[kept] for name, values_N in losses.items()},
-    }
-    pq.write_table(pa.table(columns, schema=SAMPLE_SCHEMA), out / SAMPLES_FILE)
+    table = samples.sample_table({**losses, "teacher_logprobs": logprobs})
+    pq.write_table(table.take(pa.array(kept)), out / SAMPLES_FILE)

@@ -33,6 +33,7 @@ from megatron_npd.paths import check_training, first_checkpoint
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
+from megatron_npd.store.streams import STREAMS
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
 from megatron_npd.training.objectives import OBJECTIVES
 from megatron_npd.training.refresh_schedule import RefreshSchedule
@@ -189,7 +190,7 @@ def _open_data(cfg: TrainConfig, schedule: Path, spec: ModelSpec) -> PackedDatas
     streams = Streams(
         tokens=parallel_state.is_pipeline_first_stage(ignore_virtual=True),
         targets=last,
-        teacher=last and "teacher" in OBJECTIVES[cfg.objective].streams,
+        **{name: last and name in OBJECTIVES[cfg.objective].streams for name in STREAMS},
     )
     # One process of a machine hashes the files; a failure there ends the job.
     data = PackedDataset(schedule, seed=cfg.seed, streams=streams, verify=local_rank() == 0)

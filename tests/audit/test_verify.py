@@ -199,7 +199,7 @@ def test_only_full_looks_at_every_number(run: Path) -> None:
     os.unlink(run / "schedule.jsonl")
     assert verify_run(run).problems == []
     (problem,) = verify_run(run, full=True).problems
-    assert "teacher.bin must hold what a model can give" in problem and "at item 3" in problem
+    assert "shard-00001/teacher.bin: log" in problem and "at response token 3" in problem
 
 
 def test_responses_of_other_weights_than_the_policys_are_named(run: Path) -> None:

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_npd.audit.verify import verify_run
 from megatron_npd.cli import pack as pack_tool
 from megatron_npd.config.settings import PackConfig
-from megatron_npd.data.packing import pack_lengths, pack_prompts, pack_selection
+from megatron_npd.data.packing import pack_lengths, pack_prompts, pack_rollouts, pack_selection
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, file_sha256, is_sealed, read_manifest, seal, writing
 from megatron_npd.records import (
@@ -29,6 +30,7 @@ from megatron_npd.records import (
 from megatron_npd.store.annotation_store import AnnotationStore
 from tests.helpers import VOCAB_SIZE
 from tests.store.make_store import make_store
+from tests.teacher.reference import make_rollouts
 
 LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (8, 60), (4, 12), (1, 1), (30, 2), (6, 6)]
 CFG = PackConfig(seq_length=64, segment_align=8)
@@ -91,6 +93,8 @@ def make_selection(path: Path, store: Path, kept: list[bool], weights: Sequence[
     rows = [
         {
             "sample_id": name,
+            "source": "student",
+            "policy_version": "v0000",
             "zone": "proximal" if keep else "degenerate",
             "cut": False,
             "kept": keep,
@@ -242,3 +246,52 @@ def test_the_tool_packs_a_file_of_prompts(tmp_path: Path, tiny_model_dir: Path) 
 def test_the_tool_wants_one_pair_of_inputs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one pair"):
         pack_tool.main(["--out", str(tmp_path), "--annotations", "a", "--prompts", "p"])
+
+
+def test_rollouts_that_nobody_scores_are_packed_and_every_book_balances(tmp_path: Path) -> None:
+    lengths = [(5, 9), (3, 20), (10, 22), (2, 2), (4, 12), (1, 1)]
+    finish = ["stop", "length", "stop", "stop", "stop", "stop"]
+    sources = ["student"] * 4 + ["teacher"] * 2
+    columns = {"finish_reason": finish, "copies": [1, 2, 1, 1, 1, 1], "source": sources}
+    make_rollouts(tmp_path / "rollouts", lengths, **columns)
+    cfg = PackConfig(seq_length=32, segment_align=8)
+    manifest = pack_rollouts(tmp_path / "rollouts", tmp_path, cfg, vocab_size=300)
+    assert manifest.counts["kept"] == 6 and manifest.provenance["policy_version"] == "v0003"
+    assert manifest == pack_rollouts(tmp_path / "rollouts", tmp_path, cfg, vocab_size=300)
+    pack_rollouts(tmp_path / "rollouts", tmp_path / "again", cfg, vocab_size=300)
+    for file in (tmp_path / "packs/packs.arrow", *sorted((tmp_path / "store").rglob("*.*"))):
+        assert file.read_bytes() == (tmp_path / "again" / file.relative_to(tmp_path)).read_bytes()
+
+    store = AnnotationStore(tmp_path / "store")
+    assert (store.top_k, store.round, store.vocab_size) == (0, 3, 300)
+    rows = pa.concat_tables(pq.read_table(shard) for shard in sorted((tmp_path / "rollouts").glob("*/*.parquet")))
+    for index, row in enumerate(rows.to_pylist()):
+        assert store.tokens(index).tolist() == row["prompt_ids"] + row["response_ids"]
+        on_distribution = index % 2 == 0 and row["source"] == "student"  # odd samples are greedy
+        expected = row["logprobs"] if on_distribution else [np.nan] * len(row["logprobs"])
+        np.testing.assert_array_equal(store.generator(index), np.array(expected, np.float32))
+    samples = store.metadata("source", "policy_version", "finish_reason", "copies", "student_loss").to_pydict()
+    assert samples["source"] == sources and samples["finish_reason"] == finish
+    assert samples["student_loss"][0] == pytest.approx(-np.mean(rows["logprobs"][0].as_py()))
+    packs = read_packs(tmp_path / "packs")
+    weights = dict(zip(packs["sample_index"], packs["weight"], strict=True))
+    assert weights[1] == pytest.approx(2 * weights[0])  # it stands for two identical responses
+    lens = [length for _, length in lengths]
+    assert sum(weights[i] * lens[i] for i in range(6)) == pytest.approx(sum(lens))
+
+    result = verify_run(tmp_path, full=True)
+    assert not result.problems and "store" in {row[0] for row in result.rows}
+
+
+def test_rollouts_with_ids_that_the_model_does_not_know_are_set_aside_or_refused(tmp_path: Path) -> None:
+    responses = [[3, 4], [5, 350], [6]]
+    columns = {"response_ids": responses, "logprobs": [[-1.0] * len(ids) for ids in responses]}
+    make_rollouts(tmp_path / "rollouts", [(5, 2), (5, 2), (5, 1)], **columns)
+    cfg = PackConfig(seq_length=32, segment_align=8)
+    with pytest.raises(UserError, match="1 token_outside_vocabulary"):
+        pack_rollouts(tmp_path / "rollouts", tmp_path, cfg, vocab_size=300)
+    pack_rollouts(tmp_path / "rollouts", tmp_path, cfg, vocab_size=300, max_quarantined=0.5)
+    assert read_manifest(tmp_path / "store").counts["quarantined"] == {"token_outside_vocabulary": 1}
+    assert not verify_run(tmp_path).problems
+    with pytest.raises(UserError, match="got none of 3"):
+        pack_rollouts(tmp_path / "rollouts", tmp_path / "none", cfg, vocab_size=3)

@@ -49,6 +49,7 @@ def test_every_sample_has_its_zone_and_every_dropped_one_its_reason(tmp_path: Pa
     manifest = select_round(store_of(tmp_path / "a", DELTAS), tmp_path / "s", SelectConfig(tau=0.3001))
 
     table = pq.read_table(tmp_path / "s" / SELECTION_FILE)
+    assert set(table["source"].to_pylist()) == {"student"} and set(table["policy_version"].to_pylist()) == {"v0000"}
     assert table.schema.equals(SELECTION_SCHEMA)
     columns = table.to_pydict()
     assert columns["zone"] == ["degenerate", "proximal", "proximal", "proximal", "disconnect", "undefined"]

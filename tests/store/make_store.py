@@ -27,8 +27,12 @@ def make_records(rng: np.random.Generator, n: int, top_k: int, vocab_size: int =
     records["logprobs"] = np.take_along_axis(logprobs, order[:, :top_k], axis=1)
     outside = np.exp(np.take_along_axis(logprobs, order[:, top_k:], axis=1)).sum(axis=1)
     records["log_tail"] = np.maximum(np.log(np.maximum(outside, 1e-30)), LOG_TAIL_FLOOR)
-    records["generator_logprob"] = logprobs[np.arange(n), rng.integers(0, vocab_size, n)]
     return records
+
+
+def make_generator(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Log-probabilities of ``n`` sampled tokens."""
+    return -rng.exponential(size=n).astype(np.float32)
 
 
 def make_store(
@@ -53,7 +57,8 @@ def make_store(
                 for index in indices.tolist():
                     prompt_len, response_len = lengths[index]
                     tokens = rng.integers(0, vocab_size, prompt_len + response_len)
-                    writer.add(tokens, make_records(rng, response_len, top_k, vocab_size) if top_k else None)
+                    streams = {"teacher": make_records(rng, response_len, top_k, vocab_size)} if top_k else {}
+                    writer.add(tokens, generator=make_generator(rng, response_len), **streams)
                     row = {
                         "sample_id": f"s{index:06d}",
                         "prompt_id": f"p{index:06d}",
@@ -62,6 +67,7 @@ def make_store(
                         "response_len": response_len,
                         "finish_reason": "stop",
                         "copies": 1,
+                        "source": "student",
                         "policy_version": "v0000",
                         "on_distribution": True,
                         "teacher_loss": 0.5,

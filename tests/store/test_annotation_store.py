@@ -17,15 +17,16 @@ from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, seal, writing
 from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLES_FILE, teacher_record_dtype
 from megatron_npd.store.annotation_store import AnnotationStore, StoreShardWriter
+from megatron_npd.store.streams import undefined_logprobs
 from megatron_npd.store.teacher_records import check_teacher_records
-from tests.store.make_store import VOCAB_SIZE, make_records, make_store
+from tests.store.make_store import VOCAB_SIZE, make_generator, make_records, make_store
 
 LENGTHS = [(4, 3), (1, 1), (7, 12), (2, 5), (3, 1)]
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 10, VOCAB_SIZE])
 def test_what_is_written_is_read(tmp_path: Path, top_k: int) -> None:
-    written_tokens, written_teacher = [], []
+    written_tokens, written = [], []
     rng = np.random.default_rng(1)
     with writing(tmp_path / "store") as path:
         for shard in range(2):
@@ -33,8 +34,10 @@ def test_what_is_written_is_read(tmp_path: Path, top_k: int) -> None:
                 writer = StoreShardWriter(directory, top_k, vocab_size=VOCAB_SIZE)
                 for prompt_len, response_len in LENGTHS:
                     written_tokens.append(rng.integers(0, VOCAB_SIZE, prompt_len + response_len))
-                    written_teacher.append(make_records(rng, response_len, top_k) if top_k else None)
-                    writer.add(written_tokens[-1], written_teacher[-1])
+                    written.append({"generator": make_generator(rng, response_len)})
+                    if top_k:
+                        written[-1]["teacher"] = make_records(rng, response_len, top_k)
+                    writer.add(written_tokens[-1], **written[-1])
                 writer.finalize()
                 rows = pq.read_table(
                     make_store(tmp_path / f"rows{shard}", LENGTHS, shards=1) / "shard-00000/samples.parquet"
@@ -52,8 +55,10 @@ def test_what_is_written_is_read(tmp_path: Path, top_k: int) -> None:
     assert store.response_lens.tolist() == 2 * [response for _, response in LENGTHS]
     for index in range(10):
         np.testing.assert_array_equal(store.tokens(index), written_tokens[index])
+        assert store.generator(index).tobytes() == written[index]["generator"].tobytes()
         if top_k:
-            assert store.teacher(index).tobytes() == written_teacher[index].tobytes()
+            assert store.teacher(index).tobytes() == written[index]["teacher"].tobytes()
+    assert (tmp_path / "store/shard-00000/generator.bin").exists()
     assert (tmp_path / "store/shard-00000/teacher.bin").exists() == (top_k > 0)
 
 
@@ -62,14 +67,17 @@ def test_megatron_reads_the_pairs_and_a_record_has_64_bytes(tmp_path: Path) -> N
     store = AnnotationStore(path)
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    tokens, teacher = (IndexedDataset(str(path / "shard-00000" / name)) for name in ("tokens", "teacher"))
+    names = ("tokens", "teacher", "generator")
+    tokens, teacher, generator = (IndexedDataset(str(path / "shard-00000" / name)) for name in names)
 
-    assert (tokens.index.dtype, teacher.index.dtype) == (np.int32, np.uint16)
+    assert (tokens.index.dtype, teacher.index.dtype, generator.index.dtype) == (np.int32, np.uint16, np.float32)
     assert len(tokens.document_indices) == len(LENGTHS) + 1
     for index, (_, response_len) in enumerate(LENGTHS):
         np.testing.assert_array_equal(tokens[index], store.tokens(index))
         assert teacher[index].nbytes == 64 * response_len
         np.testing.assert_array_equal(teacher[index].view(teacher_record_dtype(10)), store.teacher(index))
+        assert not store.teacher(index)["reserved"].any()
+        np.testing.assert_array_equal(generator[index], store.generator(index))
 
 
 def test_metadata_covers_all_shards_and_empty_ones(tmp_path: Path) -> None:
@@ -88,6 +96,7 @@ def test_an_open_store_holds_no_file_and_no_memory_by_the_sample(tmp_path: Path)
     before = len(os.listdir("/proc/self/fd"))
     tracemalloc.start()
     store = AnnotationStore(path, verify=False)
+    gc.collect()
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(store) == 4000 and len(os.listdir("/proc/self/fd")) == before
@@ -129,10 +138,7 @@ BROKEN = {
     "tail below its floor": (_set("log_tail", 1, LOG_TAIL_FLOOR - 1), "log_tail"),
     "mass above 1": (_set("log_tail", 1, -1e-3), "mass"),
     "mass below 1": (_set("log_tail", 1, LOG_TAIL_FLOOR), "mass"),
-    "generator above 0": (_set("generator_logprob", 1, 0.5), "generator"),
     "vLLM's word for -inf": (_set("logprobs", (1, 3), -9999.0), "above -9999"),
-    "generator vLLM's -inf": (_set("generator_logprob", 1, -9999.0), "above -9999"),
-    "generator -inf": (_set("generator_logprob", 1, -np.inf), "generator"),
 }
 
 
@@ -140,13 +146,13 @@ BROKEN = {
 def test_a_broken_record_is_refused_and_leaves_nothing(tmp_path: Path, name: str) -> None:
     change, message = BROKEN[name]
     writer = StoreShardWriter(tmp_path, 4, vocab_size=VOCAB_SIZE)
-    records = make_records(np.random.default_rng(0), 3, 4)
-    writer.add(np.arange(5), records)
+    records, generator = make_records(np.random.default_rng(0), 3, 4), np.full(3, -1.0, np.float32)
+    writer.add(np.arange(5), teacher=records, generator=generator)
     broken = records.copy()
     change(broken)
 
     with pytest.raises(UserError, match=message):
-        writer.add(np.arange(5), broken)
+        writer.add(np.arange(5), teacher=broken, generator=generator)
     writer.finalize()
 
     assert writer.num_samples == 1
@@ -154,10 +160,35 @@ def test_a_broken_record_is_refused_and_leaves_nothing(tmp_path: Path, name: str
     assert (tmp_path / "teacher.bin").stat().st_size == records.nbytes
 
 
-def test_an_undefined_generator_logprob_is_fine() -> None:
+@pytest.mark.parametrize("value", [0.5, -9999.0, -np.inf, np.inf])
+def test_a_generator_log_prob_that_no_model_gives_is_refused_and_leaves_nothing(tmp_path: Path, value: float) -> None:
+    writer = StoreShardWriter(tmp_path, 0, vocab_size=VOCAB_SIZE)
+    writer.add(np.arange(5), generator=np.array([-1.0, np.nan, 0.0], np.float32))  # NaN: no lag is defined
+    with pytest.raises(UserError, match=r"generator log-probs must be above -9999"):
+        writer.add(np.arange(5), generator=np.array([-1.0, value, 0.0], np.float32))
+    writer.finalize()
+
+    assert writer.num_samples == 1
+    assert (tmp_path / "tokens.bin").stat().st_size == 5 * 4
+    assert (tmp_path / "generator.bin").stat().st_size == 3 * 4
+
+
+def test_every_stream_has_an_item_per_response_token(tmp_path: Path) -> None:
+    writer = StoreShardWriter(tmp_path, 4, vocab_size=VOCAB_SIZE)
     records = make_records(np.random.default_rng(0), 3, 4)
-    records["generator_logprob"] = np.nan
-    check_teacher_records(records, VOCAB_SIZE, "here")
+    with pytest.raises(UserError, match="2 records of the generator"):
+        writer.add(np.arange(5), teacher=records, generator=np.full(2, -1.0, np.float32))
+    assert writer.num_samples == 0
+
+
+def test_a_store_opened_for_some_streams_maps_no_other_file(tmp_path: Path) -> None:
+    path = make_store(tmp_path / "store", LENGTHS)
+    maps = Path("/proc/self/maps").read_text
+    store = AnnotationStore(path, streams=("generator",))
+    assert store.generator(0).shape == (3,) and str(path / "shard-00000/generator.bin") in maps()
+    assert str(path / "shard-00000/teacher") not in maps()
+    store = AnnotationStore(path)
+    assert str(path / "shard-00000/teacher.bin") in maps()
 
 
 def test_fp16_rounding_of_a_wide_uniform_teacher_is_no_error() -> None:
@@ -175,14 +206,18 @@ def test_fp16_rounding_of_a_wide_uniform_teacher_is_no_error() -> None:
         ([1, VOCAB_SIZE], 1, "token ids"),
         ([1, -1], 1, "token ids"),
         ([1], 1, "prompt and a response"),
-        ([1, 2], 2, "record a response token"),
-        ([1, 2], 0, "record a response token"),
+        ([1, 2], 2, "record per response token"),
+        ([1, 2], 0, "record per response token"),
     ],
 )
 def test_a_sample_of_the_wrong_shape_is_refused(tmp_path: Path, tokens: list[int], records: int, message: str) -> None:
     writer = StoreShardWriter(tmp_path, 4, vocab_size=VOCAB_SIZE)
     with pytest.raises(UserError, match=message):
-        writer.add(np.array(tokens), make_records(np.random.default_rng(0), records, 4))
+        streams = {
+            "teacher": make_records(np.random.default_rng(0), records, 4),
+            "generator": undefined_logprobs(records),
+        }
+        writer.add(np.array(tokens), **streams)
     assert writer.num_samples == 0
 
 
@@ -191,7 +226,10 @@ def test_top_k_is_at_most_the_vocabulary(tmp_path: Path) -> None:
         StoreShardWriter(tmp_path, VOCAB_SIZE + 1, vocab_size=VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "teacher.bin", "tokens.idx", "teacher.idx", "samples.parquet"])
+@pytest.mark.parametrize(
+    "file",
+    ["tokens.bin", "teacher.bin", "generator.bin", "tokens.idx", "teacher.idx", "generator.idx", "samples.parquet"],
+)
 def test_a_flipped_bit_or_a_cut_file_is_refused(tmp_path: Path, file: str) -> None:
     for name in ("flipped", "cut"):
         path = make_store(tmp_path / name, LENGTHS)

@@ -70,7 +70,7 @@ def test_chosen_samples_are_exported_as_numbers_that_any_tool_reads(tmp_path: Pa
         assert row["top_ids"] == records["ids"].tolist()
         assert row["top_logprobs"] == records["logprobs"].astype(np.float32).tolist()
         assert row["log_tail"] == records["log_tail"].astype(np.float32).tolist()
-        assert row["generator_logprobs"] == records["generator_logprob"].astype(np.float32).tolist()
+        assert row["generator_logprobs"] == store.generator(index).tolist() and row["source"] == "student"
         assert row["teacher_loss"] == 0.5
     with pytest.raises(UserError, match="parquet"):
         export_store(store_dir, tmp_path / "out.csv")
@@ -124,23 +124,35 @@ def parsed(value: Any, top_k: int = K):
     return parse_sample(value, top_k=top_k, vocab_size=VOCAB_SIZE, policy_version="data")
 
 
+@pytest.mark.parametrize("top_k", [0, K])
+def test_a_record_keeps_its_generators_log_probs_and_its_source(top_k: int) -> None:
+    logprobs = [-0.1, -1e-9, -20.0, 0.0, -3.3, -7.0]
+    sample = parsed(record(generator_logprobs=logprobs), top_k=top_k)
+    assert sample.streams["generator"].tolist() == np.float32(logprobs).tolist()
+    assert sample.row["source"] == "student" and sample.row["on_distribution"]
+    for fields in ({"source": "teacher"}, {"on_distribution": False}):  # no policy lag is defined for them
+        sample = parsed(record(generator_logprobs=logprobs, **fields), top_k=top_k)
+        assert np.isnan(sample.streams["generator"]).all() and not sample.row["on_distribution"]
+        assert sample.row["source"] == fields.get("source", "student")
+    assert parsed(record(source="teacher"), top_k=top_k).row["source"] == "teacher"
+
+
 def teacher_bytes(value: Any) -> bytes:
-    teacher = parsed(value).teacher
-    assert teacher is not None
-    return teacher.tobytes()
+    return parsed(value).streams["teacher"].tobytes()
 
 
 def test_a_record_becomes_the_records_of_the_store() -> None:
     logprobs = log_softmax(full_logits(6))
     sample = parsed(record())
-    assert sample.teacher is not None
+    teacher = sample.streams["teacher"]
     for i in range(6):
         ranked = sorted(range(VOCAB_SIZE), key=lambda token: -logprobs[i, token])
-        assert sample.teacher["ids"][i].tolist() == ranked[:K]
-        np.testing.assert_array_equal(sample.teacher["logprobs"][i], logprobs[i, ranked[:K]].astype(np.float16))
+        assert teacher["ids"][i].tolist() == ranked[:K]
+        np.testing.assert_array_equal(teacher["logprobs"][i], logprobs[i, ranked[:K]].astype(np.float16))
         tail = math.log(sum(math.exp(logprobs[i, token]) for token in ranked[K:]))
-        assert sample.teacher["log_tail"][i] == pytest.approx(tail, abs=2e-3)
-    assert np.isnan(sample.teacher["generator_logprob"]).all() and not sample.row["on_distribution"]
+        assert teacher["log_tail"][i] == pytest.approx(tail, abs=2e-3)
+    assert np.isnan(sample.streams["generator"]).all() and not sample.row["on_distribution"]
+    assert sample.row["source"] == "dataset" and not teacher["reserved"].any()
     assert sample.tokens.tolist() == [1, 2, 3, *record()["response_ids"]] and sample.row["prompt_len"] == 3
     own = sample.row["teacher_logprobs"]  # the fifth token is none of the four
     assert np.flatnonzero(np.isnan(own)).tolist() == [4] and math.isnan(sample.row["teacher_loss"])
@@ -167,7 +179,7 @@ def test_logits_unsorted_columns_and_a_wider_top_k_give_the_same_records() -> No
     everything = {"top_ids": [list(range(VOCAB_SIZE))] * 6, "top_logits": logits.tolist()}
     joined = {"token_ids": [1, 2, 3, *response], "prompt_len": 3}
     assert teacher_bytes(joined | everything) == expected
-    assert np.all(parsed(joined | everything, top_k=VOCAB_SIZE).teacher["log_tail"] == -30)
+    assert np.all(parsed(joined | everything, top_k=VOCAB_SIZE).streams["teacher"]["log_tail"] == -30)
     given = record(
         columns=9, log_tail=np.log1p(-np.exp(wide["top_logprobs"]).sum(axis=1)).tolist(), response_ids=response
     )
@@ -203,7 +215,7 @@ def test_saved_answers_of_servers_become_the_same_records(kind: str) -> None:
     source = record()
     logprobs = log_softmax(full_logits(6))
     sample = parsed(answer(kind, source))
-    assert sample.teacher is not None and sample.teacher.tobytes() == teacher_bytes(source)
+    assert sample.streams["teacher"].tobytes() == teacher_bytes(source)
     own = [logprobs[i, token] for i, token in enumerate(source["response_ids"])]  # known for every token here
     np.testing.assert_allclose(sample.row["teacher_logprobs"], own, rtol=1e-6)
     assert sample.row["teacher_loss"] == pytest.approx(-np.mean(own)) and sample.row["prompt_id"] == "r0"
@@ -270,6 +282,7 @@ BAD: list[tuple[str, Any]] = [
     ("generator_logprob_undefined", record(generator_logprobs=[-1.0] * 5 + [-math.inf], on_distribution=False)),
     ("wrong_type", record(generator_logprobs=["a"] * 6)),
     ("wrong_type", record(on_distribution="yes")),
+    ("wrong_type", record(source="somebody")),
     ("wrong_type", record(path=-1)),
     ("wrong_type", record(finish_reason="tired")),
     ("wrong_type", record(id={})),

@@ -81,6 +81,7 @@ def make_rollouts(
             "seed": index,
             "temperature": float(index % 2 == 0),
             "top_p": 1.0,
+            "source": "student",
             "policy_version": "v0003",
         }
         rows.append(row | {name: values[index] for name, values in overrides.items()})

@@ -25,13 +25,13 @@ def _sample_sums(model: torch.nn.Module, store: AnnotationStore, index: int) -> 
     prompt, tokens = int(store.prompt_lens[index]), torch.from_numpy(store.tokens(index).astype("int64"))
     logits = model(input_ids=tokens[None]).logits[0, prompt - 1 : -1]
     log_q = torch.log_softmax(logits.double(), dim=-1)
-    ids, log_p, log_tail, generator = decode_teacher(store.teacher(index), VOCAB_SIZE)
+    ids, log_p, log_tail = decode_teacher(store.teacher(index), VOCAB_SIZE)
     log_p, log_tail = log_p.double(), log_tail.double()
     log_q_ids = log_q.gather(1, ids.long())
     log_q_tail = log_q.scatter(1, ids.long(), -math.inf).logsumexp(1)
     kd = (log_p.exp() * (log_p - log_q_ids)).sum(1) + log_tail.exp() * (log_tail - log_q_tail)
     label = log_q.gather(1, tokens[prompt:, None])[:, 0]
-    ratio = label - generator.double()
+    ratio = label - torch.from_numpy(store.generator(index).astype("float64"))
     loss = -(1 - ALPHA) * label + ALPHA * kd
     entropy = torch.special.entr(log_q.exp()).sum(1)
     parts = (loss, -label, entropy, kd, log_p.exp().sum(1), log_q_ids.exp().sum(1), -ratio, ratio.exp() - 1 - ratio)

@@ -10,8 +10,10 @@ from typing import Any, get_args
 import pytest
 
 from megatron_npd.audit.verify import verify_run
+from megatron_npd.choices import Mode
 from megatron_npd.cli import train as train_command
-from megatron_npd.config.settings import Mode, TrainConfig
+from megatron_npd.config.settings import PackConfig, TrainConfig
+from megatron_npd.data.packing import pack_rollouts
 from megatron_npd.data.row_schedule import ScheduleEntry, schedule_text
 from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
@@ -19,7 +21,8 @@ from megatron_npd.models.convert import hf_to_megatron
 from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE, make_tiny_model
-from tests.training.make_run import column, config, make_packs, make_sft_packs, read_metrics
+from tests.teacher.reference import make_rollouts
+from tests.training.make_run import column, config, make_packs, make_sft_packs, read_metrics, sample_lengths
 
 TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
 
@@ -160,7 +163,8 @@ def test_sft_learns_its_data(tmp_path: Path, tiny_model_dir: Path, sft_packs: Pa
     for line in lines:
         assert line["loss"] == pytest.approx(line["ce"])
         assert line["policy_version"] == "data"
-        assert not line.keys() & {"kd", "teacher_mass", "student_mass", "lag_k1", "lag_k3", "lag_tokens"}
+        assert not line.keys() & {"kd", "teacher_mass", "student_mass"}
+        assert line["lag_k1"] is line["lag_k3"] is None and line["lag_tokens"] == 0  # nobody generated it
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))
@@ -312,3 +316,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, tiny_model_dir
     wider = make_tiny_model(tmp_path / "wider", hidden_size=128, num_attention_heads=4)
     with pytest.raises(UserError, match="must hold this model"):
         train(config(wider, packs, tmp_path / "run"))
+
+
+def test_responses_that_nobody_scored_train_and_tell_their_lag(tmp_path: Path, tiny_model_dir: Path) -> None:
+    lengths = sample_lengths(40)
+    make_rollouts(tmp_path / "rollouts", lengths)
+    cfg = PackConfig(seq_length=64, segment_align=8)
+    pack_rollouts(tmp_path / "rollouts", tmp_path, cfg, vocab_size=VOCAB_SIZE)
+    result = train(
+        config(tiny_model_dir, tmp_path / "packs", tmp_path / "save", train_iters=3, lr_warmup_iters=0, objective="sft")
+    )
+    lines = read_metrics(result.metrics_path)
+    assert all(0 < line["lag_tokens"] < line["response_tokens"] for line in lines)  # odd samples are greedy
+    assert all(line["lag_k3"] > 0 and "kd" not in line and line["policy_version"] == "v0003" for line in lines)
+    with pytest.raises(UserError, match="distillation"):
+        train(config(tiny_model_dir, tmp_path / "packs"))
