@@ -171,7 +171,11 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
     teacher = make_tiny_model(tmp_path / "teacher", seed=1, num_hidden_layers=3, num_key_value_heads=2)
     student = make_tiny_model(tmp_path / "student", num_key_value_heads=2)
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"What is {n} + 7?"}) + "\n" for n in range(24)))
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {n} + 7?"}) + "\n" for n in range(8)))
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(
+        "".join(json.dumps({"prompt": f"{n} + 1?", "response": f"#### {n + 1}"}) + "\n" for n in range(3))
+    )
     run = tmp_path / "run"
     environment = os.environ | {
         "RUN": str(run),
@@ -197,7 +201,9 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
     assert "error: another node failed: node 2: " in logs[0].read_text()
     assert start_nodes(environment, logs[:1]) == [2]
     assert "attempt must be new at each start, got 7.0.0 again" in logs[0].read_text()
-    codes = start_nodes(environment | {"SLURM_RESTART_COUNT": "1"}, logs)
+    codes = start_nodes(
+        environment | {"SLURM_RESTART_COUNT": "1"}, logs, f"--eval.prompts={problems}", "--eval.max-tokens=8"
+    )
     printed = "\n".join(path.read_text() for path in logs)
     assert codes == [0, 0, 0], printed[-6000:]
     with socket.socket() as probe:  # the servers end with the run
@@ -208,7 +214,8 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
         read_manifest(run / "rounds" / f"{index:04d}" / "annotations", kind="annotations")
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert [entry["steps"] for entry in summary["training"]] == [[1, 2], [3, 4]]
-    assert "evaluate" not in summary["seconds"] and summary["seconds"].keys() >= {"rollout", "annotate", "train"}
+    assert summary["seconds"].keys() >= {"rollout", "annotate", "train", "evaluate", "measure"}
+    assert summary["accuracy"]["start"] is not None and len(summary["accuracy"]["rounds"]) == 2
     assert [entry["policy"] for entry in summary["measures"]] == [0, 1, 2]
     assert f"report  {run}/report/report.html" in logs[0].read_text()
     assert verify_run(run).problems == []
