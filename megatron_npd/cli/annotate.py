@@ -69,6 +69,10 @@ def _check(command: AnnotateCommand) -> None:
     if not command.follow_seconds:
         check_sealed("rollouts", command.rollouts)
     check_out_dir("out", command.out)
+    if command.backend == "none":
+        raise UserError(
+            "backend must be megatron or vllm, got none; that is for a whole run, whose responses train unscored"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if command.backend == "vllm":
         if not command.urls and world > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_npd.choices import PlatformName
 from megatron_npd.config.cluster import ClusterConfig
@@ -44,6 +45,8 @@ class NPDConfig(ClusterConfig):
     """Hugging Face directory of the student to start from."""
     prompts: str = ""
     """JSONL or Parquet of prompts (messages or prompt, optional response)."""
+    responses: Literal["student", "teacher"] = "student"
+    """Whose responses train: the student's own, or the teacher's (SeqKD)."""
     special_tokens_in_text: bool = False
     """Take special tokens that users' texts spell (<|im_end|>) for control tokens rather than for text."""
     updates: int = 1
@@ -78,6 +81,21 @@ class NPDConfig(ClusterConfig):
             "a round needs a training step",
         )
         super().__post_init__()
+        scored = self.annotate.backend != "none"
+        require(
+            scored or self.train.objective == "sft",
+            "train.objective",
+            "sft with annotate.backend none",
+            self.train.objective,
+            "distillation needs the teacher's scores",
+        )
+        require(
+            self.responses == "student" or self.updates == 0,
+            "updates",
+            "0 with responses teacher",
+            self.updates,
+            "the teacher stays as it is: more prompts or paths give more responses",
+        )
         require(self.max_lead >= 0, "max_lead", "at least 0", self.max_lead, "0 waits for the newest policy")
         require(
             self.train.refresh != "by_lag" or self.rollout.measures_lag,

@@ -110,8 +110,9 @@ class AnnotateConfig:
     follow_seconds: float = 0.0
     """Annotate a round that is still being generated, shard by shard as they are sealed, and wait for the next one as
     long as answers arrive within this time, in seconds; 0: the round must be sealed."""
-    backend: Literal["megatron", "vllm"] = "megatron"
-    """What runs the teacher: megatron-core, or vLLM servers (prompt_logprobs) for teachers that no family covers."""
+    backend: Literal["megatron", "vllm", "none"] = "megatron"
+    """What runs the teacher: megatron-core; vLLM servers (prompt_logprobs) for teachers that no family covers; none: a
+    run's responses train unscored (SFT, SeqKD)."""
     urls: tuple[str, ...] = ()
     """Base URLs of running vLLM servers of the teacher, for backend vllm; empty: one is launched on this machine."""
     token_file: str = ""
@@ -122,7 +123,9 @@ class AnnotateConfig:
     def __post_init__(self) -> None:
         require_share("max_quarantined", self.max_quarantined)
         require(self.follow_seconds >= 0, "follow_seconds", "at least 0", self.follow_seconds, "0 does not follow")
-        require(not self.urls or self.backend == "vllm", "urls", "empty", list(self.urls), "they go with backend vllm")
+        require(not self.urls or self.backend != "megatron", "urls", "empty", list(self.urls), "use backend vllm")
+        none_follows = self.backend == "none" and self.follow_seconds > 0
+        require(not none_follows, "follow_seconds", "0 with backend none", self.follow_seconds, "nobody follows")
         for name in (
             "top_k",
             "seq_length",

@@ -30,6 +30,7 @@ _NAMED = {
     "rollout.max_model_len": "prompts",  # longer ones are set aside
     "special_tokens_in_text": "prompts",
     "updates": "train",
+    "responses": "rollout",
     "max_lead": "rollout",  # it decides which policy generates a round
 }
 _OF_A_ROUND = [name for name in ORDER if name not in ("prompts", "train", "export")]

@@ -120,9 +120,11 @@ class Task:
 
     def ready(self, ctx: Context) -> bool:
         """Whether all that it reads is there."""
+        if self.stage.ready is not None:
+            return self.stage.ready(ctx, self.index)
         output = self.stage.output(ctx.run, self.index)
         inputs = [] if output is None else [os.path.normpath(output / name) for name in self.stage.inputs]
-        return all(map(is_sealed, inputs)) and self.stage.ready(ctx, self.index)
+        return all(map(is_sealed, inputs))
 
 
 def tasks(rounds: int) -> list[Task]:
@@ -174,8 +176,9 @@ def _start(ctx: Context, task: Task) -> None:
     get_logger().info("%s: %s", place, stage.name)
     if (output := stage.output(ctx.run, index)) is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-    if stage.policy is not None:  # before the stage's clock starts: a server's start and refresh have their own
-        ctx.servers.serve(stage.policy(ctx, index))
+    policy = stage.policy(ctx, index) if stage.policy is not None else None
+    if policy is not None:  # before the stage's clock starts: a server's start and refresh have their own
+        ctx.servers.serve(policy)
     if stage.background:
         task.started = time.monotonic()
         stage.function(ctx, index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from megatron_npd.serving.access import keep_token
 from megatron_npd.serving.pool import ServerPool
 from megatron_npd.serving.refresh import refresh
 from megatron_npd.serving.server import VLLMServer, start_servers
+
+TEACHER = "teacher"  # policy version of responses that the teacher gave
 
 
 def policy_dir(run: RunDir, cfg: NPDConfig, index: int) -> Path:
@@ -52,6 +55,16 @@ class Servers:
                 refresh(self._pool, policy, version(index))
             self._served = index
         return self._pool
+
+    @contextmanager
+    def of_teacher(self) -> Iterator[ServerPool]:
+        """Servers of the teacher, for its own responses: those that are given, else launched for that time alone."""
+        given = self.cfg.annotate
+        cfg = replace(self.cfg.rollout, urls=given.urls, token_file=given.token_file if given.urls else "")
+        with timed(self.run, "server start"):
+            pool = ServerPool.open(self.cfg.teacher, cfg, version=TEACHER, log_dir=self.run.logs)
+        with pool:
+            yield pool
 
     def __enter__(self) -> Servers:
         return self

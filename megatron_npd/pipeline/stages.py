@@ -32,7 +32,7 @@ class Stage:
         policy: Number of the policy that must be on the rollout servers before; None: it does not ask them.
         background: Whether ``function`` only sees to it that the trainer is at work.
         function: Does it, or sees to it that a command of ours does it in the background.
-        ready: What must hold beside sealed ``inputs`` before it starts.
+        ready: Whether it may start, where sealed ``inputs`` do not tell.
         done: Whether there is nothing left to do, where ``output`` being sealed does not tell.
         settings: Group of the configuration that its results are the first to depend on.
     """
@@ -43,10 +43,10 @@ class Stage:
     output: Callable[[RunDir, int], Path | None]
     inputs: Mapping[str, str] = field(default_factory=dict)
     needs: Needs = "host"
-    policy: Callable[[Context, int], int] | None = None
+    policy: Callable[[Context, int], int | None] | None = None
     background: bool = False
     function: Callable[[Context, int], None]
-    ready: Callable[[Context, int], bool] = work.always
+    ready: Callable[[Context, int], bool] | None = None
     done: Callable[[Context, int], bool] | None = None
     settings: str = ""
 
@@ -97,7 +97,7 @@ STAGES = {
             output=lambda run, index: run.rollouts(index),
             inputs={"../../../prompts": "prompts"},
             needs="servers",
-            policy=work.generating_policy,
+            policy=work.serving_policy,
             function=work.rollout,
             ready=work.policy_is_due,
             settings="rollout",
@@ -110,6 +110,7 @@ STAGES = {
             inputs={"../rollouts": "rollouts_sha256"},
             needs="ranks",
             function=work.annotate,
+            done=work.is_annotated,
             settings="annotate",
         ),
         Stage(
@@ -119,6 +120,7 @@ STAGES = {
             output=lambda run, index: run.selection(index),
             inputs={"../annotations": "annotations_sha256"},
             function=work.select,
+            done=work.is_selected,
             settings="select",
         ),
         Stage(
@@ -128,6 +130,7 @@ STAGES = {
             output=lambda run, index: run.packs(index),
             inputs={"../selection": "selection_sha256"},
             function=work.pack,
+            ready=work.is_selected,
             settings="pack",
         ),
         Stage(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.config.settings import AnnotateConfig
-from megatron_npd.data.packing import pack_selection
+from megatron_npd.data.packing import pack_rollouts, pack_selection
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
 from megatron_npd.errors import UserError
@@ -26,7 +27,7 @@ from megatron_npd.pipeline.evaluation import (
 )
 from megatron_npd.pipeline.launch import Job, Launcher
 from megatron_npd.pipeline.preflight import check_prompts
-from megatron_npd.pipeline.servers import Servers, policy_dir
+from megatron_npd.pipeline.servers import TEACHER, Servers, policy_dir
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.run_dir import RunDir, version
 from megatron_npd.selection.select import frozen_taus, select_round
@@ -71,10 +72,11 @@ def prompts(ctx: Context, _: int) -> None:
                 max_prompt_len=cfg.rollout.max_model_len - 1,
                 max_quarantined=cfg.rollout.max_quarantined,
                 special_tokens_in_text=cfg.special_tokens_in_text,
-                held_out=0 if cfg.eval.prompts else cfg.eval.held_out,
+                held_out=0 if cfg.eval.prompts or cfg.annotate.backend == "none" else cfg.eval.held_out,
             )
     check_prompts(run, cfg)
-    prepare_measure(run, cfg)
+    if cfg.annotate.backend != "none":
+        prepare_measure(run, cfg)
 
 
 def evaluate_teacher(ctx: Context, _: int) -> None:
@@ -124,6 +126,8 @@ def measure(ctx: Context, index: int) -> None:
 def is_measured(ctx: Context, index: int) -> bool:
     held_out = ctx.run.held_out
     prompts_known = is_sealed(ctx.run.prompts)
+    if ctx.cfg.annotate.backend == "none":
+        return True
     if is_sealed(held_out.annotations(index)) or nothing_measured(held_out.round(index)) is not None:
         return True
     return prompts_known and not is_sealed(held_out.prompts)
@@ -146,23 +150,26 @@ def generating_policy(ctx: Context, index: int) -> int:
     return max(0, index - ctx.cfg.max_lead)
 
 
+def serving_policy(ctx: Context, index: int) -> int | None:
+    """What the rollout servers must have before a round; a teacher has servers of its own."""
+    return None if ctx.cfg.responses == "teacher" else generating_policy(ctx, index)
+
+
 def policy_is_due(ctx: Context, index: int) -> bool:
     return policy_is_there(ctx, generating_policy(ctx, index))
 
 
 def rollout(ctx: Context, index: int) -> None:
     """Generate a round of responses; with ``annotate.follow_seconds`` another command annotates them meanwhile."""
-    policy = generating_policy(ctx, index)
     if ctx.cfg.annotate.follow_seconds:
         ctx.followers[index] = ctx.launcher.start("annotate", annotate_settings(ctx, index, ctx.run, ctx.cfg.annotate))
-    generate_round(
-        ctx.run.prompts,
-        ctx.run.rollouts(index),
-        pool=ctx.servers.serve(policy),
-        cfg=ctx.cfg.rollout,
-        round_index=index,
-        policy_version=version(policy),
-    )
+    generate = partial(generate_round, ctx.run.prompts, ctx.run.rollouts(index), cfg=ctx.cfg.rollout, round_index=index)
+    if ctx.cfg.responses == "teacher":
+        with ctx.servers.of_teacher() as pool:
+            generate(pool=pool, policy_version=TEACHER, source="teacher")
+        return
+    policy = generating_policy(ctx, index)
+    generate(pool=ctx.servers.serve(policy), policy_version=version(policy))
 
 
 def annotate(ctx: Context, index: int) -> None:
@@ -173,6 +180,10 @@ def annotate(ctx: Context, index: int) -> None:
         _annotate(ctx, index, ctx.run, ctx.cfg.annotate)
 
 
+def is_annotated(ctx: Context, index: int) -> bool:
+    return ctx.cfg.annotate.backend == "none" or is_sealed(ctx.run.annotations(index))
+
+
 def select(ctx: Context, index: int) -> None:
     """Choose which of a round's responses train; the first round's taus stay (METHOD section 3)."""
     run, cfg = ctx.run, ctx.cfg.select
@@ -180,8 +191,20 @@ def select(ctx: Context, index: int) -> None:
     select_round(run.annotations(index), run.selection(index), cfg, taus, prompts_dir=run.prompts)
 
 
+def is_selected(ctx: Context, index: int) -> bool:
+    """What nobody scores trains as it is."""
+    unscored = ctx.cfg.annotate.backend == "none"
+    return is_sealed(ctx.run.rollouts(index) if unscored else ctx.run.selection(index))
+
+
 def pack(ctx: Context, index: int) -> None:
-    """Pack the selected responses into training rows."""
+    """Pack the selected responses, or all that nobody scores, into training rows."""
+    if ctx.cfg.annotate.backend == "none":
+        from megatron_npd.models.families import load_spec
+
+        vocab_size = load_spec(ctx.cfg.student).vocab_size
+        pack_rollouts(ctx.run.rollouts(index), ctx.run.round(index), ctx.cfg.pack, vocab_size=vocab_size)
+        return
     pack_selection(ctx.run.annotations(index), ctx.run.selection(index), ctx.run.packs(index), ctx.cfg.pack)
 
 
@@ -227,11 +250,6 @@ def export(ctx: Context, index: int) -> None:
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
-
-
-def always(_: Context, __: int) -> bool:
-    """What is ready whenever its inputs are sealed."""
-    return True
 
 
 def _annotate(ctx: Context, index: int, run: RunDir, cfg: AnnotateConfig) -> None:

@@ -76,13 +76,19 @@ class Shard:
             seed, temperature, top_p = self._sampling(index)
             yield Request(
                 key=index,
-                token_ids=self._prompt(index, "prompt_ids"),
+                token_ids=self._asked(index),
                 max_tokens=min(self.cfg.max_tokens, self.cfg.max_model_len - self._length(index)),
                 stop_ids=self.settings["stop_ids"],
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed,
             )
+
+    def _asked(self, index: int) -> list[int]:
+        """The prompt as the model that answers reads it: a teacher may have a chat template of its own."""
+        if self.settings["source"] == "teacher" and (own := self._prompt(index, "teacher_prompt_ids")) is not None:
+            return own
+        return self._prompt(index, "prompt_ids")
 
     def record(self, index: int, answer: Recorded | Failure) -> None:
         """Keep an answer that arrived, on disk too; a failure is asked for again by a later call."""
