@@ -120,7 +120,7 @@ def bench_balance(lengths: np.ndarray, ranks: int = 8, global_batch: int = 64) -
             seconds.append((time.perf_counter() - start) / ranks)
             loads = [own[np.concatenate(places)].sum() for places in dealt]
             ratios.append(max(loads) / np.mean(loads))
-        print(f"- {what}: mean {np.mean(ratios):.3f}, worst {max(ratios):.3f}; {1e6 * min(seconds):.0f} us a rank")
+        print(f"- {what}: mean {np.mean(ratios):.3f}, worst {max(ratios):.3f}; {1e6 * min(seconds):.0f} us per rank")
 
 
 def make_store(path: Path, lengths: np.ndarray) -> Path:
@@ -206,7 +206,7 @@ def bench_stages(root: Path, lengths: np.ndarray, repeat: int) -> None:
     copy = best_seconds(lambda: np.copyto(target, source), "cpu", repeat) * num_bytes / source.size
     row("a copy of as many bytes in memory", copy, f"{num_bytes / copy / 1e9:.1f} GB/s")
     opening = best_seconds(lambda: AnnotationStore(store_dir, verify=False), "cpu", repeat)
-    row("opening, verified before", opening, f"{1e6 * opening / len(lengths):.2f} us a sample")
+    row("opening, verified before", opening, f"{1e6 * opening / len(lengths):.2f} us per sample")
     cfg = PackConfig(seq_length=SEQ_LENGTH)
     selection, packs = root / "selection", root / "packs"
     for what, directory, stage in (

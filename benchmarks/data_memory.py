@@ -7,7 +7,7 @@ Samples have a prompt of 1 to 3 tokens, a response of 2 and one teacher column: 
 their bodies. Stages run in processes of their own; the figure is the peak of their anonymous memory above what it was
 before the stage. Ranks open the data set one after another, the first verifies it, each reads some rows, and all stay;
 the figure is the largest sum of their proportional set sizes (PSS), in which pages that they share count once: the
-interpreter and torch included. Memory is looked at twenty times a second.
+interpreter and torch included. Memory is looked at twenty times per second.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class Peak:
 
 def row(what: str, seconds: float, num_bytes: float, samples: int) -> None:
     print(
-        f"| {what} | {seconds:.1f} s | {num_bytes / 2**30:.3f} GiB | {num_bytes / samples:.1f} B a sample |", flush=True
+        f"| {what} | {seconds:.1f} s | {num_bytes / 2**30:.3f} GiB | {num_bytes / samples:.1f} B per sample |",
+        flush=True,
     )
 
 

@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90, help="compute capability (default: 90)")
     parser.add_argument("--tokens", type=int, default=32768, help="rows of the logits (default: 32768)")
     parser.add_argument("--vocab", type=int, default=152064, help="columns of the logits (default: 152064)")
-    parser.add_argument("--top-k", type=int, default=10, help="teacher ids a token (default: 10)")
+    parser.add_argument("--top-k", type=int, default=10, help="teacher ids per token (default: 10)")
     args = parser.parse_args()
     print("| kernel | logits | registers | spills, B | shared, B | threads | resident | in flight, KiB |")
     print("|---|---|---|---|---|---|---|---|")

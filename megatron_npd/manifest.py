@@ -148,18 +148,18 @@ def file_inside(root: str | Path, name: object) -> Path:
 
 
 def in_words(reasons: Mapping[str, int]) -> str:
-    """What was set aside, by reason, as text; repeated records are no fault and stand apart."""
+    """What was quarantined, by reason, as text; repeated records are no fault and stand apart."""
     faults = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()) if reason != "duplicate")
     merged = reasons.get("duplicate", 0)
-    parts = (faults and f"set aside: {faults}", merged and f"duplicates merged: {merged}")
-    return "; ".join(part for part in parts if part) or "nothing set aside"
+    parts = (faults and f"quarantined: {faults}", merged and f"duplicates merged: {merged}")
+    return "; ".join(part for part in parts if part) or "nothing quarantined"
 
 
 def check_quarantined(reasons: Mapping[str, int], total: int, largest_share: float, where: str | Path) -> None:
     """Stop a stage that sets too much aside; repeated records are no fault and do not count.
 
     Args:
-        reasons: What was set aside, by reason.
+        reasons: What was quarantined, by reason.
         total: Of how many.
         largest_share: The share that may be.
         where: Names the input.
@@ -171,8 +171,8 @@ def check_quarantined(reasons: Mapping[str, int], total: int, largest_share: flo
     if (number := sum(faults.values())) > largest_share * total:
         listed = ", ".join(f"{count} {reason}" for reason, count in faults.items())
         raise UserError(
-            f"{where} must be usable but for {100 * largest_share:g} %, got {number} of {total} set aside ({listed}); "
-            "mend the cause, or raise max_quarantined to go on without them"
+            f"{where} must be usable but for {100 * largest_share:g} %, got {number} of {total} quarantined "
+            f"({listed}); mend the cause, or raise max_quarantined to go on without them"
         )
 
 

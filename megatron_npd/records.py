@@ -53,7 +53,7 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string(), nullable=False),  # stop | length
         pa.field(
             "copies", pa.int32(), nullable=False
-        ),  # identical answers to the prompt that it stands for, itself too
+        ),  # identical responses to the prompt that it stands for, itself too
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("temperature", pa.float32(), nullable=False),  # 0 is greedy
         pa.field("top_p", pa.float32(), nullable=False),
@@ -76,7 +76,7 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("policy_version", pa.string(), nullable=False),
         # Sampled by the student at temperature 1, top_p 1: the policy lag is defined.
         pa.field("on_distribution", pa.bool_(), nullable=False),
-        pa.field("teacher_loss", pa.float32(), nullable=False),  # L(y|x), mean nats a token
+        pa.field("teacher_loss", pa.float32(), nullable=False),  # L(y|x), mean nats per token
         pa.field("teacher_loss_unconditional", pa.float32(), nullable=False),  # L(y)
         pa.field("student_loss", pa.float32(), nullable=False),
         pa.field("student_loss_unconditional", pa.float32(), nullable=False),
@@ -125,7 +125,7 @@ def defined_logprobs(values: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
 
 
 class BadRecord(Exception):
-    """A record of a user that is set aside: its reason, and what was seen."""
+    """A record of a user that is quarantined: its reason, and what was seen."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)

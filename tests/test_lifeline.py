@@ -141,7 +141,7 @@ def test_a_command_whose_starter_is_gone_does_not_begin(tmp_path: Path, start: S
 
 @pytest.mark.parametrize("killed", ["controller", "torchrun"])
 def test_ranks_and_torchrun_end_together(tmp_path: Path, start: Start, pids: Callable, killed: str) -> None:
-    """kill -9 of the controller or of torchrun alone leaves no rank, no torchrun and no file in /tmp."""
+    """kill -9 of the runner or of torchrun alone leaves no rank, no torchrun and no file in /tmp."""
     (tmp_path / "tmp").mkdir()
     torchrun_alone = command_line(ClusterConfig(nproc_per_node=2), "train", {})[: -len(("-m", "megatron_npd", "train"))]
     command = [*torchrun_alone, script(tmp_path / "rank.py", RANK), tmp_path / "pids"]

@@ -52,9 +52,9 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 def test_what_was_set_aside_in_words() -> None:
-    assert in_words({}) == "nothing set aside"
+    assert in_words({}) == "nothing quarantined"
     assert in_words({"duplicate": 1}) == "duplicates merged: 1"
-    assert in_words({"timeout": 2, "duplicate": 1, "bad": 3}) == "set aside: 3 bad, 2 timeout; duplicates merged: 1"
+    assert in_words({"timeout": 2, "duplicate": 1, "bad": 3}) == "quarantined: 3 bad, 2 timeout; duplicates merged: 1"
 
 
 def test_files_are_written_hidden_and_appear_flushed_with_the_manifest_last(

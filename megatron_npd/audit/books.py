@@ -30,7 +30,7 @@ from megatron_npd.store.streams import STREAMS, stream_items
 
 @dataclass(kw_only=True)
 class Books:
-    """What was found of a stage: ids of kept samples, (id, reason) of those set aside, and further sums."""
+    """What was found of a stage: ids of kept samples, (id, reason) of those quarantined, and further sums."""
 
     kept: list[str] = field(default_factory=list)
     aside: list[tuple[str, str]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Books:
         return self
 
     def reasons(self) -> dict[str, int]:
-        """How many were set aside, by reason."""
+        """How many were quarantined, by reason."""
         return dict(sorted(Counter(reason for _, reason in self.aside).items()))
 
 

@@ -49,7 +49,7 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 160,
 }
 _POINTS = 60  # of a curve, each with its range
-_LEAST_LAG = 1e-4  # nats a token; less is drawn there
+_LEAST_LAG = 1e-4  # nats per token; less is drawn there
 MEASURES = {"delta": "Delta-IFD", "ifd_student": "IFD of the student", "ifd_teacher": "IFD of the teacher"}
 
 
@@ -114,7 +114,7 @@ def _distances(ax: Axes, measures: Sequence[Mapping[str, Any]]) -> None:
         ax.text(place, max(value, 0) + error, f"{value:.2f}", ha="center", va="bottom")
     _name_bars(ax, [f"round {entry['policy'] - 1}" if entry["policy"] else "start" for entry in entries])
     ax.margins(y=0.12)
-    ax.set_title("KL to the teacher (nats a token)")
+    ax.set_title("KL to the teacher (nats per token)")
 
 
 def _name_bars(ax: Axes, labels: Sequence[str]) -> None:
@@ -131,10 +131,10 @@ def _name_bars(ax: Axes, labels: Sequence[str]) -> None:
 
 
 def _losses(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Loss, CE and KD in nats a response token, over steps."""
+    """Loss, CE and KD in nats per response token, over steps."""
     for name, label, colour in (("ce", "CE", ORANGE), ("kd", "KD", GREEN), ("loss", "loss", BLUE)):
         _curve(ax, metrics, name, label, colour)
-    ax.set_title("Training loss (nats a token)")
+    ax.set_title("Training loss (nats per token)")
     _finish_curves(ax, metrics)
 
 
@@ -142,7 +142,7 @@ def _lag(ax: Axes, metrics: Sequence[Mapping[str, Any]]) -> None:
     """Policy lag k3 over steps, beside the paper's bound."""
     _curve(ax, metrics, "lag_k3", "k3", BLUE, least=_LEAST_LAG)
     ax.axhline(LAG_BOUND, color=RED, linewidth=1.2, linestyle="--", label=f"bound {LAG_BOUND:.2f}")
-    ax.set_title("Policy lag (nats a token)")
+    ax.set_title("Policy lag (nats per token)")
     _finish_curves(ax, metrics)
 
 

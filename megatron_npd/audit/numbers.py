@@ -19,7 +19,7 @@ from megatron_npd.pipeline.evaluation import read_measures, read_samples
 from megatron_npd.run_dir import RunDir
 
 ZONES = ("degenerate", "proximal", "disconnect", "undefined")
-LAG_BOUND = 0.10  # nats a token, METHOD section 4
+LAG_BOUND = 0.10  # nats per token, METHOD section 4
 DROPPED_BOUND = CUT_BOUND = 0.10  # shares of a round's responses
 # Numbers of a step that are no parts of its objective, or have a table of their own.
 _NO_PARTS = ("lag_k1", "lag_k3", "lr", "grad_norm", "tokens_per_second", "step_seconds", "data_wait_seconds")
@@ -43,7 +43,7 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
     Returns:
         ``headline``, ``verdicts`` and ``missing`` (sentences); ``accuracy`` (``start``, ``teacher``, ``further_sft``,
         ``rounds``, in percent; the number of ``problems``, and of those that train too); ``measures`` and ``samples``
-        (``pipeline/evaluation.py``); ``zones``, ``lag`` and ``training`` (one entry a round; lag in nats a token);
+        (``pipeline/evaluation.py``); ``zones``, ``lag`` and ``training`` (one entry per round; lag in nats per token);
         ``policies`` (names of finished ones); ``seconds`` by stage, ``distillation_seconds`` (what belongs to a round)
         and ``total_seconds``; ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned)
         and ``written``.
@@ -108,7 +108,7 @@ def headline(summary: Mapping[str, Any]) -> str:
         sentence = f"from {accuracy['start']:.1f} % to {accuracy['rounds'][-1]:.1f} % exact match on {problems}"
     elif len(measures) > 1 and None not in (measures[0]["kl"], measures[-1]["kl"]):
         values = f"from {measures[0]['kl']:.2f} to {measures[-1]['kl']:.2f}"
-        sentence = f"{values} nats a token of KL to its teacher, on {measures[-1]['prompts']} held-out prompts"
+        sentence = f"{values} nats per token of KL to its teacher, on {measures[-1]['prompts']} held-out prompts"
     else:
         return f"Near-policy distillation trained the student in {span}; nothing was measured on held-out prompts."
     sentence = f"Near-policy distillation took the student {sentence}, in {span}"
@@ -218,8 +218,9 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
     if lags := [entry for entry in summary["lag"] if entry["highest"] > LAG_BOUND]:
         worst = max(lags, key=lambda entry: entry["highest"])
         yield (
-            f"{_where(worst, lags)}: the policy lag reached {worst['highest']:.2f} nats a token (mean over a tenth of "
-            f"the steps), {worst['highest'] / LAG_BOUND:.1f} times its bound of {LAG_BOUND:.2f}. More updates, fewer "
+            f"{_where(worst, lags)}: the policy lag reached {worst['highest']:.2f} nats per token (mean over a tenth "
+            f"of the steps), {worst['highest'] / LAG_BOUND:.1f} times its bound of {LAG_BOUND:.2f}. More updates, "
+            "fewer "
             "steps or a lower learning rate keep the training data closer to the policy."
         )
     zones = summary["zones"]
@@ -253,7 +254,7 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
         if after["kl"] - before["kl"] > 2 * (before["kl_error"] ** 2 + after["kl_error"] ** 2) ** 0.5:
             yield (
                 f"Round {after['policy'] - 1}: the KL to the teacher rose from {before['kl']:.2f} to {after['kl']:.2f} "
-                "nats a token. A lower learning rate is the first thing to try."
+                "nats per token. A lower learning rate is the first thing to try."
             )
 
 

@@ -120,7 +120,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         tiles.append((f"{accuracy['start']:.1f} → {accuracy['rounds'][-1]:.1f} %", "exact match"))
     first, last = (measures[0], measures[-1]) if measures else ({}, {})
     if len(measures) > 1 and None not in (first["kl"], last["kl"]):
-        tiles.append((f"{first['kl']:.2f} → {last['kl']:.2f}", "KL to the teacher, nats a token"))
+        tiles.append((f"{first['kl']:.2f} → {last['kl']:.2f}", "KL to the teacher, nats per token"))
     if len(measures) > 1 and None not in (first["top1_agreement"], last["top1_agreement"]):
         values = f"{100 * first['top1_agreement']:.1f} → {100 * last['top1_agreement']:.1f} %"
         tiles.append((values, "tokens as the teacher would choose"))
@@ -167,7 +167,7 @@ def _policies(summary: Mapping[str, Any]) -> str:
         )
     header = ["policy", "accuracy", "points", "KL to teacher", "top-1 agreement", "response tokens", "cut by length"]
     note = (
-        "KL in nats a token; agreement: tokens of the greedy responses that are the teacher's most likely ones too."
+        "KL in nats per token; agreement: tokens of the greedy responses that are the teacher's most likely ones too."
         if measures
         else ""
     )

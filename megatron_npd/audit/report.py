@@ -75,7 +75,7 @@ def text_table(summary: Mapping[str, Any]) -> str:
             counts = "".join(f"{entry['zones'][zone]['count']:>12}" for zone in ZONES)
             lines += [f"  {entry['round']:>5}{counts}{100 * entry['kept_share']:>6.1f} %"]
     if summary["lag"]:
-        lines += ["", "policy lag k3 (nats a token)", "  round     mean  highest   at end"]
+        lines += ["", "policy lag k3 (nats per token)", "  round     mean  highest   at end"]
         names = ("mean", "highest", "end")
         lines += [f"  {entry['round']:>5}" + "".join(f"{entry[n]:>9.4f}" for n in names) for entry in summary["lag"]]
     if summary["seconds"]:

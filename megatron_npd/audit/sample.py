@@ -43,7 +43,7 @@ def describe_sample(run: str | Path, sample: str, decode: Decode | None = None) 
             if (rollout := _row(file, sample)) is not None:
                 return "\n".join(_life(rollouts.parent, rollout, decode)) + "\n"
             if (reason := _set_aside(shard, sample)) is not None:
-                return f"sample {sample}: set aside by the rollout stage ({reason})\n"
+                return f"sample {sample}: quarantined by the rollout stage ({reason})\n"
     raise UserError(
         f"sample must be the id of a sample of {run}, got {sample}; it has {', '.join(known[:_SHOWN]) or 'none'}, ..."
     )
@@ -63,7 +63,7 @@ def _life(directory: Path, rollout: dict[str, Any], decode: Decode | None) -> It
     if isinstance(found, str):
         yield found
     else:
-        yield "scores, mean nats a token: " + ", ".join(
+        yield "scores, mean nats per token: " + ", ".join(
             f"{name} {found[0][column]:.6g}"
             for name, column in (
                 ("teacher L(y|x)", "teacher_loss"),
@@ -89,7 +89,7 @@ def _annotated(annotations: Path, sample: str) -> tuple[dict[str, Any], np.ndarr
     """The sample's scores, teacher records (None where the store has none) and index, or why there are none."""
     for shard in sorted(path for path in annotations.glob("shard-*") if is_sealed(path)):
         if (reason := _set_aside(shard, sample)) is not None:
-            return f"set aside by the annotation stage ({reason})"
+            return f"quarantined by the annotation stage ({reason})"
         row = _row(verified_file(shard, SAMPLES_FILE, kind=SHARD_KIND), sample)
         if row is None:
             continue

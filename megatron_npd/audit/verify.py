@@ -38,7 +38,7 @@ class Verification:
 
     def table(self) -> str:
         """The rows as text, then the problems or the word that there are none."""
-        header = ("directory", "kind", "in", "kept", "set aside", "pending", "files", "MB")
+        header = ("directory", "kind", "in", "kept", "quarantined", "pending", "files", "MB")
         cells: list[tuple[str, ...]] = [header]
         for directory, kind, entered, kept, reasons, pending, files, size in self.rows:
             aside = ", ".join(f"{number} {reason}" for reason, number in reasons.items()) or "0"
@@ -205,7 +205,7 @@ class _Audit:
                 )
 
     def _compare_with_input(self, path: Path, kind: str, manifest: Manifest | None, books: Books) -> int | None:
-        """Every sample of the input is here once, kept or set aside; the number of those that are not yet.
+        """Every sample of the input is here once, kept or quarantined; the number of those that are not yet.
 
         None where that is not known.
         """

@@ -39,13 +39,13 @@ class PreprocessCommand:
     max_prompt_len: int = 32768
     """Longest prompt of a text, in tokens."""
     policy_version: str = "data"
-    """Version of the policy that generated the responses; a record that names another one is set aside."""
+    """Version of the policy that generated the responses; a record that names another one is quarantined."""
     shard_size: int = 4096
     """Records a sealed shard."""
     workers: int = 1
     """Processes; the result is the same for any number."""
     max_quarantined: float = 0.1
-    """Share of the records that may be set aside before the command stops."""
+    """Share of the records that may be quarantined before the command stops."""
     platform: PlatformName = "auto"
     """Device platform; auto: cuda, npu or cpu, the first that is there."""
 

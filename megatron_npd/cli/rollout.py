@@ -1,4 +1,4 @@
-"""Generate one round of answers, with vLLM servers started here or running already.
+"""Generate one round of responses, with vLLM servers started here or running already.
 
 ``npd rollout --prompts DIR --model DIR --out DIR --round 0 --policy-version v0000``
 """
@@ -17,7 +17,7 @@ from megatron_npd.log import get_logger, wrote
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutCommand(RolloutConfig):
-    """Generate one round of answers, with vLLM servers started here or running already."""
+    """Generate one round of responses, with vLLM servers started here or running already."""
 
     prompts: str
     """Sealed directory of prompts."""

@@ -21,7 +21,7 @@ class EvalConfig:
     """Its first group, at its last match, is the answer, in reference and response alike (GSM8K's form by default);
     empty: no accuracy, and the prompts need no reference responses."""
     max_tokens: int = 256
-    """Longest answer, in tokens."""
+    """Longest response, in tokens."""
     held_out: int = 64
     """Prompts on which the KL to the teacher, the agreement of the most likely tokens and the response length are
     measured, and of which the report shows some: of eval.prompts, or else kept from training (at most a tenth); 0:

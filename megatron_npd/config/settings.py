@@ -23,7 +23,7 @@ def require_share(name: str, value: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How the student's answers are generated."""
+    """How the student's responses are generated."""
 
     urls: tuple[str, ...] = ()
     """Base URLs of running vLLM servers; empty: servers are launched on this machine."""
@@ -32,15 +32,15 @@ class RolloutConfig:
     num_servers: int = 1
     """Number of servers to launch where no URLs are given."""
     greedy_paths: int = 1
-    """Greedy answers a prompt (0 or 1)."""
+    """Greedy responses per prompt (0 or 1)."""
     sampled_paths: int = 1
-    """Sampled answers a prompt; the policy-lag meter needs at least one, at temperature 1 and top_p 1."""
+    """Sampled responses per prompt; the policy-lag meter needs at least one, at temperature 1 and top_p 1."""
     temperature: float = 1.0
     """Sampling temperature of the sampled paths."""
     top_p: float = 1.0
     """Nucleus probability of the sampled paths."""
     max_tokens: int = 256
-    """Longest answer, in tokens."""
+    """Longest response, in tokens."""
     max_model_len: int = 1024
     """Context of the server, prompt + answer, in tokens."""
     concurrency: int = 128
@@ -48,7 +48,7 @@ class RolloutConfig:
     shard_size: int = 4096
     """Samples a sealed shard, in whole prompts."""
     merge_identical: bool = True
-    """Keep one of the identical answers to a prompt, with their number; it weighs as much as all of them."""
+    """Keep one of the identical responses to a prompt, with their number; it weighs as much as all of them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Computing type of the servers; auto: the checkpoint's."""
     request_timeout: float = 600.0
@@ -60,10 +60,10 @@ class RolloutConfig:
     seed: int = 1234
     """Seed of the run, from which each answer's seed is derived."""
     max_quarantined: float = 0.1
-    """Share of the prompts, or of the answers, that may be set aside before the stage stops."""
+    """Share of the prompts, or of the answers, that may be quarantined before the stage stops."""
 
     def __post_init__(self) -> None:
-        require(self.greedy_paths in (0, 1), "greedy_paths", "0 or 1", self.greedy_paths, "greedy answers are equal")
+        require(self.greedy_paths in (0, 1), "greedy_paths", "0 or 1", self.greedy_paths, "greedy responses are equal")
         require(
             self.greedy_paths + self.sampled_paths > 0,
             "greedy_paths + sampled_paths",
@@ -71,7 +71,7 @@ class RolloutConfig:
             0,
             "ask for a path",
         )
-        require(self.temperature > 0, "temperature", "> 0", self.temperature, "use greedy_paths for greedy answers")
+        require(self.temperature > 0, "temperature", "> 0", self.temperature, "use greedy_paths for greedy responses")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
         for name in ("num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size"):
             require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
@@ -106,7 +106,7 @@ class AnnotateConfig:
     bf16: bool = False
     """Compute in bfloat16 rather than float32."""
     max_quarantined: float = 0.1
-    """Share of the samples that may be set aside before the stage stops."""
+    """Share of the samples that may be quarantined before the stage stops."""
     follow_seconds: float = 0.0
     """Annotate a round that is still being generated, shard by shard as they are sealed, and wait for the next one as
     long as answers arrive within this time, in seconds; 0: the round must be sealed."""
@@ -139,7 +139,7 @@ class AnnotateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """Which answers train (METHOD section 3)."""
+    """Which responses train (METHOD section 3)."""
 
     filter: FilterName = "delta_ifd"
     """delta_ifd: keep lower <= Delta-IFD <= tau, _lower and _upper: one bound alone; student_ifd, teacher_ifd: the same
@@ -156,7 +156,7 @@ class SelectConfig:
     cut_by_length: Literal["keep", "drop"] = "keep"
     """What becomes of answers that were cut at max_tokens; they are counted either way."""
     prompt_weights: bool = False
-    """Share the weight of one answer among all kept answers of a prompt, so that prompts with more of them do not count
+    """Share the weight of one response among all kept ones of a prompt, so that prompts with more of them do not count
     more; the mean over all response tokens stays 1."""
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class SelectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """How kept answers become training rows."""
+    """How kept responses become training rows."""
 
     seq_length: int = 2048
     """Tokens of a training row."""

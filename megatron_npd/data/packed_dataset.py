@@ -64,7 +64,7 @@ class PackedRows:
         align: Segments start at multiples of it.
         top_k: Width of the teacher records, 0 where the store has none.
         vocab_size: V*.
-        policy_version: Of the policy that generated the answers.
+        policy_version: Of the policy that generated the responses.
         weighted: Whether a sample's loss weighs other than 1.
         checked: bool [R], rows whose items this process has checked: the first reading of each does.
 

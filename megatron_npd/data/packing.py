@@ -58,7 +58,7 @@ def pack_lengths(
     rows_with: list[list[tuple[int, int]]] = [[] for _ in range(capacity + 1)]  # space -> (first row, rows)
     spaces = 0  # bit s: some row has s left
     opened = 0
-    moves: list[tuple[int, int, int, int, int]] = []  # samples placed, first row, samples a row, space before, size
+    moves: list[tuple[int, int, int, int, int]] = []  # samples placed, first row, samples per row, space before, size
     for size in np.nonzero(counts)[0][::-1].tolist():
         left = int(counts[size])
         while left:
@@ -167,7 +167,7 @@ def pack_rollouts(
         out_dir: Parent of both directories.
         cfg: Row length and alignment.
         vocab_size: V* of the model that will train.
-        max_quarantined: Share of the responses that may be set aside.
+        max_quarantined: Share of the responses that may be quarantined.
 
     Returns:
         The manifest of ``out_dir/packs``.

@@ -82,7 +82,7 @@ def prepare_prompts(
         max_prompt_len: Longest prompt, in tokens.
         max_response_len: Longest given response, in tokens, its stop token among them; None: the longest prompt, or
             32768 where that is more.
-        max_quarantined: Share of the records that may be set aside; repeated ones do not count.
+        max_quarantined: Share of the records that may be quarantined; repeated ones do not count.
         held_out: Prompts to keep from training, to measure on (``data/held_out.py``).
         special_tokens_in_text: Take special tokens that users' texts spell for control tokens.
 

@@ -43,7 +43,7 @@ class ScheduleEntry:
 
 
 def schedule_text(entries: Sequence[ScheduleEntry]) -> str:
-    """What ``schedule.jsonl`` holds: a line an entry, then the sha256 of these lines, so that a cut or change shows."""
+    """What ``schedule.jsonl`` holds: a line per entry, then the sha256 of these lines, so that a change shows."""
     lines = "".join(json.dumps(vars(entry), sort_keys=True) + "\n" for entry in entries)
     return lines + json.dumps({"sha256": hashlib.sha256(lines.encode()).hexdigest()}) + "\n"
 

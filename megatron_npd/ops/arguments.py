@@ -1,6 +1,6 @@
-"""What the losses are given: checked, with the tokens that count picked out, as ``buckets.py`` wants it.
+"""What the losses are given: checked, with the unmasked tokens picked out, as ``buckets.py`` wants it.
 
-Legend: T tokens, N tokens that count, K teacher ids a token, B = K + 1 buckets.
+Legend: T tokens, N unmasked tokens, K teacher ids per token, B = K + 1 buckets.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Problem(NamedTuple):
     num_tokens: int
 
     def part(self, lo: int, hi: int) -> Problem:
-        """The problem of the ``lo``-th to ``hi``-th tokens that count, as if there were no others."""
+        """The problem of the ``lo``-th to ``hi``-th unmasked tokens, as if there were no others."""
         rows = self.rows.part(lo, hi)
         return self._replace(rows=rows, teacher_mass_N=self.teacher_mass_N[lo:hi], num_tokens=len(rows.labels_N))
 
     def whole(self, values_N: Tensor) -> Tensor:
-        """Values of the tokens that count among zeros for the others, ``[T]``."""
+        """Values of the unmasked tokens among zeros for the others, ``[T]``."""
         if self.rows.index_N is None:
             return values_N
         return values_N.new_zeros(self.num_tokens).index_copy(0, self.rows.index_N, values_N)
@@ -233,7 +233,7 @@ def _check_teacher(
             "teacher_log_tail_T",
             f"floating, of shape [{num_tokens}]",
             f"{log_tail_T.dtype} {list(log_tail_T.shape)}",
-            "give one number a token",
+            "give one number per token",
         )
 
 

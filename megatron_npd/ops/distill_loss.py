@@ -3,7 +3,7 @@
 One pass over the logits, gradient in their own storage, vocabulary parallel with one all-gather. Nothing here depends
 on the rest of the package but its error class.
 
-Legend: T tokens, V columns of this rank's vocabulary slice, K teacher ids a token, N tokens that count.
+Legend: T tokens, V columns of this rank's vocabulary slice, K teacher ids per token, N unmasked tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DistillLoss:
 
 
 def as_distill_loss(problem: Problem, losses: Losses) -> DistillLoss:
-    """The tokens that count among zeros for the masked ones."""
+    """The unmasked tokens among zeros for the masked ones."""
     return DistillLoss(
         loss_T=problem.whole(losses.loss_N),
         ce_T=problem.whole(losses.ce_N),
@@ -150,7 +150,7 @@ class _DistillLoss(torch.autograd.Function):
     """Losses of the rows that count, in the order of ``Losses``.
 
     In torch, with one slice, the gradient is computed in the forward, while a chunk of rows is in the cache. Several
-    slices wait for the exchange, and Triton's rows have left the cache anyway: the backward reads the logits a second
+    slices wait for the exchange, and Triton's rows have left the cache anyway: the backward reads the logits per second
     time, and needs no further pass for the factor of each token. Either way the gradient is written into the logits'
     own storage if ``inplace``. The storage's version counter moves with it, so autograd refuses, rather than computes,
     a gradient that would need the logits' old values.

@@ -4,7 +4,7 @@ Every objective sees the logits through B = K + 1 buckets: the K logits at the t
 all other columns. A gradient with respect to the buckets spreads over the columns as ``G_k`` on S and
 ``G_off * exp(z - lse_off)`` off S, so one pass serves all of them and a tail is never formed as 1 - sum.
 
-Legend: T tokens, N tokens that count (mask 1), C tokens of a chunk, V columns of this rank's slice, K teacher ids,
+Legend: T tokens, N unmasked tokens (mask 1), C tokens of a chunk, V columns of this rank's slice, K teacher ids,
 B = K + 1 buckets.
 """
 

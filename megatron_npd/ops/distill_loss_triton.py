@@ -5,7 +5,7 @@ on their way at once, so that nothing of a row is left in the L2 cache for a sec
 would move as many bytes as two. What lies between them are small operations on ``[N, B]``, which stay in torch and
 serve every objective.
 
-Legend: T tokens, N tokens that count (mask 1), V columns of this rank's slice, K teacher ids, B = K + 1 buckets.
+Legend: T tokens, N unmasked tokens (mask 1), V columns of this rank's slice, K teacher ids, B = K + 1 buckets.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every divergence here sees the student through these numbers alone, so its value
 ``[N, B]`` tensors, and its tail comes from a log-sum-exp, never from 1 - sum. To add one, write its terms and its
 pull and name it in ``DIVERGENCES``.
 
-Legend: N tokens that count, K teacher ids, B = K + 1 buckets, the last of them the tail.
+Legend: N unmasked tokens, K teacher ids, B = K + 1 buckets, the last of them the tail.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The tokens that count, and what is known of each beside its logits.
+    """The unmasked tokens, and what is known of each beside its logits.
 
     Attributes:
         index_N: Their rows in the logits, int64, ascending; None when all count.

@@ -5,7 +5,7 @@ replaces the chunk's logits and is multiplied with the head and the hidden state
 scales what the forward found, and only it adds to the weight's gradient, so that an evaluation or a recomputation
 leaves no trace.
 
-Legend: T tokens, N tokens that count, C tokens of a chunk, V columns of this rank's vocabulary slice, H hidden.
+Legend: T tokens, N unmasked tokens, C tokens of a chunk, V columns of this rank's vocabulary slice, H hidden.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _make_problem(
 
 
 class _DistillLinear(torch.autograd.Function):
-    """The summed loss and, without gradient, the fields of ``Losses`` of the tokens that count."""
+    """The summed loss and, without gradient, the fields of ``Losses`` of the unmasked tokens."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Exact top-k of a language model's logits, with the log of the mass outside it, over a vocabulary cut or whole.
+"""Exact top-k of a language model's logits, with the log of the mass outside it, over a vocabulary sharded or whole.
 
 A row is cut into tiles: its k largest logits are in the k tiles of largest maximum. So one pass over the logits, for
 the maximum and the log-sum-exp of each tile, and a look into those few tiles give the top-k, and the mass outside it
@@ -68,7 +68,7 @@ def topk_logprobs(
         impl: ``torch``, ``triton`` (CUDA) or ``auto``: Triton where it can run.
 
     Returns:
-        The same on every rank; ids do not depend on how the vocabulary is cut.
+        The same on every rank; ids do not depend on how the vocabulary is sharded.
 
     Raises:
         UserError: An argument breaks a rule above.

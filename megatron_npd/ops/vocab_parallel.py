@@ -1,4 +1,4 @@
-"""A vocabulary cut into equal slices over a tensor-parallel group: ownership of ids, and the loss's one collective.
+"""A vocabulary sharded into equal slices over a tensor-parallel group: ownership of ids, and the loss's one collective.
 
 Legend: T tokens, V columns of this rank's slice, K teacher ids, R ranks of the group.
 """

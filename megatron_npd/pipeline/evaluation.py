@@ -129,8 +129,8 @@ def read_measures(run: RunDir) -> list[dict[str, Any]]:
 
     Returns:
         ``policy`` (0: the student as given), ``prompts``, ``kl`` and ``kl_error`` (its standard error over prompts;
-        nats a token), ``top1_agreement``, ``response_tokens`` (mean) and ``cut`` (share of the responses that were cut
-        by length); None where too few responses were scored. ``reason`` says why nothing could be, else None.
+        nats per token), ``top1_agreement``, ``response_tokens`` (mean) and ``cut`` (share of the responses that
+        were cut by length); None where too few responses were scored. ``reason`` says why nothing could be, else None.
     """
     entries = []
     for path in run.held_out.rounds():
@@ -143,7 +143,7 @@ def read_measures(run: RunDir) -> list[dict[str, Any]]:
 
 
 def nothing_measured(path: Path) -> str | None:
-    """Why nothing can be measured on a round of ``held_out/``: all of a stage was set aside; None where that is not so.
+    """Why nothing can be measured on a round of ``held_out/``: a stage quarantined all; None where that is not so.
 
     Such a stage refuses to seal its directory; its shards are sealed.
     """
@@ -167,7 +167,7 @@ def measure_line(entry: Mapping[str, Any]) -> str:
         return f"{policy} could not be measured on held-out prompts: {entry['reason']}"
     parts = [f"{policy} on {entry['prompts']} held-out prompts:"]
     if entry["kl"] is not None:
-        parts.append(f"KL to the teacher {entry['kl']:.3f} +- {entry['kl_error']:.3f} nats a token,")
+        parts.append(f"KL to the teacher {entry['kl']:.3f} +- {entry['kl_error']:.3f} nats per token,")
     if entry["top1_agreement"] is not None:
         parts.append(f"top-1 agreement {100 * entry['top1_agreement']:.1f} %,")
     if entry["response_tokens"] is not None:

@@ -120,7 +120,7 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
 
 
 def _check_lengths(cfg: NPDConfig, context: int, longest: int) -> None:
-    """Refuse a context that no server can have; say which samples will be set aside for their length."""
+    """Refuse a context that no server can have; say which samples will be quarantined for their length."""
     longest_sample = cfg.rollout.max_model_len
     if longest_sample > context and not cfg.rollout.urls:
         raise UserError(

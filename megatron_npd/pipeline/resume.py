@@ -27,7 +27,7 @@ ORDER = [stage.name for stage in STAGES.values() if stage.kind and stage.per != 
 # The first stage that depends on a setting: by its group, but for those named; on those without a group the prompts do.
 _GROUPS = {stage.settings: stage.name for stage in reversed(STAGES.values()) if stage.settings} | {"eval": "evaluation"}
 _NAMED = {
-    "rollout.max_model_len": "prompts",  # longer ones are set aside
+    "rollout.max_model_len": "prompts",  # longer ones are quarantined
     "special_tokens_in_text": "prompts",
     "updates": "train",
     "responses": "rollout",

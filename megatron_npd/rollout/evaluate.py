@@ -50,7 +50,7 @@ def exact_match(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
 ) -> Accuracy:
-    """Compare greedy answers with the references of a prompts directory.
+    """Compare greedy responses with the references of a prompts directory.
 
     An answer is the first group of ``answer_regex`` at its last match in a text, without commas and a final full stop
     (``1,200.`` is ``1200``). A prompt that does not fit the context counts as wrong.
@@ -60,7 +60,7 @@ def exact_match(
         prompts_dir: Sealed directory of kind ``prompts`` whose every prompt has a response.
         answer_regex: With at least one group.
         tokenizer: The student's.
-        max_tokens: Longest answer, in tokens.
+        max_tokens: Longest response, in tokens.
 
     Raises:
         UserError: A reference without an answer, a regex without a group, or a server that died.

@@ -1,4 +1,4 @@
-"""One round of answers: prompts in, sealed shards of rollouts out, resumable at any point.
+"""One round of responses: prompts in, sealed shards of rollouts out, resumable at any point.
 
 A shard holds the samples of consecutive prompts (``rollout/shard.py``), so the files do not depend on the order of
 arrival or on how often the round was interrupted; what is in memory, and in journals, is what is not sealed yet.
@@ -64,7 +64,7 @@ def generate_round(
 ) -> Manifest:
     """Let the pool answer every prompt ``greedy_paths + sampled_paths`` times and seal the answers.
 
-    Answers are kept in their shard's journal as they arrive; a second call asks only for the missing ones. Set aside,
+    Answers are kept in their shard's journal as they arrive; a second call asks only for the missing ones. Quarantined,
     by reason, in a shard's ``quarantine.jsonl``: ``prompt_too_long`` (over max_model_len - 1), ``empty_prompt``,
     ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``, ``undefined_logprob``,
     ``token_outside_vocabulary`` and ``request_failed``; a later call asks for the last five again where their shard
@@ -86,7 +86,7 @@ def generate_round(
 
     Raises:
         UserError: A server died or serves another policy, ``out_dir`` was begun with other settings, or more than
-            ``cfg.max_quarantined`` of the answers were set aside. Whatever had arrived is kept on disk.
+            ``cfg.max_quarantined`` of the answers were quarantined. Whatever had arrived is kept on disk.
     """
     prompts_dir, out_dir = Path(prompts_dir), Path(out_dir)
     settings = _settings(prompts_dir, cfg, round_index, policy_version, source)
@@ -122,7 +122,7 @@ class _Round:
         self.out_dir, self.pool, self.cfg, self.settings = out_dir, pool, cfg, settings
         self.paths = cfg.greedy_paths + cfg.sampled_paths
         self.total = len(prompts) * self.paths
-        self.size = max(cfg.shard_size // self.paths, 1) * self.paths  # identical answers share a shard
+        self.size = max(cfg.shard_size // self.paths, 1) * self.paths  # identical responses share a shard
         self.shards: dict[int, Shard] = {}
         self.set_aside: Counter[str] = Counter()
         self.tokens = 0
@@ -152,7 +152,7 @@ class _Round:
             self._seal_if_complete(shard)
         if not self.missing:
             return
-        get_logger().info("round %d: %d of %d answers to generate", self.settings["round"], self.missing, self.total)
+        get_logger().info("round %d: %d of %d responses to generate", self.settings["round"], self.missing, self.total)
         self.started = self.logged = time.monotonic()
         requests = chain.from_iterable(shard.requests() for shard in list(self.shards.values()))
         try:

@@ -1,4 +1,4 @@
-"""The journals of a round: finished answers on disk as they arrive, so that a killed round asks only for the rest.
+"""The journals of a round: finished responses on disk as they arrive, so that a killed round asks only for the rest.
 
 A shard has a journal of its own, which goes when the shard is sealed: the disk, and the memory of a restart, hold the
 answers of unsealed shards alone. A line is ``crc32 of the rest, a space, a JSON array``. The first holds the settings

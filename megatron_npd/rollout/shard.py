@@ -103,7 +103,7 @@ class Shard:
         self.answers[index] = answer
 
     def reasons(self) -> Counter[str]:
-        """How many answers are set aside so far, by reason."""
+        """How many answers are quarantined so far, by reason."""
         return Counter(answer.reason for answer in self.answers.values() if isinstance(answer, Failure))
 
     def sync(self) -> None:
@@ -194,7 +194,7 @@ class Shard:
         }
 
     def _merge(self, kept: dict[int, Recorded], quarantine: list[dict[str, Any]]) -> dict[int, int]:
-        """Leave one of the identical answers to a prompt in ``kept``; how many each then stands for.
+        """Leave one of the identical responses to a prompt in ``kept``; how many each then stands for.
 
         A sampled one stands for the greedy one: the policy lag is defined for it.
         """

@@ -1,1 +1,1 @@
-"""Which answers train: IFD, Delta-IFD and the proximal zone (METHOD section 3)."""
+"""Which responses train: IFD, Delta-IFD and the proximal zone (METHOD section 3)."""

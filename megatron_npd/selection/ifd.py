@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-LEAST_UNCONDITIONAL_LOSS = 1e-6  # nats a token; below it the ratio says nothing
+LEAST_UNCONDITIONAL_LOSS = 1e-6  # nats per token; below it the ratio says nothing
 
 
 def ifd(loss_N: npt.NDArray[np.float32], loss_unconditional_N: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """How much the prompt helps to write the response: L(y|x) / L(y).
 
     Args:
-        loss_N: L(y|x), mean nats a response token [N].
+        loss_N: L(y|x), mean nats per response token [N].
         loss_unconditional_N: L(y), the same without the prompt [N].
 
     Returns:

@@ -119,7 +119,7 @@ def sample_weights(
         kept_N: Which samples train.
         lens_N: Response tokens.
         copies_N: Identical answers that a sample stands for; None: itself alone.
-        prompts_N: Number of each sample's prompt: a prompt's kept answers share the weight of one. None: each answer
+        prompts_N: Number of each sample's prompt: a prompt's kept responses share the weight of one. None: each answer
             has that weight.
         factor_N: Multiplies the weights, for a filter that weighs.
     """

@@ -1,4 +1,4 @@
-"""The selection stage: which of a round's answers train, why the others do not, and how much each weighs.
+"""The selection stage: which of a round's responses train, why the others do not, and how much each weighs.
 
 Legend: N samples.
 """
@@ -38,7 +38,7 @@ Taus = Mapping[str, float]  # domain -> tau; "" is that of all samples, and of d
 
 @dataclass(frozen=True, kw_only=True)
 class _Samples:
-    """What a selection decides by, in the store's order: numbers alone, some 50 bytes a sample."""
+    """What a selection decides by, in the store's order: numbers alone, some 50 bytes per sample."""
 
     store: AnnotationStore
     losses: dict[str, Floats]

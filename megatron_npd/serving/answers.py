@@ -26,7 +26,7 @@ class Request:
     Attributes:
         key: The caller's own mark; it is not sent.
         token_ids: The prompt.
-        max_tokens: Longest answer, in tokens.
+        max_tokens: Longest response, in tokens.
         stop_ids: Ids that end it; the server's own are among them.
         temperature: 0 is greedy.
         top_p: Nucleus probability.

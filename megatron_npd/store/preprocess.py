@@ -95,7 +95,7 @@ def preprocess(
 ) -> Manifest:
     """Turn records or saved answers of a server into a sealed store (``store/annotation_store.py``).
 
-    Bad records are set aside in each shard's ``quarantine.jsonl`` with file, line and reason. Records of one id and
+    Bad records are quarantined in each shard's ``quarantine.jsonl`` with file, line and reason. Records of one id and
     content are merged. Sealed shards of a killed attempt are kept.
 
     Args:
@@ -106,13 +106,13 @@ def preprocess(
         policy_version: Of the policy that generated the responses.
         shard_size: Records a shard.
         workers: Processes; 1 works in this one.
-        max_quarantined: Share of the records that may be set aside.
+        max_quarantined: Share of the records that may be quarantined.
 
     Returns:
         The manifest. Counts: the books, ``response_tokens``, and how many of these are ``in_top_k``.
 
     Raises:
-        UserError: A file cannot be read, an id stands for two contents, too much was set aside, or nothing is left.
+        UserError: A file cannot be read, an id stands for two contents, too much was quarantined, or nothing is left.
     """
     out_dir, paths = Path(out_dir), [Path(source) for source in sources]
     if shard_size < 1 or workers < 1 or not 0 <= top_k <= vocab_size:

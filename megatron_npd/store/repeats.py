@@ -1,4 +1,4 @@
-"""Samples that stand twice in a store in the making, found by hashes of their ids and contents: 16 bytes a sample."""
+"""Samples that stand twice in a store in the making, found by hashes of their ids and contents: 16 bytes per sample."""
 
 from __future__ import annotations
 

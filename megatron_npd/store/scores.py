@@ -36,7 +36,7 @@ class Scores:
     log_tail_R: npt.NDArray[np.float32] | None
 
     def losses(self) -> npt.NDArray[np.float32]:
-        """L of each sequence: mean over its response tokens of -log p, nats a token, float32 [N] (METHOD section 3)."""
+        """L of each sequence: mean over its response tokens of -log p, nats per token, fp32 [N] (METHOD section 3)."""
         return mean_loss(self.sampled_logprobs_R, self.starts_N)
 
 

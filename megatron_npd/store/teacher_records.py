@@ -19,7 +19,7 @@ LEAST_IN_TOP_K = 0.5  # share of the response tokens; a record shifted by a toke
 MASS_TOLERANCE = 1e-3
 _FP16_RELATIVE = 2.0**-11  # half a unit in the last place
 _CHUNK = 8192  # records checked at a time, so that intermediates stay in the cache
-RECORD_RULES = (  # reason by which a sample is set aside, rule; in the order of ``broken_records``
+RECORD_RULES = (  # reason by which a sample is quarantined, rule; in the order of ``broken_records``
     ("teacher_id_outside_vocabulary", "teacher ids must be token ids in 0..{last}"),
     ("teacher_id_twice", "teacher ids must be distinct"),
     ("teacher_logprob_undefined", f"teacher log-probs must be finite, above {NO_LOGPROB:g} and <= 0"),

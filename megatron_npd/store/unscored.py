@@ -149,10 +149,10 @@ def store_rollouts(
         rollouts_dir: Sealed directory of kind ``rollouts``.
         store_dir: Directory to seal.
         vocab_size: V* of the model that will train.
-        max_quarantined: Share of the responses that may be set aside.
+        max_quarantined: Share of the responses that may be quarantined.
 
     Raises:
-        UserError: More are set aside than may be, or the directory is sealed from other input.
+        UserError: More are quarantined than may be, or the directory is sealed from other input.
     """
     rollouts_dir, store_dir = Path(rollouts_dir), Path(store_dir)
     read_manifest(rollouts_dir, kind="rollouts")

@@ -3,7 +3,7 @@
 A sample has four losses from three forwards: student without the prompt, then teacher with and without it; the
 student's loss with the prompt is the mean of the generator's own log-probabilities. One model is resident at a time,
 the student first, for memory and for layout: a 72B teacher runs on 8 tensor-parallel ranks, by which the 28 heads of a
-7B student cannot be divided. Only the student's losses, one number a sample, are carried over, in memory.
+7B student cannot be divided. Only the student's losses, one number per sample, are carried over, in memory.
 
 A round that is still being generated is annotated in waves, each of the shards that were sealed since the last one.
 What a shard holds depends on the rollout shard and the models alone, never on the wave.
@@ -145,7 +145,7 @@ def _models(teacher_dir: str | Path, setting: ScoringContext) -> dict[str, Any]:
 
 
 class _Meter:
-    """Progress of one model over the shards of a wave: response tokens a second, time left, and how full rows are."""
+    """Progress of one model over the shards of a wave: response tokens per second, time left, and how full rows are."""
 
     def __init__(self, title: str, response_tokens: int) -> None:
         self.tokens = self.row_tokens = 0

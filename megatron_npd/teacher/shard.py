@@ -43,10 +43,10 @@ def write_shard(
 
     Args:
         out: Directory to seal.
-        samples: What was scored, and what was set aside before.
+        samples: What was scored, and what was quarantined before.
         teacher: The teacher's scores of each response after its prompt, with the top-k.
         teacher_alone: The same after the header of the turn alone.
-        student_loss_unconditional: L(y) of the student, nats a token, float32 [N].
+        student_loss_unconditional: L(y) of the student, nats per token, float32 [N].
         vocab_size: V*.
         provenance: What made it.
 
@@ -101,7 +101,7 @@ def _records(teacher: Scores) -> np.ndarray:
 def _checked(
     samples: Samples, teacher: Scores, records_R: np.ndarray, vocab_size: int
 ) -> tuple[npt.NDArray[np.int64], list[dict[str, str]]]:
-    """The samples whose scores a model can have given, and those set aside."""
+    """The samples whose scores a model can have given, and those quarantined."""
     sampled_R = teacher.sampled_logprobs_R
     reasons = ["", *(reason for reason, _ in RECORD_RULES), "sampled_logprob_undefined"]
     undefined_R = ~defined_logprobs(sampled_R)

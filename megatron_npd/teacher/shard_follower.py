@@ -124,7 +124,7 @@ class ShardFollower:
         return [read_manifest(self.out_dir / name, verify=False).counts for name in sorted(self._done)]
 
     def reasons(self) -> Counter[str]:
-        """What was set aside in them."""
+        """What was quarantined in them."""
         reasons: Counter[str] = Counter()
         for book in self.books():
             reasons.update(book["quarantined"])

@@ -2,7 +2,7 @@
 
 The numbers are megatron-core's within the difference of the engines, but for two things. A server sends
 log-probabilities alone, so log t_p is log(1 - sum), which is coarse below 1e-6. And its softmax spans the teacher's
-whole vocabulary: where columns from V* on are among the top-k, the sample is set aside.
+whole vocabulary: where columns from V* on are among the top-k, the sample is quarantined.
 
 Legend: R response tokens of all sequences, K top-k width, P prefix tokens, n response tokens.
 """

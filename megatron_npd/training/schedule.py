@@ -21,7 +21,7 @@ def append_entry(path: str | Path, entry: ScheduleEntry) -> None:
             process is appending to it, or the packs lie outside its directory.
     """
     path = Path(path)
-    # Not the directory's own lock, which the run's controller holds.
+    # Not the directory's own lock, which the run's runner holds.
     with hold_lock(path.parent, name=f".{path.name}.lock", trust_remote_holder=False):
         _append(path, entry)
 

@@ -117,7 +117,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         step.reapply_optimizer_config()
         get_logger().info("resumed from %s after %d rows", checkpoint, state["rows_consumed"])
     get_logger().info(
-        "training %s to step %d of %d: %d rows of %d tokens a step, TP %d, PP %d, DP %d",
+        "training %s to step %d of %d: %d rows of %d tokens per step, TP %d, PP %d, DP %d",
         "bf16" if cfg.bf16 else "fp32",
         stop,
         cfg.train_iters,

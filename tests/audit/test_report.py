@@ -259,7 +259,7 @@ def test_unfinished_run(run: Path) -> None:
         ),
         (
             {"accuracy": {"start": None, "rounds": [], "teacher": None, "further_sft": None}, "measures": MEASURES},
-            "Near-policy distillation took the student from 0.94 to 0.56 nats a token of KL to its teacher, on 64 "
+            "Near-policy distillation took the student from 0.94 to 0.56 nats per token of KL to its teacher, on 64 "
             "held-out prompts, in 2 rounds and 2 min 6 s.",
         ),
         (
@@ -308,7 +308,7 @@ def test_verdicts_where_a_bound_is_passed(run: Path) -> None:
     table = write_report(run)
     lag, dropped, cut, accuracy = summary_of(run)["verdicts"]
     assert (
-        lag.startswith("Round 0, and in 1 more: the policy lag reached 0.30 nats a token")
+        lag.startswith("Round 0, and in 1 more: the policy lag reached 0.30 nats per token")
         and "3.0 times its bound of 0.10" in lag
     )
     assert dropped.startswith("Round 1: 54.0 % of the responses were dropped (540 of 1000, most of them degenerate)")

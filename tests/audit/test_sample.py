@@ -88,7 +88,7 @@ def test_a_quarantined_sample_has_its_reason(whole: Path, tmp_path: Path) -> Non
     manifest = read_manifest(shard, verify=False)
     (shard / MANIFEST).unlink()
     seal(shard, kind=manifest.kind, provenance=manifest.provenance, counts=manifest.counts)
-    assert describe_sample(run, "lost") == "sample lost: set aside by the rollout stage (timeout: 5 s)\n"
+    assert describe_sample(run, "lost") == "sample lost: quarantined by the rollout stage (timeout: 5 s)\n"
 
 
 def test_no_tool_has_the_name_of_a_standard_module() -> None:

@@ -1,4 +1,4 @@
-"""Each value of a call and of a tool is in the tokens, or its record is set aside with where it stood."""
+"""Each value of a call and of a tool is in the tokens, or its record is quarantined with where it stood."""
 
 from __future__ import annotations
 

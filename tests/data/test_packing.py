@@ -215,7 +215,7 @@ def test_supervised_data_becomes_a_store_of_tokens_and_packs(tmp_path: Path) -> 
 def test_prompts_without_responses_or_with_foreign_ids_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="prompts with responses"):
         pack_prompts(make_prompts(tmp_path / "none", [([1], None)]), tmp_path / "a", CFG, vocab_size=50)
-    with pytest.raises(UserError, match="got none, but set aside: 1 token_outside_vocabulary"):
+    with pytest.raises(UserError, match="got none, but quarantined: 1 token_outside_vocabulary"):
         pack_prompts(make_prompts(tmp_path / "ids", [([1], [50])]), tmp_path / "b", CFG, vocab_size=50)
     assert not is_sealed(tmp_path / "a/store") and not is_sealed(tmp_path / "b/store")
 

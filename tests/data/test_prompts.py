@@ -1,4 +1,4 @@
-"""Prompts: chat templates, headers, stop tokens, what is set aside and why, and the vocabulary check."""
+"""Prompts: chat templates, headers, stop tokens, what is quarantined and why, and the vocabulary check."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_a_line_that_never_ends_is_passed_over(tmp_path: Path, tokenizer, monkey
 def test_more_bad_records_than_allowed_stop_the_stage(tmp_path: Path, tokenizer) -> None:
     records = [{"prompt": f"good {index}"} for index in range(8)]
     source = write_lines(tmp_path / "in.jsonl", *records, records[0], b"{", b"\xff")
-    with pytest.raises(UserError, match=r"but for 10 %, got 2 of 11 set aside \(1 bad_json, 1 not_utf8\)"):
+    with pytest.raises(UserError, match=r"but for 10 %, got 2 of 11 quarantined \(1 bad_json, 1 not_utf8\)"):
         prepare(source, tokenizer, max_quarantined=0.1)
     prepare(source, tokenizer, max_quarantined=0.2)
 

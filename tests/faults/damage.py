@@ -1,4 +1,4 @@
-"""Files that are flipped, cut or made up: every reader refuses them in words, before anything of them is used."""
+"""Files that are flipped, cut or made up: readers refuse them with a clear error before they use anything."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Readers:
         return [file for file in files if file.stat().st_size]
 
     def _make_journal(self, rollouts: Path) -> Reader:
-        """A journal of the round's answers, and a reader that insists on every answer but those that were damaged."""
+        """A journal of the round's responses, and a reader that insists on every answer but those that were damaged."""
         import pyarrow.parquet as pq
 
         self.journal, settings = self.root / "answers.journal", {"round": 0}

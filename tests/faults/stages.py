@@ -172,7 +172,7 @@ def _problems(run: Path) -> list[str]:
 
 
 def _end(outcome: Outcome) -> str:
-    return {0: "finished", 2: "refused in words", -9: "killed"}.get(outcome.code, f"exit {outcome.code}")
+    return {0: "finished", 2: "refused with a clear error", -9: "killed"}.get(outcome.code, f"exit {outcome.code}")
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pickles that somebody planted in a checkpoint and sealed again: refused in words, and nothing of them runs."""
+"""Pickles planted in a checkpoint and sealed again: refused with a clear error, and nothing of them runs."""
 
 from __future__ import annotations
 

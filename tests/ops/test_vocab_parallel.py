@@ -1,4 +1,4 @@
-"""The distillation loss over a vocabulary cut into 2 and 4 slices: values, gradients, bits and collectives."""
+"""The distillation loss over a vocabulary sharded into 2 and 4 slices: values, gradients, bits and collectives."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_a_measure_in_words_leaves_out_what_is_undefined() -> None:
         "top1_agreement": 0.7,
         "response_tokens": 60,
     }
-    words = "v0001 on 64 held-out prompts: KL to the teacher 0.660 +- 0.012 nats a token, top-1 agreement 70.0 %, "
+    words = "v0001 on 64 held-out prompts: KL to the teacher 0.660 +- 0.012 nats per token, top-1 agreement 70.0 %, "
     assert measure_line(entry) == words + "60.0 response tokens"
     undefined = entry | {"kl": None, "kl_error": None, "top1_agreement": None}
     assert measure_line(undefined) == "v0001 on 64 held-out prompts: 60.0 response tokens"
@@ -96,7 +96,7 @@ def test_a_measure_without_a_kept_response_does_not_stop_the_run(tmp_path: Path)
         ctx.servers._served = 1
         with pytest.raises(UserError, match="must serve policy v0001"):
             work.measure(ctx, 1)
-    why = "no response was kept (set aside: 6 request_failed)"
+    why = "no response was kept (quarantined: 6 request_failed)"
     (entry,) = read_measures(RunDir(tmp_path))
     assert entry["reason"] == why and entry["kl"] is None
     assert measure_line(entry) == f"v0000 could not be measured on held-out prompts: {why}"
@@ -116,4 +116,4 @@ def test_a_measure_without_a_scored_response_has_its_reason(tmp_path: Path) -> N
             counts = {"in": 4, "kept": count, "quarantined": {"too_long": 4 - count}}
             seal(shard, kind="annotations-shard", counts=counts)
     (entry,) = read_measures(RunDir(tmp_path))
-    assert (entry["policy"], entry["reason"]) == (0, "no response was scored (set aside: 4 too_long)")
+    assert (entry["policy"], entry["reason"]) == (0, "no response was scored (quarantined: 4 too_long)")

@@ -97,7 +97,7 @@ def test_samples_order_seeds_and_books(prompts: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("greedy", [0, 1])
 def test_one_of_identical_answers_stays_with_their_number(tmp_path: Path, greedy: int) -> None:
-    """A sampled one where there is one; greedy answers and other prompts' equal ones are answers of their own."""
+    """A sampled one where there is one; greedy responses and other prompts' equal ones are answers of their own."""
     source = write_prompts(tmp_path / "prompts", [5, 6])
     asked = pq.read_table(source / PROMPTS_FILE)["prompt_ids"].to_pylist()
     good = {"finish_reason": "length", "logprobs": {"content": [{"logprob": -1.0}] * 2}}
@@ -422,7 +422,7 @@ def test_too_many_failures_stop_the_round_and_are_asked_again(
     with FakeServer() as server:
         server.trouble = lambda body: 400 if len(server.asked) > 20 else None
         with pytest.raises(
-            UserError, match=r"but for 10 %, got 4 of 36 set aside \(4 request_failed\); .*max_quarantined"
+            UserError, match=r"but for 10 %, got 4 of 36 quarantined \(4 request_failed\); .*max_quarantined"
         ):
             generate(prompts, tmp_path / "out", server)
     assert not is_sealed(tmp_path / "out" / "shard-00001")
@@ -435,7 +435,7 @@ def test_too_many_failures_stop_the_round_and_are_asked_again(
 def test_too_many_unusable_prompts_stop_the_round_before_it_begins(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "prompts", [10, 64, 11, 12, 13, 14])
     with FakeServer() as server:
-        with pytest.raises(UserError, match=r"got 3 of 18 set aside \(3 prompt_too_long\)"):
+        with pytest.raises(UserError, match=r"got 3 of 18 quarantined \(3 prompt_too_long\)"):
             generate(prompts, tmp_path / "out", server)
         assert not server.asked
 
@@ -456,7 +456,7 @@ def test_nothing_kept_is_an_error_and_not_sealed(prompts: Path, tmp_path: Path) 
     with FakeServer() as server:
         server.trouble = lambda body: 400 if body["sampling_params"]["max_tokens"] > 1 else None
         cfg = RolloutConfig(**vars(CFG) | {"max_quarantined": 1.0})
-        with pytest.raises(UserError, match=r"at least one answer, got none of 36 \(set aside: 36 request_failed\)"):
+        with pytest.raises(UserError, match=r"at least one answer, got none of 36 \(quarantined: 36 request_failed\)"):
             generate(prompts, tmp_path / "out", server, cfg=cfg)
     assert not is_sealed(tmp_path / "out")
 

@@ -100,7 +100,7 @@ def test_an_open_store_holds_no_file_and_no_memory_by_the_sample(tmp_path: Path)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(store) == 4000 and len(os.listdir("/proc/self/fd")) == before
-    assert held < 10 * 4000  # a few kB a shard; lengths and starts alone would be 24 bytes a sample
+    assert held < 10 * 4000  # a few kB per shard; lengths and starts alone would be 24 bytes per sample
 
 
 def test_slices_stay_valid_after_the_store_is_gone(tmp_path: Path) -> None:

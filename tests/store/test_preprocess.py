@@ -1,4 +1,4 @@
-"""Data made elsewhere: the way out and back, every form it may come in, what is set aside, any number of workers."""
+"""Data made elsewhere: the way out and back, every form it may come in, what is quarantined, any number of workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The annotation stage: what the store holds, what is set aside, layouts, and a stage that is killed and run again."""
+"""The annotation stage: what the store holds, what is quarantined, layouts, and a stage killed and run again."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_samples_that_cannot_be_scored_are_counted(tmp_path: Path, models: dict[
     columns = {"prompt_ids": prompts, "response_ids": responses, "logprobs": logprobs}
     columns["policy_version"] = ["v0003"] * 9 + ["v0002", "v0003", "v0003"]
     make_rollouts(tmp_path / "rollouts", lengths, **columns)
-    with pytest.raises(UserError, match=r"usable but for 10 %, got 4 of 12 set aside \(.*max_quarantined"):
+    with pytest.raises(UserError, match=r"usable but for 10 %, got 4 of 12 quarantined \(.*max_quarantined"):
         annotate(tmp_path / "rollouts", tmp_path / "strict", models)
     assert not is_sealed(tmp_path / "strict")
     cfg = AnnotateConfig(**vars(CFG) | {"max_quarantined": 0.85})
@@ -189,7 +189,7 @@ def test_scores_that_no_model_gives_set_their_sample_aside(
         return scores
 
     monkeypatch.setattr(stage.Scorer, "score", score)
-    with pytest.raises(UserError, match="got 3 of 8 set aside"):
+    with pytest.raises(UserError, match="got 3 of 8 quarantined"):
         annotate(tmp_path / "rollouts", tmp_path / "strict", models)
     cfg = AnnotateConfig(**vars(CFG) | {"max_quarantined": 0.5})
     counts = annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg).counts
