@@ -91,14 +91,10 @@ def prepare_prompts(
         kept from training under ``held_out``).
 
     Raises:
-        UserError: No such file, unknown extension, one id for two contents, too few usable prompts, or ``out_dir`` is
-            sealed with other prompts.
+        UserError: No such file, one id for two contents, too few usable prompts, or ``out_dir`` has other prompts.
     """
     source, out_dir = Path(source), Path(out_dir)
-    if not source.is_file():
-        raise UserError(f"prompts must be a JSONL or Parquet file, got no file at {source}; check the path")
-    if source.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"prompts must end in .jsonl or .parquet, got {source}; convert or rename it")
+    _check_file(source)
     tokenizer = model.tokenizer
     turn_header(tokenizer)  # refuses a tokenizer that leaves L(y) undefined before anything is read
     if teacher_tokenizer is not None:
@@ -126,10 +122,8 @@ def prepare_prompts(
         counts = _write(source, directory, model, sides, max_prompt_len, max_response_len)
         dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["quarantined"].items()))
         if not counts["kept"]:
-            raise UserError(
-                f"{source} must hold a usable prompt, got {counts['in']} records and {dropped or 'nothing else'}; "
-                f"see {directory / QUARANTINE_FILE}"
-            )
+            got = f"{counts['in']} records and {dropped or 'nothing else'}; see {directory / QUARANTINE_FILE}"
+            raise UserError(f"{source} must hold a usable prompt, got {got}")
         check_quarantined(counts["quarantined"], counts["in"], max_quarantined, source)
         if held_out and (number := hold_out(directory, held_out)):
             counts["kept"] -= number
@@ -138,6 +132,13 @@ def prepare_prompts(
     note = f"; quarantined: {dropped} (see {out_dir / QUARANTINE_FILE})" if dropped else ""
     get_logger().info("%d of %d prompts of %s kept%s", counts["kept"], counts["in"], source, note)
     return manifest
+
+
+def _check_file(source: Path) -> None:
+    if not source.is_file():
+        raise UserError(f"prompts must be a JSONL or Parquet file, got no file at {source}; check the path")
+    if source.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"prompts must end in .jsonl or .parquet, got {source}; convert or rename it")
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
