@@ -1,7 +1,7 @@
 """Processes that end with the one that started them, however that one ends.
 
 A killed parent tells nobody. Each of our processes therefore looks from a thread at those that it belongs to:
-torchrun's agent, and the process that the environment names (controller or launch script), which may be further up.
+torchrun's agent, and the process that the environment names (``npd run``), which may be further up.
 Linux's PR_SET_PDEATHSIG would not do: it knows the direct parent alone, torchrun, which stands between a controller and
 its ranks, is not ours to change, and it fires when the parent's *thread* ends. Nor would a pidfd: kernels before 5.3
 have none, and Python as conda and uv ship it cannot open one. vLLM, which runs no code of ours early enough, is ended
@@ -19,7 +19,7 @@ from contextlib import suppress
 
 import psutil
 
-_STARTER = "MEGATRON_NPD_STARTER"  # environment: the pid to end with; examples/launch sets it too
+_STARTER = "MEGATRON_NPD_STARTER"  # environment: the pid to end with
 _LOOK_SECONDS = 0.5
 _STOP_SECONDS = 30.0  # for what a process does on SIGTERM, like stopping its servers
 _watched: set[int] = set()

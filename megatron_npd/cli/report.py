@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.errors import UserError
@@ -15,8 +16,9 @@ from megatron_npd.log import wrote
 class ReportCommand:
     """Write a run's report from the files that its stages left, whoever started them, and print its table."""
 
+    POSITIONAL: ClassVar[str] = "run_dir"
     run_dir: str
-    """Directory of the run, finished or not."""
+    """Directory of the run, finished or not; the flag's name may be left out."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import MANIFEST, is_sealed, write_atomic
+from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest, write_atomic
 from megatron_npd.pipeline.stages import STAGES
 from megatron_npd.run_dir import RunDir
 
@@ -58,9 +58,11 @@ def keep_config(run: RunDir, cfg: NPDConfig) -> None:
     the results that were there.
 
     Raises:
-        UserError: Results depend on what was changed; the message names both.
+        UserError: Results depend on what was changed; the message names both. Or another release began the run.
     """
     path = run.config
+    if is_sealed(run.prompts):
+        read_manifest(run.prompts, verify=False)  # another release's run is refused as one, not by its settings
     now = recorded(cfg)
     then = _read(path) if path.exists() else now
     changed = {name: stage_of(name, then, now) for name in now if then.get(name) != now[name]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -50,14 +51,15 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
         UserError: The configuration, the models or the prompts cannot be used, results depend on what was changed, or
             a stage failed, on this node or another.
     """
-    check_run(cfg)
     run = RunDir(Path(cfg.run_dir))
-    run.root.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        # Before anything that may be refused on this node alone: the others would wait for it.
+        nodes = stack.enter_context(Nodes(run, cfg)) if cfg.nnodes > 1 else None
+        check_run(cfg)
+        run.root.mkdir(parents=True, exist_ok=True)
         if cfg.node_rank == 0:
             stack.enter_context(_run_lock(run.root))
             keep_config(run, cfg)
-        nodes = stack.enter_context(Nodes(run, cfg)) if cfg.nnodes > 1 else None
         if nodes is not None and cfg.serves:
             run_server_node(run, cfg, nodes)
             return ""
@@ -87,7 +89,7 @@ def plan(cfg: NPDConfig) -> str:
         ("train", work.trainer_settings(run, cfg)),
     ):
         if not ctx.launcher.alone or command == "train":
-            lines.append(" ".join(command_line(cfg, command, fields)))
+            lines.append(shlex.join(command_line(cfg, command, fields)))
     return "\n".join(lines)
 
 
@@ -105,11 +107,13 @@ class Task:
         stage: Of the table.
         index: Number of the policy or round; 0 where the stage is there once in a run.
         started: When it was started, where that does not finish it; seconds of the monotonic clock.
+        noted: Whether the seconds since then are.
     """
 
     stage: Stage
     index: int
     started: float | None = None
+    noted: bool = False
 
     def done(self, ctx: Context) -> bool:
         """Whether nothing is left to do."""
@@ -137,8 +141,20 @@ def tasks(rounds: int) -> list[Task]:
 
 
 def _run(ctx: Context, report: Report) -> None:
-    work.prompts(ctx, 0)  # sealed or not: they must come from the same file
     pending = tasks(ctx.cfg.updates + 1)
+    if pending[0].done(ctx):
+        work.prompts(ctx, 0)  # they must still come from the same file
+    else:
+        _start(ctx, pending[0])
+    try:
+        _work_off(ctx, pending, report)
+    finally:  # what the trainer did not finish took its time too
+        for task in pending:
+            if task.started is not None and not task.noted:
+                _note(ctx, task)
+
+
+def _work_off(ctx: Context, pending: list[Task], report: Report) -> None:
     while True:
         training = ctx.trainer is not None and ctx.trainer.running()  # asked first: it seals before it ends
         rounds = rounds_of(ctx.run, ctx.cfg)
@@ -193,8 +209,14 @@ def _finished(ctx: Context, task: Task) -> bool:
     if not task.done(ctx):
         return False
     if task.started is not None:
-        note_seconds(ctx.run, task.stage.name, task.index, time.monotonic() - task.started)
+        _note(ctx, task)
     return True
+
+
+def _note(ctx: Context, task: Task) -> None:
+    assert task.started is not None
+    note_seconds(ctx.run, task.stage.name, task.index, time.monotonic() - task.started)
+    task.noted = True
 
 
 @contextmanager

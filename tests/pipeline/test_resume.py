@@ -170,3 +170,15 @@ def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
         (run / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config\.json must be the configuration that began the run"):
             keep_config(RunDir(run), config(run))
+
+
+def test_another_release_s_run_is_refused_as_one(tmp_path: Path) -> None:
+    """Not by a list of settings that it did not have, and of its results."""
+    run = made(tmp_path / "run", "prompts", "rounds/0000/rollouts")
+    manifest = run / "prompts" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 1}))
+    then = json.loads((run / "config.json").read_text())
+    del then["max_lead"]
+    (run / "config.json").write_text(json.dumps(then))
+    with pytest.raises(UserError, match=r"must have schema version .*, got 1; use the release that wrote it"):
+        keep_config(RunDir(run), config(run))
