@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(plan(cfg))
         return
-    check_paths(cfg)  # before anything heavy is imported
+    if cfg.nnodes == 1:  # before anything heavy is imported; with several nodes the others must hear of it
+        check_paths(cfg)
     get_platform(cfg.platform)
     from megatron_npd.audit.report import write_report  # after the platform is chosen
     from megatron_npd.pipeline.runner import results, run_npd

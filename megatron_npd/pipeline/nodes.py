@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from megatron_npd.manifest import write_atomic
 from megatron_npd.run_dir import RunDir
 
 POLL_SECONDS = 0.5
+SILENT_SECONDS = 120.0  # a shared file system may show a node's file late
+
+
+def _text(path: Path) -> str:
+    """What a file holds; empty where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 class Nodes:
@@ -34,6 +44,7 @@ class Nodes:
     def __init__(self, run: RunDir, cfg: ClusterConfig) -> None:
         self.cfg, self.state = cfg, run.attempts / cfg.attempt
         self._failed, self._done, self._calls = self.state / "failed", self.state / "done", 0
+        self._alive, self._silent = self.state / "alive", False
         self._closed = threading.Event()
 
     def __enter__(self) -> Nodes:
@@ -102,13 +113,29 @@ class Nodes:
         return self._done.exists()
 
     def _watch(self) -> None:
-        """End this node once another one has failed: its main thread may be waiting for anything."""
+        """End this node once another one has failed: its main thread may be waiting for anything.
+
+        A first node that was killed says nothing: it counts in ``alive`` while it runs, and the others look at that.
+        """
+        beats, seen, since = 0, "", time.monotonic()
         while not self._closed.wait(POLL_SECONDS):
-            if self._failed.exists():
+            if self.cfg.node_rank == 0:
+                beats += 1
+                with suppress(OSError):  # a full disk ends the run elsewhere
+                    self._alive.write_text(str(beats))
+            elif (now := _text(self._alive)) != seen:
+                seen, since = now, time.monotonic()
+            self._silent = bool(seen) and time.monotonic() - since > SILENT_SECONDS
+            if self._failed.exists() or self._silent:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     def _stop(self, *_: object) -> None:
+        if self._silent and not self._failed.exists():
+            raise UserError(
+                f"the first node must give a sign of life every {SILENT_SECONDS:g} s, got none; see its log, and start "
+                "all nodes again"
+            )
         if self._failed.exists():
             raise UserError(f"another node failed: {self._failed.read_text().strip()}; see its log")
         raise UserError(f"node {self.cfg.node_rank} must run to the end, got SIGTERM; start all nodes again")

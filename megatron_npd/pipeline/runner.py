@@ -142,6 +142,8 @@ def tasks(rounds: int) -> list[Task]:
 
 def _run(ctx: Context, report: Report) -> None:
     pending = tasks(ctx.cfg.updates + 1)
+    if any(task.stage.name == "annotate" and not task.done(ctx) for task in pending):
+        work.check_teacher_servers(ctx)
     if pending[0].done(ctx):
         work.prompts(ctx, 0)  # they must still come from the same file
     else:

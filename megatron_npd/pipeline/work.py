@@ -54,6 +54,19 @@ class Context:
     followers: dict[int, Job] = field(default_factory=dict)
 
 
+def check_teacher_servers(ctx: Context) -> None:
+    """Ask the teacher's servers that are given, before the first stage: a later one would be refused by them.
+
+    Raises:
+        UserError: One does not answer, or does not serve the teacher.
+    """
+    if ctx.cfg.annotate.backend == "vllm" and ctx.cfg.annotate.urls:
+        from megatron_npd.teacher.vllm_scorer import ServerScorer  # after the platform is chosen
+
+        with ServerScorer(ctx.cfg.teacher, ctx.cfg.annotate) as servers:
+            servers.check()
+
+
 # -- once in a run -------------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,14 @@ class ServerScorer:
         if self.pool is not None:
             self.pool.close()
 
+    def check(self) -> None:
+        """Find or launch the servers, and insist that they serve the teacher as the stage needs it.
+
+        Raises:
+            UserError: They do not.
+        """
+        self._open()
+
     def score(
         self,
         prefixes: Sequence[Ids],

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_npd.config.cluster import ClusterConfig
 from megatron_npd.config.run import NPDConfig
+from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.errors import UserError
 from megatron_npd.platform import get_platform
 
 get_platform("cpu")
 
-from megatron_npd.pipeline import runner  # noqa: E402
+from megatron_npd.pipeline import nodes, runner  # noqa: E402
 from megatron_npd.pipeline.launch import Launcher  # noqa: E402
 from megatron_npd.pipeline.servers import Servers  # noqa: E402
 from megatron_npd.pipeline.stages import Stage  # noqa: E402
 from megatron_npd.pipeline.work import Context  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def refuse(*_: Any) -> None:
@@ -37,6 +45,30 @@ def test_what_the_first_node_is_refused_for_reaches_the_others(
     with pytest.raises(UserError, match="this node's"):
         runner.run_npd(cfg, lambda _: "")
     assert (tmp_path / "run/attempts/7/failed").read_text() == "node 0: lr must be this node's, got none; mend it\n"
+
+
+def test_a_first_node_that_was_killed_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves no word; the others miss its sign of life."""
+    monkeypatch.setattr(nodes, "SILENT_SECONDS", 3.0)
+    fields = {"nnodes": 2, "train_nodes": 1, "attempt": "7"}
+    program = (
+        "import sys, time; from pathlib import Path; from megatron_npd.config.cluster import ClusterConfig\n"
+        "from megatron_npd.pipeline.nodes import Nodes; from megatron_npd.run_dir import RunDir\n"
+        f"with Nodes(RunDir(Path(sys.argv[1])), ClusterConfig(**{fields!r})): time.sleep(600)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", program, tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    with (
+        pytest.raises(UserError, match="the first node must give a sign of life every 3 s, got none"),
+        nodes.Nodes(RunDir(tmp_path), ClusterConfig(**fields, node_rank=1)) as second,
+    ):
+        try:
+            while not (second.state / "alive").exists():
+                time.sleep(0.1)
+        finally:
+            first.kill()
+            first.wait()
+        time.sleep(60)
+    assert (tmp_path / "attempts/7/failed").read_text().startswith("node 1: the first node must give a sign")
 
 
 class DyingTrainer:
@@ -70,3 +102,13 @@ def test_a_trainer_that_dies_ends_the_run_and_its_seconds_count(
     with pytest.raises(UserError, match="train must exit with 0, got 1"):
         runner._run(ctx, lambda _: "")
     assert [json.loads(line)["stage"] for line in run.seconds.read_text().splitlines()] == ["train"]
+
+
+def test_the_teachers_servers_are_asked_before_the_first_stage(tmp_path: Path, tiny_model_dir: Path) -> None:
+    fields = {"backend": "vllm", "urls": ("http://127.0.0.1:9",)}  # the discard port: nobody answers
+    cfg = NPDConfig(teacher=str(tiny_model_dir), student=str(tiny_model_dir), annotate=AnnotateConfig(**fields))
+    run = RunDir(tmp_path)
+    ctx = Context(run=run, cfg=cfg, servers=Servers(run, cfg), launcher=Launcher(cfg))
+    with pytest.raises(UserError, match=r"server http://127\.0\.0\.1:9 must answer"):
+        runner._run(ctx, lambda _: "")
+    assert not run.prompts.exists()
