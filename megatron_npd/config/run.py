@@ -124,7 +124,7 @@ class NPDConfig(ClusterConfig):
             given = getattr(self.train, name)
             require(not given, f"train.{name}", "left to the run", given, "drop it; run_dir says where all of it lies")
         require(
-            self.annotate.backend == "megatron" or self.world_size == 1 or bool(self.annotate.urls),
+            self.annotate.backend != "vllm" or self.world_size == 1 or bool(self.annotate.urls),
             "annotate.urls",
             "given with backend vllm and several processes",
             "none",

@@ -82,8 +82,9 @@ def plan(cfg: NPDConfig) -> str:
         return f"{lines[0]} {cfg.rollout.num_servers} servers on ports {ports}, until the run is done"
     ctx = Context(run=run, cfg=cfg, servers=Servers(run, cfg), launcher=Launcher(cfg))
     for task in tasks(cfg.updates + 1) if cfg.node_rank == 0 else []:
-        place = {"run": "run", "policy": f"policy {task.index}", "round": f"round {task.index}"}[task.stage.per]
-        lines.append(f"{place:<9} {task.stage.name:<16} {task.stage.needs:<8} {'done' if task.done(ctx) else 'to do'}")
+        lines.append(
+            f"{task.place:<12} {task.stage.name:<16} {task.stage.needs:<8} {'done' if task.done(ctx) else 'to do'}"
+        )
     for command, fields in (
         ("annotate", work.annotate_settings(ctx, 0, run, cfg.annotate)),
         ("train", work.trainer_settings(run, cfg)),
@@ -106,14 +107,17 @@ class Task:
     Attributes:
         stage: Of the table.
         index: Number of the policy or round; 0 where the stage is there once in a run.
-        started: When it was started, where that does not finish it; seconds of the monotonic clock.
-        noted: Whether the seconds since then are.
+        started: When it was started, where that does not finish it, until its seconds are noted; monotonic clock.
     """
 
     stage: Stage
     index: int
     started: float | None = None
-    noted: bool = False
+
+    @property
+    def place(self) -> str:
+        """What of the run it belongs to, in words."""
+        return {"run": "run", "policy": f"policy {version(self.index)}", "round": f"round {self.index}"}[self.stage.per]
 
     def done(self, ctx: Context) -> bool:
         """Whether nothing is left to do."""
@@ -152,7 +156,7 @@ def _run(ctx: Context, report: Report) -> None:
         _work_off(ctx, pending, report)
     finally:  # what the trainer did not finish took its time too
         for task in pending:
-            if task.started is not None and not task.noted:
+            if task.started is not None:
                 _note(ctx, task)
 
 
@@ -171,8 +175,8 @@ def _work_off(ctx: Context, pending: list[Task], report: Report) -> None:
             time.sleep(_POLL_SECONDS)
         elif pending:
             raise UserError(
-                f"{pending[0].stage.name} {pending[0].index} must get its inputs, got none, and nothing that makes them"
-                " is running; see the messages above"
+                f"{pending[0].place}: {pending[0].stage.name} must get its inputs, got none, and nothing that makes "
+                "them is running; see the messages above"
             )
         else:
             return
@@ -190,8 +194,7 @@ def rounds_of(run: RunDir, cfg: NPDConfig) -> int:
 def _start(ctx: Context, task: Task) -> None:
     """Do a task, or begin what the trainer does."""
     stage, index = task.stage, task.index
-    place = {"run": "run", "policy": f"policy {version(index)}", "round": f"round {index}"}[stage.per]
-    get_logger().info("%s: %s", place, stage.name)
+    get_logger().info("%s: %s", task.place, stage.name)
     if (output := stage.output(ctx.run, index)) is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
     policy = stage.policy(ctx, index) if stage.policy is not None else None
@@ -204,7 +207,7 @@ def _start(ctx: Context, task: Task) -> None:
     with timed(ctx.run, stage.name, None if stage.per == "run" else index):
         stage.function(ctx, index)
     if not task.done(ctx):
-        raise UserError(f"{place}: {stage.name} must leave a sealed {output}, got none; see the messages above")
+        raise UserError(f"{task.place}: {stage.name} must leave a sealed {output}, got none; see the messages above")
 
 
 def _finished(ctx: Context, task: Task) -> bool:
@@ -218,7 +221,7 @@ def _finished(ctx: Context, task: Task) -> bool:
 def _note(ctx: Context, task: Task) -> None:
     assert task.started is not None
     note_seconds(ctx.run, task.stage.name, task.index, time.monotonic() - task.started)
-    task.noted = True
+    task.started = None
 
 
 @contextmanager

@@ -216,7 +216,13 @@ def pack(ctx: Context, index: int) -> None:
         from megatron_npd.models.families import load_spec
 
         vocab_size = load_spec(ctx.cfg.student).vocab_size
-        pack_rollouts(ctx.run.rollouts(index), ctx.run.round(index), ctx.cfg.pack, vocab_size=vocab_size)
+        pack_rollouts(
+            ctx.run.rollouts(index),
+            ctx.run.round(index),
+            ctx.cfg.pack,
+            vocab_size=vocab_size,
+            max_quarantined=ctx.cfg.annotate.max_quarantined,
+        )
         return
     pack_selection(ctx.run.annotations(index), ctx.run.selection(index), ctx.run.packs(index), ctx.cfg.pack)
 

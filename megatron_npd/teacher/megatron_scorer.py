@@ -87,7 +87,7 @@ class Scorer:
         top_k: int = 0,
         on_forward: OnForward | None = None,
     ) -> Scores | None:
-        """``data.scores.TokenScorer.score``; None but on ranks of the last pipeline stage.
+        """``store.scores.TokenScorer.score``; None but on ranks of the last pipeline stage.
 
         A sequence has P + n - 1 <= ``seq_length`` tokens (its last is predicted only), and ``top_k`` <= ``columns``.
         """

@@ -30,7 +30,7 @@ Positions = list[dict[int, float]]  # of each response token: token id -> log-pr
 
 
 class ServerScorer:
-    """``data.scores.TokenScorer`` over HTTP; a context manager. Servers are found or launched by the first call.
+    """``store.scores.TokenScorer`` over HTTP; a context manager. Servers are found or launched by the first call.
 
     Args:
         teacher_dir: Hugging Face directory of the teacher, of which one server is launched where ``cfg.urls`` is empty.
@@ -73,7 +73,7 @@ class ServerScorer:
         top_k: int = 0,
         on_forward: OnForward | None = None,
     ) -> Scores:
-        """``data.scores.TokenScorer.score``; what a server refuses is NaN.
+        """``store.scores.TokenScorer.score``; what a server refuses is NaN.
 
         The stage sets such a sample aside, or, where only the response alone was refused, the selection does as
         ``ifd_undefined``.

@@ -60,8 +60,8 @@ def test_dry_run_prints_what_a_node_would_do(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for expected in (
         "node 0 of 6:",
-        "round 0   rollout",
-        "round 1   annotate         ranks    to do",
+        "round 0      rollout",
+        "round 1      annotate         ranks    to do",
         "-m megatron_npd.torchrun --nnodes 4 --node-rank 0 --master-addr node0 --master-port 29500 --nproc-per-node 8",
         "-m megatron_npd annotate",
         "--tensor_model_parallel_size=8",

@@ -82,3 +82,7 @@ def test_seqkd_trains_on_the_teachers_responses_without_its_scores(
 def test_parts_of_a_method_that_do_not_go_together_are_refused(flags: dict[str, Any], match: str) -> None:
     with pytest.raises(UserError, match=match):
         recipe("seqkd", **flags)
+
+
+def test_unscored_responses_train_on_several_processes() -> None:
+    assert recipe("seqkd", nproc_per_node=2).world_size == 2
