@@ -21,6 +21,95 @@ def require_share(name: str, value: float) -> None:
     require(0 <= value <= 1, name, "in [0, 1]", value, "0.1 is the default, 1 sets no limit")
 
 
+def require_positive(config: object, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) > 0, name, "at least 1", getattr(config, name), "give a positive number")
+
+
+def require_not_negative(config: object, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) >= 0, name, "at least 0", getattr(config, name), "0 switches it off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """How a model lies on its ranks, for the stages that run one on megatron-core."""
+
+    micro_batch_size: int = 1
+    """Rows of one forward pass per data-parallel rank."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share a layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the depth; training runs the 1F1B schedule."""
+    bf16: bool = False
+    """Compute in bfloat16 rather than float32; the optimizer's main weights are float32 either way."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "micro_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What training minimises."""
+
+    objective: ObjectiveName = "distill"
+    """What is minimised: sft, the cross-entropy of the responses; distill, (1 - kd_alpha) * CE + kd_alpha * KD."""
+    kd_alpha: float = 0.9
+    """Weight of KD in distill; 0 trains like sft and shows KD beside it."""
+    kd_mode: Mode = "tail"
+    """What becomes of the probability outside the teacher's top-k (METHOD section 2)."""
+    kd_divergence: DivergenceName = "forward_kl"
+    """Divergence of student and teacher; those but forward_kl need kd_mode tail or renorm_both."""
+    kd_beta: float = 0.5
+    """Teacher's share of the mixture in jsd."""
+    kd_skew: float = 0.1
+    """Share of the first distribution in the second one of skew_kl and skew_reverse_kl."""
+    kd_temperature: float = 1.0
+    """Divides both sets of logits in KD, which is multiplied by its square; other than 1 for the renormalised modes."""
+    fused_linear_loss: bool = False
+    """Fuse the output layer into the loss: the logits are never whole, but from forward to backward there is a float32
+    gradient of the output layer's weight."""
+    loss_impl: Impl = "auto"
+    """Implementation of the loss; auto: triton on CUDA where it is installed, else torch."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "1 is KD alone")
+
+    def kd_settings(self) -> dict[str, Any]:
+        """The ``kd_`` fields under the names that the loss and ``ops.arguments.check_objective`` take."""
+        names = ("alpha", "mode", "divergence", "beta", "skew", "temperature")
+        return {name: getattr(self, f"kd_{name}") for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up, the first with lr / (lr_warmup_iters + 1)."""
+    weight_decay: float = 0.01
+    """AdamW weight decay; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """AdamW first-moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW second-moment decay."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "lr_warmup_iters", "clip_grad")
+        require(self.lr > 0, "lr", "> 0", self.lr, "give a positive learning rate")
+        require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr, "lower it")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How the student's responses are generated."""
@@ -42,11 +131,11 @@ class RolloutConfig:
     max_tokens: int = 256
     """Longest response, in tokens."""
     max_model_len: int = 1024
-    """Context of the server, prompt + answer, in tokens."""
+    """Context of the server, prompt + response, in tokens."""
     concurrency: int = 128
-    """Requests in flight a server."""
+    """Requests in flight per server."""
     shard_size: int = 4096
-    """Samples a sealed shard, in whole prompts."""
+    """Samples per sealed shard, in whole prompts."""
     merge_identical: bool = True
     """Keep one of the identical responses to a prompt, with their number; it weighs as much as all of them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -58,9 +147,9 @@ class RolloutConfig:
     server_args: tuple[str, ...] = ()
     """Further arguments of the launched vLLM servers, as vLLM spells them."""
     seed: int = 1234
-    """Seed of the run, from which each answer's seed is derived."""
+    """Seed of the run, from which each response's seed is derived."""
     max_quarantined: float = 0.1
-    """Share of the prompts, or of the answers, that may be quarantined before the stage stops."""
+    """Share of the prompts, or of the responses, that may be quarantined before the stage stops."""
 
     def __post_init__(self) -> None:
         require(self.greedy_paths in (0, 1), "greedy_paths", "0 or 1", self.greedy_paths, "greedy responses are equal")
@@ -73,8 +162,7 @@ class RolloutConfig:
         )
         require(self.temperature > 0, "temperature", "> 0", self.temperature, "use greedy_paths for greedy responses")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
-        for name in ("num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size"):
-            require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+        require_positive(self, "num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size")
         require_share("max_quarantined", self.max_quarantined)
         own = {"model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode", "load-format"}
         own |= {"max-model-len", "max-num-seqs", "dtype", "seed"}
@@ -90,26 +178,18 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnotateConfig:
-    """How the teacher scores answers: one packed prefill on megatron-core."""
+class AnnotateConfig(LayoutConfig):
+    """How the teacher scores responses: one packed prefill on megatron-core."""
 
     top_k: int = 10
-    """Teacher logits kept a response token."""
+    """Teacher logits kept per response token."""
     seq_length: int = 2048
     """Tokens of a packed prefill row."""
-    micro_batch_size: int = 1
-    """Rows of one forward."""
-    tensor_model_parallel_size: int = 1
-    """Ranks that share a layer."""
-    pipeline_model_parallel_size: int = 1
-    """Ranks that share the depth."""
-    bf16: bool = False
-    """Compute in bfloat16 rather than float32."""
     max_quarantined: float = 0.1
     """Share of the samples that may be quarantined before the stage stops."""
     follow_seconds: float = 0.0
     """Annotate a round that is still being generated, shard by shard as they are sealed, and wait for the next one as
-    long as answers arrive within this time, in seconds; 0: the round must be sealed."""
+    long as responses arrive within this time, in seconds; 0: the round must be sealed."""
     backend: Literal["megatron", "vllm", "none"] = "megatron"
     """What runs the teacher: megatron-core; vLLM servers (prompt_logprobs) for teachers that no family covers; none: a
     run's responses train unscored (SFT, SeqKD)."""
@@ -118,23 +198,16 @@ class AnnotateConfig:
     token_file: str = ""
     """File with the servers' token, as npd serve keeps it; its owner alone may read it."""
     concurrency: int = 32
-    """Requests in flight a server of the teacher."""
+    """Requests in flight per server of the teacher."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_share("max_quarantined", self.max_quarantined)
         require(self.follow_seconds >= 0, "follow_seconds", "at least 0", self.follow_seconds, "0 does not follow")
         require(not self.urls or self.backend != "megatron", "urls", "empty", list(self.urls), "use backend vllm")
         none_follows = self.backend == "none" and self.follow_seconds > 0
         require(not none_follows, "follow_seconds", "0 with backend none", self.follow_seconds, "nobody follows")
-        for name in (
-            "top_k",
-            "seq_length",
-            "concurrency",
-            "micro_batch_size",
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-        ):
-            require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
+        require_positive(self, "top_k", "seq_length", "concurrency")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +227,7 @@ class SelectConfig:
     domain_column: str = ""
     """Column of the prompts whose values have a tau of their own, by the same quantile; empty: one tau."""
     cut_by_length: Literal["keep", "drop"] = "keep"
-    """What becomes of answers that were cut at max_tokens; they are counted either way."""
+    """What becomes of responses that were cut at max_tokens; they are counted either way."""
     prompt_weights: bool = False
     """Share the weight of one response among all kept ones of a prompt, so that prompts with more of them do not count
     more; the mean over all response tokens stays 1."""
@@ -189,7 +262,7 @@ class PackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     """One training run of ``npd train``: SFT or distillation."""
 
     hf_model: str = ""
@@ -227,63 +300,17 @@ class TrainConfig:
     max_lead: int = 0
     """Rounds that may be generated ahead of the trainer; 0: it waits at each new policy for the packs made with it."""
 
-    micro_batch_size: int = 1
-    """Rows of one forward-backward pass a data-parallel rank."""
     global_batch_size: int = 8
     """Rows of one optimizer step."""
     global_batch_tokens: int = 0
     """Tokens of one optimizer step; where given, it sets global_batch_size = global_batch_tokens / row length."""
     balance_attention: bool = True
     """Deal a global batch's rows to data-parallel ranks by attention cost, so that they finish together."""
-    tensor_model_parallel_size: int = 1
-    """Ranks that share a layer."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence."""
-    pipeline_model_parallel_size: int = 1
-    """Ranks that share the depth, under the 1F1B schedule."""
     use_distributed_optimizer: bool = True
     """Shard the optimizer state over the data-parallel ranks."""
 
-    objective: ObjectiveName = "distill"
-    """What is minimised: sft, the cross-entropy of the responses; distill, (1 - kd_alpha) * CE + kd_alpha * KD."""
-    kd_alpha: float = 0.9
-    """Weight of KD in distill; 0 trains like sft and shows KD beside it."""
-    kd_mode: Mode = "tail"
-    """What becomes of the probability outside the teacher's top-k (METHOD section 2)."""
-    kd_divergence: DivergenceName = "forward_kl"
-    """Divergence of student and teacher; those but forward_kl need kd_mode tail or renorm_both."""
-    kd_beta: float = 0.5
-    """Teacher's share of the mixture in jsd."""
-    kd_skew: float = 0.1
-    """Share of the first distribution in the second one of skew_kl and skew_reverse_kl."""
-    kd_temperature: float = 1.0
-    """Divides both sets of logits in KD, which is multiplied by its square; other than 1 for the renormalised modes."""
-    fused_linear_loss: bool = False
-    """Fuse the output layer into the loss: the logits are never whole, but from forward to backward there is a float32
-    gradient of the output layer's weight."""
-    loss_impl: Impl = "auto"
-    """Implementation of the loss; auto: triton on CUDA where it is installed, else torch."""
-
-    lr: float = 1e-4
-    """Highest learning rate."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
-    lr_warmup_iters: int = 0
-    """Steps of linear warm-up, the first with lr / (lr_warmup_iters + 1)."""
-    weight_decay: float = 0.01
-    """AdamW weight decay; biases and norms have none."""
-    adam_beta1: float = 0.9
-    """AdamW first-moment decay."""
-    adam_beta2: float = 0.95
-    """AdamW second-moment decay."""
-    adam_eps: float = 1e-8
-    """AdamW epsilon."""
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
-    bf16: bool = False
-    """Train in bfloat16 with float32 main weights rather than in float32."""
     seed: int = 1234
     """Seed of the row order (and of dropout, where a model has it)."""
 
@@ -300,28 +327,12 @@ class TrainConfig:
     """Device platform; auto: cuda, npu or cpu, the first that is there."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "train_iters",
-            "micro_batch_size",
-            "global_batch_size",
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "log_interval",
-        ):
-            require(getattr(self, name) > 0, name, "at least 1", getattr(self, name), "give a positive number")
-        for name in (
-            "save_interval",
-            "save_interval_in_mins",
-            "exit_at_iteration",
-            "global_batch_tokens",
-            "lr_warmup_iters",
-            "clip_grad",
-            "updates",
-            "max_lead",
-            "refresh_interval",
-        ):
-            require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name), "0 switches it off")
-        require(0 <= self.kd_alpha <= 1, "kd_alpha", "in [0, 1]", self.kd_alpha, "1 is KD alone")
+        LayoutConfig.__post_init__(self)
+        LossConfig.__post_init__(self)
+        OptimizerConfig.__post_init__(self)
+        require_positive(self, "train_iters", "global_batch_size", "log_interval")
+        require_not_negative(self, "save_interval", "save_interval_in_mins", "exit_at_iteration", "global_batch_tokens")
+        require_not_negative(self, "updates", "max_lead", "refresh_interval")
         needs_interval = self.refresh in ("every_n", "by_lag")
         require(
             not needs_interval or self.refresh_interval > 0,
@@ -330,8 +341,6 @@ class TrainConfig:
             self.refresh_interval,
             "give the steps between policies",
         )
-        require(self.lr > 0, "lr", "> 0", self.lr, "give a positive learning rate")
-        require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr, "lower it")
         require(
             self.lr_warmup_iters < self.train_iters,
             "lr_warmup_iters",
@@ -339,8 +348,3 @@ class TrainConfig:
             self.lr_warmup_iters,
             "shorten the warm-up",
         )
-
-    def kd_settings(self) -> dict[str, Any]:
-        """The ``kd_`` fields under the names that the loss and ``ops.arguments.check_objective`` take."""
-        names = ("alpha", "mode", "divergence", "beta", "skew", "temperature")
-        return {name: getattr(self, f"kd_{name}") for name in names}

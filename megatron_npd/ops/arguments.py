@@ -127,7 +127,7 @@ def make_problem(
         ce_weight=1.0 - alpha,
         kd_weight=float(alpha),
         divergence=divergence,
-        coefficient=beta if divergence == "jsd" else skew,
+        coefficient={"beta": beta, "skew": skew}.get(DIVERGENCES[divergence].coefficient, 0.0),
         student_on_ids=mode == "renorm_both",
         temperature=float(temperature),
         entropy=entropy,

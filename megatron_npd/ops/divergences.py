@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,10 +54,12 @@ class Divergence(NamedTuple):
         terms: Its terms, to be summed over the buckets.
         pull: Each q times the derivative by it, with q taken as free, up to a number common to all derivatives. A
             product of its own because a tiny q may stand beside a derivative that no float holds.
+        coefficient: Name of its coefficient among the losses' arguments; empty: it has none.
     """
 
     terms: Callable[[Tensor, Tensor, float], Tensor]
     pull: Callable[[Tensor, Tensor, float], Tensor]
+    coefficient: Literal["", "beta", "skew"] = ""
 
 
 # jsd: generalised Jensen-Shannon of GKD, beta KL(p | m) + (1 - beta) KL(q | m) with m = beta p + (1 - beta) q.
@@ -74,14 +76,17 @@ DIVERGENCES: dict[DivergenceName, Divergence] = {
     "jsd": Divergence(
         terms=_jsd,
         pull=lambda log_p, log_q, beta: (1 - beta) * log_q.exp() * (log_q - _mixture(log_p, log_q, beta)),
+        coefficient="beta",
     ),
     "skew_kl": Divergence(
         terms=lambda log_p, log_q, skew: _times(log_p, log_p - _mixture(log_p, log_q, skew)),
         pull=_skew_kl_pull,
+        coefficient="skew",
     ),
     "skew_reverse_kl": Divergence(
         terms=lambda log_p, log_q, skew: _times(log_q, log_q - _mixture(log_q, log_p, skew)),
         pull=_skew_reverse_kl_pull,
+        coefficient="skew",
     ),
 }
 
@@ -94,7 +99,7 @@ class Objective:
         ce_weight: Weight of the cross-entropy.
         kd_weight: Weight of the divergence.
         divergence: A name in ``DIVERGENCES``.
-        coefficient: Its beta or skew.
+        coefficient: The value of what the divergence names as its coefficient; 0 where it has none.
         student_on_ids: The student is renormalised over S too (``renorm_both``).
         temperature: Divides both sets of logits in the divergence, which is multiplied by its square.
         entropy: The student's entropy is wanted among the parts.
