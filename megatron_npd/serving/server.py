@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.serving.access import SECRET_VARIABLE, TOKEN_VARIABLE, bearer, make_token, proves_secret
+from megatron_npd.serving.interface import listen_on, reach
 from megatron_npd.weights import language_config, read_config, read_weights
 
 GENERATE = "/inference/v1/generate"
@@ -34,9 +34,7 @@ MIDDLEWARE = "megatron_npd.serving.access.TokenMiddleware"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention; others die in use
 PROBE = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
 _STOP_SECONDS = 10.0
-_LOG_PREFIX = re.compile(
-    r"^\([^)]*\) \w+ [\d-]+ [\d:]+ \[[^\]]*\] ?"
-)  # (Worker pid=1) ERROR 11-22 13:04:31 [core.py:1512]
+_LOG_PREFIX = re.compile(r"^\([^)]*\) \w+ [\d-]+ [\d:]+ \[[^\]]*\] ?")  # (A pid=1) ERROR 11-22 13:04:31 [core.py:1]
 _NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|\d+|None")
 _CPU_ENVIRONMENT = {
     # The sampler is wrapped in torch.compile even under --enforce-eager: the first request would start a C++ compiler.
@@ -61,6 +59,7 @@ def start_servers(servers: Sequence[VLLMServer], *, version: str) -> None:
         for server in servers:
             stack.callback(server.stop)
             server.start()
+        get_logger().info("%s", reach(servers[0].host, servers[0].address))
         weights = read_weights(servers[0].model_dir).content_hash()  # while they start
         for server in servers:
             server.wait_ready(version=version, weights=weights)
@@ -91,6 +90,7 @@ class VLLMServer:
 
     Attributes:
         url: Base URL.
+        address: The address that ``host`` names here.
         secret: What this server alone knows, by which it is told from another one on its port.
         log_path: What the server prints.
         process: The running server; None before ``start`` and after ``stop``.
@@ -111,7 +111,7 @@ class VLLMServer:
         self.cfg = cfg
         self.host = host
         self.index = index
-        self.port = _free_port(host, port)
+        self.address, self.port = listen_on(host, port)
         self.token = token or make_token()
         self.secret = make_token()
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
@@ -372,21 +372,6 @@ def _device_environment(cfg: RolloutConfig, index: int) -> dict[str, str]:
             f"{name} must list {size} devices for each of {cfg.num_servers} servers, got {visible}; lower num_servers"
         )
     return {name: ",".join(devices[index * size : (index + 1) * size])}
-
-
-def _free_port(host: str, port: int) -> int:
-    """``port``, or any where it is 0, on which nothing listens."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"port {port} of {host} must be a free one of this machine, got {error}; stop what listens there, or "
-                "give another --host or --port"
-            ) from error
-        return probe.getsockname()[1]
 
 
 def _signal_group(group: int, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
+from megatron_npd.serving.interface import reach
 from megatron_npd.serving.server import VLLMServer, _attention, _checkpoint_dtype, start_servers
 from megatron_npd.weights import SINGLE_FILE
 from tests.helpers import make_tiny_model
@@ -104,6 +107,24 @@ def test_a_port_on_which_another_server_answers_is_refused_at_once(tiny_model_di
         VLLMServer(tiny_model_dir, RolloutConfig(), host="192.0.2.1")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "0"])
+def test_a_host_that_names_no_interface_is_refused(tiny_model_dir: Path, host: str) -> None:
+    """The token would be sent to whatever sits on that port of the client's own machine."""
+    with pytest.raises(UserError, match=r"host must be the name or address of one interface, .* got '.*'; give 127"):
+        VLLMServer(tiny_model_dir, RolloutConfig(), host=host)
+
+
+def test_who_can_reach_a_server_is_said_in_words(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for host, where in (("127.0.0.1", r"127\.0\.0\.1"), ("localhost", r"localhost \(127\.0\.0\.1\)")):
+        server = VLLMServer(tiny_model_dir, RolloutConfig(), host=host, log_dir=tmp_path)
+        said = reach(host, server.address)
+        assert re.fullmatch(f"servers on {where} are in reach of every user of this machine, not of others; .*", said)
+    said = reach("node1", "10.0.0.5")
+    assert said == "servers on node1 (10.0.0.5) are in reach of the network, unencrypted; the token guards them"
+    with pytest.raises(UserError, match="must be a free one of this machine"):
+        VLLMServer(tiny_model_dir, RolloutConfig(), host="." * 70)
+
+
 def test_logs_of_no_directory_lie_in_a_private_one(tiny_model_dir: Path) -> None:
     servers = [VLLMServer(tiny_model_dir, RolloutConfig()) for _ in range(2)]
     first, second = (server.log_path for server in servers)
@@ -127,12 +148,17 @@ def test_undefined_weights_are_refused_at_the_start(tiny_model_dir: Path, tmp_pa
     assert server.process is None
 
 
-def test_a_server_that_dies_at_the_start_shows_its_log(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_server_that_dies_at_the_start_shows_its_log(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(get_logger(), "info", lambda message, *arguments: said.append(message % arguments))
     cfg = RolloutConfig(server_args=("--no-such-argument",))
     with pytest.raises(
         UserError, match=r"(?s)got an end with exit code 2; its log .*unrecognized arguments: --no-such-"
     ):
         launch(tiny_model_dir, cfg, log_dir=tmp_path)
+    assert reach("127.0.0.1", "127.0.0.1") in said
 
 
 def test_a_server_that_is_late_is_stopped(
