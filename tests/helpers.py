@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 304  # of the tiny model; its tokenizer has 300 entries, so a few embedding rows are padding
 
@@ -48,12 +48,13 @@ def make_tiny_tokenizer(path: str | Path, *, vocab_size: int = 300) -> PreTraine
 def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, **overrides: Any) -> Path:
     """Write a small random Hugging Face model with its tokenizer into ``path`` and return the path.
 
-    Two layers, hidden 64, two heads of size 32, one kv head, fp32, tied embeddings. Biases and norm weights are
-    random too, so that a forgotten one shows; weights are large enough for distributions that differ visibly.
+    Two layers, hidden 64, two heads of size 32 (qwen3: 128), one kv head, fp32, tied embeddings. Biases and norm
+    weights are random too, so that a forgotten one shows; weights are large enough for distributions that differ
+    visibly.
 
     Args:
         path: Directory to create.
-        family: ``qwen2`` or ``llama``.
+        family: Name of an entry of ``FAMILIES``, as transformers names its model type.
         seed: Seed of the weights.
         overrides: Fields of the configuration: ``vocab_size=310``, ``tie_word_embeddings=False``, ...
     """
@@ -75,7 +76,7 @@ def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, *
         "initializer_range": 0.1,
         "dtype": "float32",
     }
-    config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[family](**(fields | overrides))
+    config = AutoConfig.for_model(family, **(fields | overrides))
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)

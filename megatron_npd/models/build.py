@@ -89,7 +89,7 @@ def build_model(
         torch.bfloat16 if bf16 else torch.float32,
         sequence_parallel and tensor_size > 1,
     )
-    layer, norm = _layer_spec(Rotary(*_inverse_frequencies(spec))), cast(Any, RMSNorm)
+    layer, norm = _layer_spec(Rotary(*_inverse_frequencies(spec)), qk_layernorm=config.qk_layernorm), cast(Any, RMSNorm)
     block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
     model = GPTModel(
         config,
@@ -141,7 +141,6 @@ def _transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=spec.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor_size,
@@ -163,10 +162,11 @@ def _transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=False,
+        **spec.family.transformer_config,
     )
 
 
-def _layer_spec(rotary: Rotary) -> ModuleSpec:
+def _layer_spec(rotary: Rotary, *, qk_layernorm: bool) -> ModuleSpec:
     bias_dropout_add: Any = get_bias_dropout_add  # megatron-core's annotations allow classes only
     return ModuleSpec(
         module=TransformerLayer,
@@ -179,6 +179,8 @@ def _layer_spec(rotary: Rotary) -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=_with_rotary(rotary),
                     linear_proj=RowParallelLinear,
+                    q_layernorm=RMSNorm if qk_layernorm else None,
+                    k_layernorm=RMSNorm if qk_layernorm else None,
                 ),
             ),
             self_attn_bda=bias_dropout_add,

@@ -60,6 +60,7 @@ def rule_shapes(rule: Rule, spec: ModelSpec) -> dict[str, Shape]:
     sizes = {
         "vocab": spec.vocab_size,
         "hidden": spec.hidden_size,
+        "head": spec.head_dim,
         "query": spec.num_heads * spec.head_dim,
         "kv": spec.num_kv_heads * spec.head_dim,
         "ffn": spec.ffn_hidden_size,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_npd.errors import UserError
+from megatron_npd.models.families import FAMILIES
 from megatron_npd.platform.initialize import initialize_distributed
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
@@ -67,6 +68,15 @@ def test_loss_and_gradient_equal_transformers(
     assert losses[0] == pytest.approx(want_loss, abs=2e-6)
     assert norm == pytest.approx(want_norm, rel=1e-5)
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES.values()])
+def test_loss_and_gradient_equal_transformers_in_each_family(tmp_path: Path, family: str) -> None:
+    model_dir = make_tiny_model(tmp_path / "model", family=family, num_key_value_heads=2)
+    (losses, norm), *_ = run_distributed(_first_steps, 2, model_dir, 2, 1, True)
+    want_loss, want_norm = _reference(model_dir, [0])
+    assert losses[0] == pytest.approx(want_loss, abs=2e-6)
+    assert norm == pytest.approx(want_norm, rel=1e-5)
 
 
 def test_data_parallel_gradient_equals_transformers(model_dir: Path) -> None:

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from megatron_npd.manifest import read_manifest
+from megatron_npd.models.families import FAMILIES
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES: dict[str, dict[str, Any]] = {
-    # One kv head: fewer than TP = 2 has ranks.
-    "qwen2_tied": {"family": "qwen2"},
+# Each family with one kv head, fewer than TP = 2 has ranks, and a tied output layer.
+CASES: dict[str, dict[str, Any]] = {family.name: {"family": family.name} for family in FAMILIES.values()} | {
     # An odd vocabulary: padded at TP = 2.
     "qwen2_untied": {
         "family": "qwen2",
@@ -135,6 +135,10 @@ def forward_backward(model: Any, vocab_size: int, expected_TV: torch.Tensor) -> 
             dist.send(hidden.grad, dist.get_rank() - 1)
     if not (first and last) and model.share_embeddings_and_output_weights:
         dist.all_reduce(model.shared_embedding_or_output_weight().grad, group=parallel_state.get_embedding_group())
+    if model.config.qk_layernorm:  # each tensor rank has gradients of its heads, as megatron-core's finalize knows
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+                dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
     if not last:
         return None
     parts = [torch.empty_like(output[0]) for _ in range(tp)]
@@ -240,7 +244,7 @@ def bf16_dir(work: Path) -> Path:
     """The tied Qwen2 model, rounded to bfloat16."""
     from transformers import AutoModelForCausalLM
 
-    path = Path(shutil.copytree(work / "qwen2_tied", work / "bf16"))
+    path = Path(shutil.copytree(work / "qwen2", work / "bf16"))
     AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(path)
     assert {tensor.dtype for tensor in tensors_of(path).values()} == {torch.bfloat16}
     return path
@@ -273,7 +277,7 @@ def test_checkpoints_of_any_layout_convert_in_one_process(
         for out in (work / f"{case}-tp2-pp1", work / f"{case}-tp1-pp2")
     ]
     # float32 weights and a bfloat16 model that they started from: the types of the latter.
-    jobs.append((work / "qwen2_tied-tp2-pp1" / "checkpoint", bf16_dir, work / "rounded"))
+    jobs.append((work / "qwen2-tp2-pp1" / "checkpoint", bf16_dir, work / "rounded"))
     (refusal,) = run_distributed(convert_all, 1, jobs)
     for _, original, converted in jobs:
         assert_same_weights(converted, original)

@@ -13,7 +13,7 @@ import torch
 
 from megatron_npd.models.families import ModelSpec, load_spec
 from megatron_npd.models.mapping import hf_shapes, local_shape, parameter_rules, pieces
-from tests.models.test_families import LLAMA32_1B, QWEN25_7B
+from tests.models.test_families import PUBLISHED
 
 H, G, R, D, F, V = 24, 2, 3, 8, 16, 31
 SIZES = {
@@ -27,7 +27,7 @@ SIZES = {
 }
 
 
-@pytest.fixture(params=[QWEN25_7B, LLAMA32_1B], ids=["qwen2_untied", "llama_tied"])
+@pytest.fixture(params=PUBLISHED.values(), ids=PUBLISHED)
 def spec(request: pytest.FixtureRequest, tmp_path: Path) -> ModelSpec:
     (tmp_path / "config.json").write_text(json.dumps(request.param | SIZES))
     return load_spec(tmp_path)
@@ -80,7 +80,7 @@ def test_layouts_are_megatrons(spec: ModelSpec, size: int) -> None:
         if not spec.tied:
             head[:V] = hf["lm_head.weight"]
         assert torch.equal(got("output_layer.weight"), head.chunk(size)[rank])
-        if spec.qkv_bias:
+        if "decoder.layers.1.self_attention.linear_qkv.bias" in parameter_rules(spec):
             bias = torch.cat([hf[f"{layer}.{name}_proj.bias"].view(G, -1) for name in "qkv"], dim=1).flatten()
             assert torch.equal(got("decoder.layers.1.self_attention.linear_qkv.bias"), bias.chunk(size)[rank])
 

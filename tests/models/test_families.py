@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig
 
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import FAMILIES, load_spec
@@ -73,6 +73,35 @@ LLAMA32_1B = {
     "use_cache": True,
     "vocab_size": 128256,
 }
+QWEN3_06B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+PUBLISHED = {"qwen2": QWEN25_7B, "llama": LLAMA32_1B, "qwen3": QWEN3_06B}
 LLAMA3_SCALING = LLAMA32_1B["rope_scaling"]
 DROP = object()
 
@@ -87,7 +116,7 @@ def test_published_qwen25_config(tmp_path: Path) -> None:
     assert spec.family is FAMILIES["Qwen2ForCausalLM"]
     assert (spec.num_layers, spec.hidden_size, spec.ffn_hidden_size, spec.vocab_size) == (28, 3584, 18944, 152064)
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (28, 4, 128)
-    assert (spec.tied, spec.qkv_bias, spec.dtype) == (False, True, torch.bfloat16)
+    assert (spec.tied, spec.dtype) == (False, torch.bfloat16)
     assert (spec.rope_theta, spec.rope_scaling, spec.rms_norm_eps) == (1e6, None, 1e-6)
     assert spec.max_position_embeddings == 32768
     assert spec.hf_config == QWEN25_7B
@@ -96,17 +125,30 @@ def test_published_qwen25_config(tmp_path: Path) -> None:
 def test_published_llama32_config(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, LLAMA32_1B))
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim) == (32, 8, 64)
-    assert (spec.tied, spec.qkv_bias, spec.rope_theta) == (True, False, 5e5)
+    assert (spec.tied, spec.rope_theta) == (True, 5e5)
     assert spec.rope_scaling == LLAMA3_SCALING
 
 
-@pytest.mark.parametrize(
-    ("old", "config_class"), [(QWEN25_7B, Qwen2Config), (LLAMA32_1B, LlamaConfig)], ids=["qwen2", "llama"]
-)
-def test_the_spelling_of_transformers_5_gives_the_same_spec(tmp_path: Path, old: dict, config_class: type) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path: Path, name: str) -> None:
+    family = FAMILIES[name]
+    given = PUBLISHED[family.name] | {"num_attention_heads": 32, "hidden_size": 4096}
+    write(tmp_path, {key: value for key, value in given.items() if key not in ("head_dim", "num_key_value_heads")})
+    spec, theirs = load_spec(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    head_dim = getattr(theirs, "head_dim", None) or 4096 // 32
+    assert (spec.num_kv_heads, spec.head_dim) == (theirs.num_key_value_heads, head_dim)
+
+
+def test_a_published_configuration_stands_here_for_each_family() -> None:
+    assert set(PUBLISHED) == {family.name for family in FAMILIES.values()}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_spelling_of_transformers_5_gives_the_same_spec(tmp_path: Path, name: str) -> None:
+    old = PUBLISHED[name]
     before = load_spec(write(tmp_path, old))
     new_dir = tmp_path / "new"
-    config_class.from_pretrained(tmp_path).save_pretrained(new_dir)
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(new_dir)
     written = json.loads((new_dir / "config.json").read_text())
     assert "rope_parameters" in written and "dtype" in written  # else this test compares a file with itself
     after = load_spec(new_dir)
@@ -187,7 +229,7 @@ WRONG = [None, "x", "", [], [[]], [{}], {}, {"a": 1}, {"rope_type": []}, {"type"
 WRONG += [float("nan"), float("inf"), 2**70, True, LLAMA3_SCALING | {"factor": None}, LLAMA3_SCALING | {"factor": 0}]
 
 
-@pytest.mark.parametrize("base", [QWEN25_7B, LLAMA32_1B], ids=["qwen2", "llama"])
+@pytest.mark.parametrize("base", PUBLISHED.values(), ids=PUBLISHED)
 def test_a_wrong_value_of_any_key_is_refused_in_words_or_harmless(tmp_path: Path, base: dict) -> None:
     keys = {*base, "dtype", "head_dim", "layer_types", "rope_scaling", "rope_parameters", "text_config"}
     for key in sorted(keys):

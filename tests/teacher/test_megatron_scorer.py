@@ -56,7 +56,8 @@ def check(scores: Any, hf_dir: Path, columns: int | None = None) -> None:
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 @pytest.mark.parametrize(
-    ("family", "overrides"), [("qwen2", {}), ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 2})]
+    ("family", "overrides"),
+    [("qwen2", {}), ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 2}), ("qwen3", {})],
 )
 def test_packed_scores_equal_transformers(
     tmp_path: Path, family: str, overrides: dict[str, Any], micro_batch_size: int

@@ -20,7 +20,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.weights import language_config, read_config
 
 RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
-Dim = Literal["vocab", "hidden", "query", "kv", "ffn"]
+Dim = Literal["vocab", "hidden", "head", "query", "kv", "ffn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,10 @@ class Family:
         name: Short name, for messages.
         architecture: The entry in ``architectures`` of ``config.json``.
         model_type: Its ``model_type``.
-        qkv_bias: Whether the q, k and v projections have a bias.
+        transformer_config: Fields of megatron-core's ``TransformerConfig`` that its models have beside the common ones
+            (``models/build.py``).
+        defaults: What transformers takes where ``config.json`` has no such key: num_key_value_heads (else
+            num_attention_heads), head_dim (else hidden_size / num_attention_heads).
         rope_types: Kinds of rotary embedding that are reproduced.
         neutral: Keys that change the maths unless they have one of these values.
         harmless: Further keys that do not change the maths.
@@ -59,7 +62,8 @@ class Family:
     name: str
     architecture: str
     model_type: str
-    qkv_bias: bool
+    transformer_config: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, int] = field(default_factory=dict)
     rope_types: tuple[str, ...]
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     harmless: tuple[str, ...] = ()
@@ -84,7 +88,6 @@ class ModelSpec:
         ffn_hidden_size: Width of the gated MLP.
         vocab_size: Rows of the embedding, without padding.
         tied: Whether the output layer is the embedding.
-        qkv_bias: Whether the q, k and v projections have a bias.
         rms_norm_eps: Epsilon of the norms.
         rope_theta: Base of the rotary embedding.
         rope_scaling: None for the plain rotary embedding, else its parameters with ``rope_type`` (``llama3``).
@@ -104,7 +107,6 @@ class ModelSpec:
     ffn_hidden_size: int
     vocab_size: int
     tied: bool
-    qkv_bias: bool
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None
@@ -199,6 +201,7 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
         _expect(_is_size(config.get(key)), config_file, key, "a positive integer", config)
     _check_keys(config, config_file, family)
 
+    hf_config, config = config, {**family.defaults, **config}
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     kv_heads = heads if config.get("num_key_value_heads") is None else config["num_key_value_heads"]
     _expect(
@@ -222,7 +225,7 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
         path=str(path),
         family=family,
         architecture=family.architecture,
-        hf_config=config,
+        hf_config=hf_config,
         num_layers=config["num_hidden_layers"],
         hidden_size=hidden,
         num_heads=heads,
@@ -231,7 +234,6 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
         ffn_hidden_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         tied=tied,
-        qkv_bias=family.qkv_bias,
         rms_norm_eps=eps,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,

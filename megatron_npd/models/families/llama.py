@@ -45,7 +45,6 @@ LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
     model_type="llama",
-    qkv_bias=False,
     rope_types=("default", "llama3"),
     neutral={"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,)},
     outer_rules=OUTER_RULES,
