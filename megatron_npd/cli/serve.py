@@ -28,7 +28,7 @@ class ServeCommand(RolloutConfig):
     policy_version: str = "v0000"
     """Version that the servers tag their answers with."""
     host: str = "127.0.0.1"
-    """Name or address of the interface to listen on, under which clients reach it; by the default this machine alone."""
+    """Name or address of the interface to listen on, under which clients reach it; 127.0.0.1: this machine alone."""
     port: int = 8100
     """Port of the first server; the others follow."""
     urls_file: str = ""
