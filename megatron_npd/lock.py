@@ -38,6 +38,24 @@ def _start() -> dict[str, str]:
     return {"job": job, "start": os.environ.get("SLURM_RESTART_COUNT", "0")} if job else {}
 
 
+def kernel_lock(fd: int, directory: str | Path) -> bool:
+    """Take the kernel's lock of an open file of ``directory``; whether nobody else had it.
+
+    Raises:
+        UserError: The file system has no locks.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"{directory} must be on a file system with locks, got '{error.strerror}' from flock; mount it with "
+            "its flock option, or use another directory"
+        ) from error
+    return True
+
+
 @contextmanager
 def hold_lock(directory: str | Path, *, name: str = LOCK, trust_remote_holder: bool = True) -> Iterator[None]:
     """Hold ``directory/.lock``; a dead holder's is taken over.
@@ -55,17 +73,10 @@ def hold_lock(directory: str | Path, *, name: str = LOCK, trust_remote_holder: b
     path = directory / name
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not kernel_lock(fd, directory):
             raise UserError(
                 f"{directory} must have one writer, got a second one beside {_words(_read(fd))}; wait for it or stop it"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{directory} must be on a file system with locks, got '{error.strerror}' from flock; mount it with "
-                "its flock option, or use another directory"
-            ) from error
+            )
         before, here, start = _read(fd), _machine(), _start()
         elsewhere = not any(before.get(name) == value != "" for name, value in here.items())
         # Slurm starts a job anew, maybe on other nodes, when nothing of its earlier starts is alive.

@@ -15,6 +15,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.lifeline import end_with_starter, has_starter
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_DISK_ERRORS += (errno.ENOTSUP, errno.ENOSYS, errno.ENODEV, errno.ENOLCK, errno.ESTALE)  # what some file systems lack
 
 
 class _Formatter(logging.Formatter):
@@ -78,8 +79,8 @@ def run_main(main: Callable[[], int | None]) -> None:
             raise
         where = f" for {error.filename}" if error.filename else ""
         print(
-            f"error: the disk must have room and take our files, got '{error.strerror}'{where}; mend that and run the "
-            "same command again, finished work is kept",
+            f"error: the disk must have room and take our files, got '{error.strerror}'{where}; mend that, or use "
+            "another file system, and run the same command again, finished work is kept",
             file=sys.stderr,
             flush=True,
         )

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_npd.durable import fsync_path, write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.links import link_in_words, refuse_links_beside
 from megatron_npd.lock import LOCK, check_lock, hold_lock
@@ -68,27 +69,6 @@ def file_sha256(path: str | Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fsync_path(path: str | Path) -> None:
-    """Flush a file or a directory entry to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_atomic(path: str | Path, data: str | bytes) -> None:
-    """Write a small file so that a reader sees the old content or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(data.encode() if isinstance(data, str) else data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)
 
 
 def read_manifest(path: str | Path, *, kind: str | None = None, verify: bool = True, full: bool = False) -> Manifest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,12 @@ def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, *
     model.save_pretrained(str(path))
     make_tiny_tokenizer(path)
     return Path(path)
+
+
+def failing(number: int) -> Callable[..., Any]:
+    """A stand-in for a call of the operating system that a file system does not have."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return call

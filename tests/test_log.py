@@ -28,6 +28,8 @@ def failing(error: BaseException):
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 2, "No space left on device' for /data/x; mend"),
         (OSError(errno.EFBIG, "File too large"), 2, "got 'File too large'; mend"),
         (PermissionError(errno.EACCES, "Permission denied", "/data"), 2, "Permission denied"),
+        (OSError(errno.ENOTSUP, "Operation not supported", "/data"), 2, "for /data; mend that, or use another file s"),
+        (OSError(errno.ESTALE, "Stale file handle"), 2, "Stale file handle"),
         (KeyboardInterrupt(), 130, "run the same command again"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -14,7 +16,7 @@ import pytest
 
 from megatron_npd import lock, manifest
 from megatron_npd.errors import UserError
-from megatron_npd.lock import LOCK
+from megatron_npd.lock import LOCK, hold_lock
 from megatron_npd.manifest import (
     MANIFEST,
     PART,
@@ -26,6 +28,8 @@ from megatron_npd.manifest import (
     unlisted,
     writing,
 )
+from megatron_npd.pipeline.runner import _run_lock
+from tests.helpers import failing
 
 _fork = multiprocessing.get_context("forkserver")
 
@@ -263,6 +267,14 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: Path, holder: Any) -
     with pytest.raises(UserError, match=rf"one writer, got a second one beside process {holder.pid} on .*epoch 1"):
         make(tmp_path / "out")
     assert (tmp_path / "out" / PART / "half").exists()
+
+
+def test_file_systems_without_locks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    words = rf"{tmp_path} must be on a file system with locks, got 'No locks"
+    for take in (hold_lock, _run_lock):
+        with pytest.raises(UserError, match=words), take(tmp_path):
+            pass
 
 
 def test_a_dead_writers_lock_is_taken_over(tmp_path: Path, holder: Any) -> None:

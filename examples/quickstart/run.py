@@ -27,8 +27,9 @@ from megatron_npd.cli import train as train_command  # noqa: E402
 from megatron_npd.config.command_line import command_flags, parse_config  # noqa: E402
 from megatron_npd.config.run import NPDConfig  # noqa: E402
 from megatron_npd.config.settings import TrainConfig  # noqa: E402
+from megatron_npd.durable import write_atomic  # noqa: E402
 from megatron_npd.log import get_logger, run_main  # noqa: E402
-from megatron_npd.manifest import is_sealed, write_atomic  # noqa: E402
+from megatron_npd.manifest import is_sealed  # noqa: E402
 from megatron_npd.platform import get_platform  # noqa: E402
 from models import write_models  # noqa: E402
 from problems import SPLITS, write_splits  # noqa: E402

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_npd.audit import figures
 from megatron_npd.audit.numbers import ZONES, accuracy_rows, duration, read_metrics, summarise
 from megatron_npd.audit.page import page
-from megatron_npd.manifest import write_atomic
+from megatron_npd.durable import write_atomic
 from megatron_npd.run_dir import RunDir
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from megatron_npd.choices import PlatformName
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.settings import RolloutConfig
+from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,12 +129,18 @@ def export_hf(
         for companion in COMPANIONS:
             if (file := Path(spec.path) / companion).is_file():
                 shutil.copyfile(file, directory / companion)
-        for file in directory.glob("*.safetensors"):  # safetensors makes them private; a server may be another user
-            shutil.copymode(directory / "config.json", file)
+        _open_to_servers(directory)
         about = {"architecture": spec.architecture, "config_hash": config_hash(spec.hf_config)}
         about["weights"] = writer.content.hexdigest()
         seal(directory, kind="policy", provenance={**about, **(provenance or {})})
         (out / LOCK).unlink()
+
+
+def _open_to_servers(directory: Path) -> None:
+    """Give weights the mode of the other files: safetensors makes them private, and a server may be another user's."""
+    for file in directory.glob("*.safetensors"):
+        with suppress(OSError):  # file systems without permissions give all files the same
+            shutil.copymode(directory / "config.json", file)
 
 
 def hf_to_megatron(hf_dir: str | Path, out_dir: str | Path) -> Path:

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
-from megatron_npd.manifest import is_sealed, read_manifest, write_atomic
+from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, ContentHash, check_finite, read_weights
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

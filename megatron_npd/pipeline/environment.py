@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
+from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
-from megatron_npd.manifest import write_atomic
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import resident_bytes
 from megatron_npd.run_dir import RunDir

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config.cluster import ClusterConfig
+from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
-from megatron_npd.manifest import write_atomic
 from megatron_npd.run_dir import RunDir
 
 POLL_SECONDS = 0.5

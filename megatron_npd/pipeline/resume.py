@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config.run import NPDConfig
+from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest, write_atomic
+from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest
 from megatron_npd.pipeline.stages import STAGES
 from megatron_npd.run_dir import RunDir
 

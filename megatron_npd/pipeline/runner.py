@@ -6,7 +6,6 @@ command of its own that lives through the rounds; ``max_lead`` bounds how many o
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import UserError
+from megatron_npd.lock import kernel_lock
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.pipeline import work
@@ -227,8 +227,6 @@ def _note(ctx: Context, task: Task) -> None:
 @contextmanager
 def _run_lock(run: Path) -> Iterator[None]:
     with open(run / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run} must have one runner, got a second; wait for the first or stop it") from None
+        if not kernel_lock(lock.fileno(), run):
+            raise UserError(f"{run} must have one runner, got a second; wait for the first or stop it")
         yield

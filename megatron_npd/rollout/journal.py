@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_npd.durable import fsync
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 
@@ -56,7 +56,7 @@ class Journal:
         self._synced = True
         if not good_bytes:
             self._write(settings)
-            os.fsync(self._stream.fileno())
+            fsync(self._stream.fileno(), path)
 
     def append(self, index: int, answer: Recorded) -> None:
         """Write one answer; it survives a kill of this process at once, of the machine after ``sync``."""
@@ -67,7 +67,7 @@ class Journal:
     def sync(self) -> None:
         """Flush to the disk what was appended."""
         if not self._synced:
-            os.fsync(self._stream.fileno())
+            fsync(self._stream.fileno(), self._stream.name)
             self._synced = True
 
     def close(self) -> None:

@@ -11,8 +11,8 @@ import json
 import os
 import secrets
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _PREFIXES = ("/v1/", "/inference/v1/")
 _RPC = "/collective_rpc"
 _NONCE, _PROOF = "x-npd-nonce", "x-npd-proof"
 _MAX_RPC_BYTES = 2**16
+_OTHERS_SECONDS = 10.0  # for a node that has made the token's file and has yet to write into it
 
 
 class TokenMiddleware:
@@ -76,13 +77,31 @@ def keep_token(path: str | Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
     try:
-        os.write(fd, make_token().encode() + b"\n")
+        os.write(fd, token := make_token().encode() + b"\n")
         os.close(fd)
-        with suppress(FileExistsError):
-            os.link(temporary, path)  # whole or not at all, and only one of several nodes
+        os.link(temporary, path)  # whole or not at all, and only one of several nodes
+    except FileExistsError:
+        pass
+    except OSError:  # no hard links here, as on many FUSE mounts; a full disk fails again below
+        _make_in_place(path, token)
     finally:
         os.unlink(temporary)
     return read_token(path)
+
+
+def _make_in_place(path: Path, token: bytes) -> None:
+    """Make the token's file by its name; who comes second waits for the first one's token."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        deadline = time.monotonic() + _OTHERS_SECONDS
+        while not path.read_bytes().endswith(b"\n") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return
+    try:
+        os.write(fd, token)
+    finally:
+        os.close(fd)
 
 
 def read_token(path: str | Path) -> str:
@@ -100,7 +119,10 @@ def read_token(path: str | Path) -> str:
             f"token_file must be the file that npd serve made, got {error}; start the servers, or check the path"
         ) from error
     if mode & 0o077:
-        raise UserError(f"{path} must be readable by its owner alone, got mode {mode:o}; remove it and serve anew")
+        raise UserError(
+            f"{path} must be readable by its owner alone, got mode {mode:o}; remove it and serve "
+            "anew, on a file system that keeps permissions"
+        )
     if not token or not token.isprintable() or not token.isascii():
         raise UserError(f"{path} must hold a token, got another text; remove it and serve anew")
     return token

@@ -152,8 +152,11 @@ def _mapped(file: Path) -> npt.NDArray[np.uint8]:
     """A file's bytes, mapped by Arrow: unlike Python's mapping it keeps no file descriptor, of which there are few."""
     if not file.stat().st_size:
         return np.zeros(0, np.uint8)
-    with pa.memory_map(str(file)) as source:
-        return np.frombuffer(source.read_buffer(), np.uint8)
+    try:
+        with pa.memory_map(str(file)) as source:
+            return np.frombuffer(source.read_buffer(), np.uint8)
+    except OSError as error:
+        raise UserError(f"{file} must be on a file system with mmap, got {error}; copy the store to another") from error
 
 
 _madvise = ctypes.CDLL(None).madvise

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_npd.durable import fsync_path
 from megatron_npd.errors import UserError
 from megatron_npd.log import progress
-from megatron_npd.manifest import fsync_path, is_sealed
+from megatron_npd.manifest import is_sealed
 from megatron_npd.records import SAMPLE_SCHEMA
 from megatron_npd.store.annotation_store import AnnotationStore
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_npd.config.settings import TrainConfig
+from megatron_npd.durable import fsync, write_atomic
 from megatron_npd.log import get_logger, progress
-from megatron_npd.manifest import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 _wandb_runs: dict[str, Any] = {}  # those that are open: the rounds of a run are one of wandb's
@@ -129,7 +129,7 @@ class MetricsWriter:
         """Flush the lines to the disk: a checkpoint must not outlive those of the steps before it."""
         if self._jsonl is not None:
             self._jsonl.flush()
-            os.fsync(self._jsonl.fileno())
+            fsync(self._jsonl.fileno(), self._jsonl.name)
 
     def write(self, record: dict[str, Any]) -> None:
         """Take one step's record: the objective's parts and what ``trainer`` adds, None where undefined."""

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from megatron_npd.config.settings import TrainConfig
 from megatron_npd.data.row_schedule import PACKS_KIND, ScheduleEntry, load_schedule, schedule_text
+from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import is_sealed, read_manifest, write_atomic
+from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.models.checkpoint import together
 from megatron_npd.run_dir import RunDir
 from megatron_npd.training.schedule import append_entry

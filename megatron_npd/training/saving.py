@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_npd.config.settings import TrainConfig
-from megatron_npd.manifest import fsync_path, is_sealed
+from megatron_npd.durable import fsync_path
+from megatron_npd.manifest import is_sealed
 from megatron_npd.models.checkpoint import save_checkpoint, saved_state
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank

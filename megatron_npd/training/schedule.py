@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_npd.data.row_schedule import ScheduleEntry, load_schedule, schedule_text
+from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
-from megatron_npd.manifest import file_inside, write_atomic
+from megatron_npd.manifest import file_inside
 
 
 def append_entry(path: str | Path, entry: ScheduleEntry) -> None:

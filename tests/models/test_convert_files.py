@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_npd.errors import UserError
-from megatron_npd.models.convert import hf_to_megatron
+from megatron_npd.models.convert import _open_to_servers, hf_to_megatron
 from megatron_npd.models.families import load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, ShardWriter
 from megatron_npd.models.mapping import hf_shapes
 from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, read_weights
 from tests.dist import run_distributed
+from tests.helpers import failing
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -168,6 +171,15 @@ def test_undefined_weights_are_neither_exported_nor_loaded(model_dir: Path, tmp_
     assert not list(out.iterdir())
     rewrite(model_dir, lambda tensors: tensors[Q_PROJ][7].fill_(value))
     run_distributed(_refuse_to_load, 1, model_dir, tmp_path / "megatron")
+
+
+def test_file_systems_without_permissions_take_an_export(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model_dir / SINGLE_FILE).chmod(0o600)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "chmod", failing(errno.EPERM))
+        _open_to_servers(model_dir)
+    _open_to_servers(model_dir)
+    assert (model_dir / SINGLE_FILE).stat().st_mode == (model_dir / "config.json").stat().st_mode
 
 
 def test_an_exports_content_is_that_of_its_files(model_dir: Path) -> None:

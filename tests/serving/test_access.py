@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
+from megatron_npd.serving import access
 from megatron_npd.serving.access import (
     SECRET_VARIABLE,
     TOKEN_VARIABLE,
@@ -20,6 +23,7 @@ from megatron_npd.serving.access import (
     read_token,
 )
 from megatron_npd.serving.pool import ServerPool
+from tests.helpers import failing
 from tests.serving.fake import FakeServer
 
 
@@ -32,13 +36,28 @@ def test_all_who_start_at_once_keep_the_same_token(tmp_path: Path) -> None:
     assert ServerPool(["http://127.0.0.1:1"], RolloutConfig(token_file=str(path))).token == read_token(path)
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_without_hard_links_they_keep_the_same_token_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "link", failing(number))
+    test_all_who_start_at_once_keep_the_same_token(tmp_path)
+    monkeypatch.setattr(access, "_OTHERS_SECONDS", 0.1)
+    (tmp_path / "killed").touch(0o600)  # by one that was killed before it wrote
+    with pytest.raises(UserError, match="killed must hold a token, got another text; remove it"):
+        keep_token(tmp_path / "killed")
+    monkeypatch.setattr(os, "open", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        keep_token(tmp_path / "full")
+
+
 def test_files_that_keep_no_secret_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "token"
     with pytest.raises(UserError, match=r"must be the file that npd serve made, got .*No such file"):
         read_token(path)
     path.write_text("secret")
     path.chmod(0o640)
-    with pytest.raises(UserError, match="readable by its owner alone, got mode 640"):
+    with pytest.raises(UserError, match=r"readable by its owner alone, got mode 640; .* keeps permissions"):
         keep_token(path)
     path.chmod(0o600)
     for text in ("", "\n", "a\nb", "\u00e9"):

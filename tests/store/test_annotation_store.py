@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -19,9 +21,17 @@ from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLES_FILE, teacher_record_dt
 from megatron_npd.store.annotation_store import AnnotationStore, StoreShardWriter
 from megatron_npd.store.streams import undefined_logprobs
 from megatron_npd.store.teacher_records import check_teacher_records
+from tests.helpers import failing
 from tests.store.make_store import VOCAB_SIZE, make_generator, make_records, make_store
 
 LENGTHS = [(4, 3), (1, 1), (7, 12), (2, 5), (3, 1)]
+
+
+def test_file_systems_without_mmap_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(tmp_path / "store", LENGTHS, shards=1)
+    monkeypatch.setattr(pa, "memory_map", failing(errno.ENODEV))
+    with pytest.raises(UserError, match=r"tokens\.idx must be on a file system with mmap, got .*No such device; copy"):
+        AnnotationStore(path)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 10, VOCAB_SIZE])
