@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import httpx
@@ -38,17 +38,17 @@ class Asking(Generic[Asked, Read]):
     ) -> None:
         self.pool, self.on_result, self.body, self.read = pool, on_result, body, read
         self.vocab_size = pool.vocab_size()
-        self.cleared: set[str] = set()  # servers; what they still leave undefined is the model's
+        self.again: deque[Asked] = deque()  # had an undefined answer once; what has two is the model's
 
     def run(self, requests: Iterable[Asked]) -> None:
         """Ask until every request has its result."""
         waiting = iter(requests)
         while undefined := asyncio.run(self._work(waiting)):
-            for url in (sick := {url for url, _ in undefined}):
+            for url in {url for url, _ in undefined}:
                 get_logger().warning("%s gave an undefined log-probability: its cache is cleared", url)
                 self.pool.clear(url)
-            self.cleared |= sick
-            waiting = chain((request for _, request in undefined), waiting)
+                self.pool.check_defined(url)
+            self.again.extend(request for _, request in undefined)
 
     async def _work(self, requests: Iterator[Asked]) -> list[tuple[str, Asked]]:
         """Ask until there is no request or no healthy server left; sick servers and what to ask again."""
@@ -58,12 +58,13 @@ class Asking(Generic[Asked, Read]):
             # A client of its own: httpx's shared connection pool looks at every connection for every request.
             async with httpx.AsyncClient(timeout=timeout, **self.pool.client_options()) as client:
                 while all(url != sick for sick, _ in undefined):
+                    again = bool(self.again)
                     try:
-                        request = next(requests)
+                        request = self.again.popleft() if again else next(requests)
                     except StopIteration:
                         return
                     result = await self._result(client, url, request)
-                    if isinstance(result, Failure) and result.reason == UNDEFINED and url not in self.cleared:
+                    if isinstance(result, Failure) and result.reason == UNDEFINED and not again:
                         undefined.append((url, request))
                     else:
                         self.on_result(request, result)

@@ -22,6 +22,7 @@ from megatron_npd.serving.answers import (
     field,
     first_of,
     generate_body,
+    is_defined,
     json_of,
     read_answer,
 )
@@ -206,22 +207,40 @@ class ServerPool:
                     f"all servers must hold the same weights, got {tags[url]} on {url} and {tags[self.urls[0]]} on "
                     f"{self.urls[0]}; load one policy on all of them with npd refresh"
                 )
-            self.control(url, GENERATE, body=PROBE)
+            self.check_defined(url)
         return tags[self.urls[0]]
+
+    def check_defined(self, url: str) -> None:
+        """See that a server gives a trivial request a token with a log-probability, if need be from a cleared cache.
+
+        Raises:
+            UserError: It does not: with these weights it never will, nor after a restart.
+        """
+        for cleared in (False, True):
+            if cleared:
+                self.clear(url)
+            if _defined(self._told(url, GENERATE, lambda told: first_of(field(told, "choices"), "choices"), PROBE)):
+                return
+        raise UserError(
+            f"the server {url} must give defined log-probabilities, got NaN with the weights {self.tag(url)} for one "
+            "token from a cleared cache: they overflow in its number type; serve them with another dtype, or load "
+            "another policy, then run the same again"
+        )
 
     def run(self, requests: Iterable[Request], on_result: Callable[[Request, Answer | Failure], None]) -> None:
         """Generate all answers, ``cfg.concurrency`` at a time on each server, whichever is free taking the next.
 
         What comes back without sense is asked for again, a moment later. An undefined log-probability says that NaN
         lies in the server's cache or weights: once everything else that it works on is done, its cache is cleared, and
-        the request is asked again; from a server that was cleared it is a failure.
+        the request is asked again; if it is undefined once more, it is a failure.
 
         Args:
             requests: In the order to start them; drawn from as servers become free.
             on_result: Called once for each request, in the order of arrival.
 
         Raises:
-            UserError: A server died or hangs; ``on_result`` has been called for everything that had arrived.
+            UserError: A server died, hangs, or answers with undefined numbers alone; ``on_result`` has been called for
+                everything that had arrived.
         """
         self.ask(requests, on_result, body=generate_body, read=read_answer)
 
@@ -266,10 +285,10 @@ class ServerPool:
         """What every client of these servers is made with; no proxy comes in between."""
         return {"verify": self._tls, "trust_env": False, "headers": bearer(self.token)}
 
-    def _told(self, url: str, path: str, read: Callable[[Any], Any]) -> Any:
-        """A part of what a server tells of itself."""
+    def _told(self, url: str, path: str, read: Callable[[Any], Any], body: Any = None) -> Any:
+        """A part of what a server tells of itself, or answers to ``body``."""
         try:
-            return read(self.control(url, path, method="GET"))
+            return read(self.control(url, path, body=body, method="GET" if body is None else "POST"))
         except Malformed as error:
             raise UserError(f"the server {url} must answer {path}, got {error}; restart it") from error
 
@@ -285,3 +304,9 @@ class ServerPool:
         if url in self.servers:
             return self.servers[url].failure(what)
         return UserError(f"the vLLM server {url} {what}; look at its log and restart it, then run the same again")
+
+
+def _defined(choice: Any) -> bool:
+    """Whether the first token of a choice has a log-probability."""
+    content = field(field(choice, "logprobs"), "content")
+    return is_defined(field(first_of(content, "content"), "logprob"))

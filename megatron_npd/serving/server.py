@@ -32,7 +32,10 @@ GENERATE = "/inference/v1/generate"
 EXTENSION = "megatron_npd.serving.worker_extension.WorkerExtension"
 MIDDLEWARE = "megatron_npd.serving.access.TokenMiddleware"
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of vLLM's CPU attention; others die in use
-PROBE = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False}}
+PROBE = {
+    "token_ids": [0],
+    "sampling_params": {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "logprobs": 0},
+}
 _STOP_SECONDS = 10.0
 _LOG_PREFIX = re.compile(r"^\([^)]*\) \w+ [\d-]+ [\d:]+ \[[^\]]*\] ?")  # (A pid=1) ERROR 11-22 13:04:31 [core.py:1]
 _NUMBERS = re.compile(r"\b[0-9a-f]{8,}\b|\d+|None")

@@ -375,6 +375,11 @@ def test_nonsense_is_asked_for_again_then_set_aside(
     assert manifest.counts["quarantined"] == {"request_failed": 3} and manifest.counts["kept"] == 33
 
 
+def is_asked(body: dict[str, Any]) -> bool:
+    """Whether a body asks for a response: others see whether the server is well."""
+    return body["sampling_params"]["max_tokens"] > 1
+
+
 @pytest.mark.parametrize("logprob", [-9999.0, -1e9, float("-inf"), float("nan"), None, 0.1])
 def test_undefined_numbers_are_asked_for_again_from_a_cleared_cache(
     prompts: Path, tmp_path: Path, reference: dict[str, bytes], logprob: float | None
@@ -383,7 +388,7 @@ def test_undefined_numbers_are_asked_for_again_from_a_cleared_cache(
     first = pq.read_table(prompts / PROMPTS_FILE)["prompt_ids"][0].as_py()
     clearing = ["/pause?mode=wait", "npd_clear", "/reset_prefix_cache", "/resume"]
     with FakeServer() as server, FakeServer() as healthy:
-        server.trouble = lambda body: undefined if "npd_clear" not in server.called else None
+        server.trouble = lambda body: undefined if is_asked(body) and "npd_clear" not in server.called else None
         generate(prompts, tmp_path / "cured", server, healthy)
         assert server.called == ["npd_describe", *clearing] and not healthy.called
     assert content(tmp_path / "cured") == reference
@@ -392,6 +397,46 @@ def test_undefined_numbers_are_asked_for_again_from_a_cleared_cache(
         manifest = generate(prompts, tmp_path / "always", server)
         assert server.called == ["npd_describe", *clearing]  # once: what is undefined then is the model's
     assert manifest.counts["quarantined"] == {"undefined_logprob": 3} and manifest.counts["kept"] == 33
+
+
+def test_what_another_request_left_in_the_cache_is_asked_for_again(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    """From a server that was cleared before, too."""
+    undefined = TWO | {"logprobs": {"content": [{"logprob": -1.0}, {"logprob": float("nan")}]}}
+    with FakeServer() as server:
+
+        def poisoned(body: dict[str, Any]) -> Any:
+            times = server.called.count("npd_clear")
+            return undefined if is_asked(body) and len(server.asked) in (5, 25) and times < 2 else None
+
+        server.trouble = poisoned
+        generate(prompts, tmp_path / "out", server)
+        assert server.called.count("npd_clear") == 2
+    assert content(tmp_path / "out") == reference
+
+
+def test_a_server_whose_weights_leave_all_undefined_is_named(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    """A restart with the same weights would give the same; what was answered is kept."""
+    probed = {"logprobs": {"content": [{"logprob": float("nan")}]}}
+    words = r"{} must give defined log-probabilities, got NaN with the weights v0000-\w+ .* dtype, .*run the same"
+    with FakeServer() as server:
+        server.trouble = lambda body: None if is_asked(body) else probed
+        with pytest.raises(UserError, match=words.format(server.url)):
+            generate(prompts, tmp_path / "first", server)
+        assert server.called.count("npd_clear") == 1 and not server.asked
+    undefined = TWO | {"logprobs": {"content": [{"logprob": float("nan")}] * 2}}
+    with FakeServer() as server:
+        server.trouble = lambda body: (undefined if is_asked(body) else probed) if len(server.asked) > 10 else None
+        with pytest.raises(UserError, match=words.format(server.url)):
+            generate(prompts, tmp_path / "out", server)
+        assert server.called.count("npd_clear") == 2
+    with FakeServer() as server:
+        generate(prompts, tmp_path / "out", server)
+        assert len(server.asked) == 26  # ten were kept
+    assert content(tmp_path / "out") == reference
 
 
 def test_a_server_of_nonsense_alone_is_named(prompts: Path, tmp_path: Path) -> None:
