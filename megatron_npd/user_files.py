@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,26 +94,33 @@ def read_rows(
         UserError: The file cannot be read, or a row takes more memory.
     """
     for group in row_groups:
-        rows = _rows_at_a_time(file.metadata.row_group(group), most, usual_bytes)
-        batches, done = (
-            file.iter_batches(rows, row_groups=[group], use_threads=False),
-            0,
-        )  # a thread reserves memory, too
+        rows, done = _rows_at_a_time(file.metadata.row_group(group), most, usual_bytes), 0
+        batches = file.iter_batches(rows, row_groups=[group], use_threads=False)  # a thread reserves memory, too
         while True:
             try:
                 with memory_growth(most_bytes):
                     batch = next(batches, None)
             except MemoryError as error:
-                raise UserError(
-                    f"rows of {path} must take at most {most_bytes // 2**20} MiB as they are read, got more after row "
-                    f"{done} of row group {group}: {error}; take that row out"
-                ) from error
+                if rows == 1:
+                    raise _too_large(path, file, group, done, f"{most_bytes // 2**20} MiB", error) from error
+                rows = 1  # each alone may fit; else it is known which one does not
+                batches = islice(file.iter_batches(1, row_groups=[group], use_threads=False), done, None)
+                continue
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(path, error) from error
             if batch is None:
                 break
             done += len(batch)
             yield batch
+
+
+def _too_large(path: Path, file: pq.ParquetFile, group: int, done: int, most: str, error: BaseException) -> UserError:
+    """The error for the row after ``done`` others of a row group, of which no part can be read."""
+    row = sum(file.metadata.row_group(earlier).num_rows for earlier in range(group)) + done + 1
+    return UserError(
+        f"row {row} of {path} (row {done + 1} of row group {group}) must take at most {most} as it is read, got more: "
+        f"{error}; it cannot be read in part: write the file again without it, or with a shorter one"
+    )
 
 
 def _rows_at_a_time(group: pq.RowGroupMetaData, most: int, usual_bytes: int) -> int:

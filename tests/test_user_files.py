@@ -97,7 +97,30 @@ def test_a_row_that_takes_gigabytes_is_an_error_in_words(
         (4096, lambda: preprocess([tmp_path / "in.parquet"], tmp_path / "out", **OPTIONS)),
     ):
         with pytest.raises(
-            UserError, match=f"in.parquet must take at most {most} MiB as they are read, got more after"
+            UserError, match=rf"row 1 of .*in\.parquet \(row 1 of row group 0\) must take at most {most} MiB as it"
         ):
             run()
         assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_the_row_that_is_too_large_is_named_and_those_that_are_only_together_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limited(self: pq.ParquetFile, *args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        for batch in iter_batches(self, *args, **options):
+            if len(batch["n"].flatten()) > 100:
+                raise MemoryError("malloc")
+            yield batch
+
+    def read(lengths: list[int]) -> list[int]:
+        path = tmp_path / "in.parquet"
+        pq.write_table(pa.table({"n": zeros(lengths)}), path, row_group_size=40)
+        with open_parquet(path) as file:
+            options = {"most": 1000, "usual_bytes": 2**30, "most_bytes": 2**30}
+            return [len(batch) for batch in read_rows(path, file, row_groups=range(file.num_row_groups), **options)]
+
+    iter_batches: Any = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", limited)
+    assert read([2] * 40 + [3] * 40 + [1] * 7) == [40] + [1] * 40 + [7]
+    with pytest.raises(UserError, match=r"row 46 of .*in\.parquet \(row 6 of row group 1\) must take .*: malloc; "):
+        read([1] * 45 + [101] + [1] * 34)
