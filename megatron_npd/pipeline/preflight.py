@@ -105,11 +105,12 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     from megatron_npd.ops.arguments import check_objective
     from megatron_npd.ops.implementation import use_triton
     from megatron_npd.platform import get_platform
-    from megatron_npd.platform.initialize import check_world_size
+    from megatron_npd.platform.initialize import check_devices, check_world_size
     from megatron_npd.training.trainer import check_batch
 
     check_objective(**cfg.train.kd_settings())
-    use_triton(cfg.train.loss_impl, get_platform().device(0))
+    use_triton(cfg.train.loss_impl, get_platform().device(0), name="train.loss_impl")
+    check_devices(cfg.nproc_per_node)
     layouts = [(cfg.train.tensor_model_parallel_size, cfg.train.pipeline_model_parallel_size)]
     layouts += [(cfg.annotate.tensor_model_parallel_size, cfg.annotate.pipeline_model_parallel_size)]
     for spec, (tensor_size, pipeline_size) in zip(specs, layouts, strict=False):

@@ -33,12 +33,14 @@ def initialize_distributed(
         seed: Seed of the random streams (the tensor-parallel one differs by rank, as megatron-core has it).
 
     Raises:
-        UserError: The world size is not a multiple of the two sizes' product.
+        UserError: The world size is not a multiple of the two sizes' product, or this machine has no device for this
+            process.
     """
     platform = get_platform()
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not dist.is_initialized():
+        check_devices(local_rank() + 1)
         platform.set_device(local_rank())
         _join(platform.distributed_backend)
     check_world_size(dist.get_world_size(), tensor_model_parallel_size, pipeline_model_parallel_size)
@@ -70,6 +72,21 @@ def _lay_out(sizes: tuple[int, int]) -> None:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1]
+        )
+
+
+def check_devices(processes: int) -> None:
+    """Refuse more processes on this machine than it has devices; a CPU takes any number.
+
+    Raises:
+        UserError: There are more.
+    """
+    platform = get_platform()
+    devices = len(platform.device_names())
+    if devices < processes and platform.name != "cpu":
+        raise UserError(
+            f"processes on a machine (nproc-per-node) must be at most the {platform.name} devices that are seen there "
+            f"({devices}), got {processes}; start fewer, or look at {platform.visible_devices_env}"
         )
 
 

@@ -29,6 +29,7 @@ from megatron_npd.models.checkpoint import (
 )
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.arguments import check_objective
+from megatron_npd.ops.implementation import use_triton
 from megatron_npd.paths import check_training, first_checkpoint
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import Platform, local_rank
@@ -74,6 +75,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     platform = get_platform(cfg.platform)
     check_training(cfg)
     check_objective(**cfg.kd_settings())
+    use_triton(cfg.loss_impl, platform.device(local_rank()), name="loss_impl")
     initialize_distributed(
         tensor_model_parallel_size=cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,

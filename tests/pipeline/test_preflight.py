@@ -27,8 +27,10 @@ from tests.helpers import make_tiny_model
 get_platform("cpu")
 
 from megatron_npd.audit.report import write_report  # noqa: E402
+from megatron_npd.ops import distill_loss_triton  # noqa: E402
 from megatron_npd.pipeline import runner  # noqa: E402
 from megatron_npd.pipeline.preflight import HIGH_LR_TIMES_WIDTH, check_prompts, check_run  # noqa: E402
+from megatron_npd.platform.cpu import Device  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +89,18 @@ def test_what_does_not_fit_is_refused(inputs: Path, flags: list[str], match: str
     with pytest.raises(UserError, match=match):
         run_npd(cfg)
     assert not (inputs / "run").exists(), "a start that failed leaves nothing"
+
+
+def test_what_needs_a_device_is_refused(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill_loss_triton, "INTERPRETED", False)
+    with pytest.raises(UserError, match=r"train\.loss_impl must be one that can run, got 'triton' with tensors on cpu"):
+        run_npd(config(inputs, "--train.loss-impl=triton"))
+    monkeypatch.setattr(Device, "name", "cuda")
+    monkeypatch.setattr(Device, "device_names", lambda self: ["A", "B"])
+    check_run(config(inputs, "--nproc-per-node=2", "--platform=auto"))
+    with pytest.raises(UserError, match=r"must be at most the cuda devices that are seen there \(2\), got 3; start"):
+        check_run(config(inputs, "--nproc-per-node=3", "--platform=auto"))
+    assert not (inputs / "run").exists()
 
 
 def change(file: str, **values: Any) -> Callable[[Path], None]:

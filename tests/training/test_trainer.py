@@ -18,6 +18,8 @@ from megatron_npd.data.row_schedule import ScheduleEntry, schedule_text
 from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
 from megatron_npd.models.convert import hf_to_megatron
+from megatron_npd.ops import distill_loss_triton
+from megatron_npd.training import trainer
 from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE, make_tiny_model
@@ -301,6 +303,16 @@ def test_the_command_line_trains_and_takes_a_recipe(tmp_path: Path, tiny_model_d
 def test_bad_input_is_refused(tiny_model_dir: Path, packs: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         train(config(**{"model": tiny_model_dir, "packs": packs} | fields))
+
+
+def test_a_loss_that_cannot_run_here_is_refused(
+    tiny_model_dir: Path, packs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is built and a batch is read."""
+    monkeypatch.setattr(distill_loss_triton, "INTERPRETED", False)
+    monkeypatch.setattr(trainer, "build_model", None)
+    with pytest.raises(UserError, match=r"^loss_impl must be one that can run, got 'triton' with tensors on cpu"):
+        train(config(tiny_model_dir, packs, loss_impl="triton"))
 
 
 def test_packs_that_do_not_fit_are_refused(tmp_path: Path, tiny_model_dir: Path, packs: Path, sft_packs: Path) -> None:
