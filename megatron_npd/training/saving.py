@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_npd.config.settings import TrainConfig
 from megatron_npd.durable import fsync_path
 from megatron_npd.manifest import is_sealed
-from megatron_npd.models.checkpoint import save_checkpoint, saved_state
+from megatron_npd.models.checkpoint import save_checkpoint, saved_state, together
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
 from megatron_npd.training.step import TrainStep
@@ -43,7 +43,11 @@ class Saver:
         return bool(self._cfg.save) and (marked or self._is_kept(iteration) or self._late())
 
     def save(self, step: TrainStep, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint of ``state["iteration"]`` steps and remove those that it replaces; all ranks together."""
+        """Write a checkpoint of ``state["iteration"]`` steps and remove those that it replaces; all ranks together.
+
+        Raises:
+            UserError: As for ``save_checkpoint``, or an earlier checkpoint is damaged; it stays.
+        """
         iteration = state["iteration"]
         save_checkpoint(
             self._cfg.save,
@@ -53,8 +57,9 @@ class Saver:
             scheduler=step.scheduler,
             state=state if "policy" in state or self._is_kept(iteration) else {**state, _TEMPORARY: True},
         )
-        if dist.get_rank() == 0:
-            _remove_replaced(Path(self._cfg.save), iteration)
+        with together():
+            if dist.get_rank() == 0:
+                _remove_replaced(Path(self._cfg.save), iteration)
         self._last = time.monotonic()
 
     def _is_kept(self, iteration: int) -> bool:
