@@ -1,16 +1,119 @@
-"""Saving on several ranks: what goes wrong on one of them ends all."""
+"""Saving on several ranks: what goes wrong on one of them ends all, and what a kill leaves is never taken for whole."""
 
 from __future__ import annotations
 
+import random
+import shutil
+import signal
+import time
 import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_npd.config.settings import TrainConfig
 from megatron_npd.errors import UserError
-from megatron_npd.manifest import seal, writing
+from megatron_npd.manifest import is_sealed, seal, writing
+from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
-from tests.training.make_run import config
+from tests.training.make_run import config, make_packs, read_metrics
+
+TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
+STEPS, RANKS = 3, 2
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Which ranks die, in the saving after which step, and after how many seconds of it."""
+
+    ranks: tuple[int, ...]
+    step: int
+    seconds: float
+
+
+def _train(rank: int, world: int, cfg: TrainConfig, kill: Kill | None) -> list[float]:
+    """Train on this rank and save after each step; the seconds that each saving took."""
+    from megatron_npd.training import saving
+
+    save, took = saving.save_checkpoint, list[float]()
+
+    def timed(root: Any, iteration: int, **arguments: Any) -> None:
+        start = time.monotonic()
+        if kill is not None and rank in kill.ranks and iteration == kill.step:
+            signal.setitimer(signal.ITIMER_REAL, kill.seconds)  # its signal ends a process as SIGKILL does
+        save(root, iteration, **arguments)
+        took.append(time.monotonic() - start)
+
+    saving.save_checkpoint = timed  # pyright: ignore[reportAttributeAccessIssue]
+    train(cfg)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return took
+
+
+class Killed:
+    """A run of two ranks that nothing disturbed, and others that are killed while they save.
+
+    Args:
+        model: Directory of the model.
+        root: Where all of it lies.
+    """
+
+    def __init__(self, model: Path, root: Path) -> None:
+        self.model, self.packs, self.root = model, make_packs(root / "packs", samples=20), root
+        self.seconds = max(run_distributed(_train, RANKS, self._config("whole"), None)[0][1:])
+
+    def _config(self, name: str) -> TrainConfig:
+        more = {"train_iters": STEPS, "save_interval": 1, "lr_warmup_iters": 0}
+        return config(self.model, self.packs, self.root / name, **more)
+
+    def draw(self, seed: int) -> Kill:
+        """A kill of one rank or both, in the saving of the second or third checkpoint."""
+        rng = random.Random(seed)
+        return Kill(rng.choice([(0,), (1,), (0, 1)]), rng.choice([2, 3]), rng.uniform(1e-4, 1.1 * self.seconds))
+
+    def run(self, kill: Kill) -> bool:
+        """Whether the kill came in time; raises AssertionError where it leaves a part that passes for a checkpoint,
+        loses an earlier one, or the run does not end as the whole one."""
+        shutil.rmtree(self.root / "killed", ignore_errors=True)
+        try:
+            run_distributed(_train, RANKS, self._config("killed"), kill)
+        except AssertionError as error:
+            assert f"-{signal.SIGALRM:d}" in str(error).splitlines()[0], error
+            died = True
+        else:
+            died = False
+        sealed = [path for path in sorted((self.root / "killed").glob("iter_*")) if is_sealed(path)]
+        assert len(sealed) >= kill.step - 1, f"{kill}: {sealed}"
+        for path in sealed:
+            self._alike(path)
+        run_distributed(_train, RANKS, self._config("killed"), None)
+        for path in (self.root / "whole").glob("iter_*"):
+            self._alike(self.root / "killed" / path.name)
+        assert self._metrics("killed") == self._metrics("whole")
+        return died
+
+    def _alike(self, path: Path) -> None:
+        found, expected = (
+            {file.name: file.read_bytes() for file in (self.root / run / path.name).glob("*.distcp")}
+            for run in ("killed", "whole")
+        )
+        assert found == expected and expected, path
+
+    def _metrics(self, name: str) -> list[dict[str, Any]]:
+        lines = read_metrics(self.root / name / "metrics.jsonl")
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Killed:
+    return Killed(tiny_model_dir, tmp_path_factory.mktemp("killed"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_that_die_while_they_save_go_on_bit_by_bit(killed: Killed, seed: int) -> None:
+    killed.run(killed.draw(seed))
 
 
 def _save_beside_a_damaged_one(rank: int, world: int, root: Path) -> str:
