@@ -13,7 +13,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import config_hash
 from megatron_npd.records import BadRecord
-from megatron_npd.weights import read_object
+from megatron_npd.weights import language_config, read_config, read_object
 
 _PROBE = "q7probe"  # a word that no chat template holds by itself
 
@@ -40,10 +40,11 @@ def load_model_tokens(hf_dir: str | Path) -> ModelTokens:
         UserError: A file is missing or cannot be read, or nothing says what ends a response.
     """
     tokenizer = load_tokenizer(hf_dir)
-    path = Path(hf_dir) / "config.json"
-    vocab_size = read_object(path).get("vocab_size")
-    if type(vocab_size) is not int:
-        raise UserError(f"vocab_size in {path} must be an integer, got {vocab_size!r}; mend it")
+    vocab_size = language_config(read_config(hf_dir)).get("vocab_size")
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise UserError(
+            f"vocab_size in {Path(hf_dir) / 'config.json'} must be a positive integer, got {vocab_size!r}; mend it"
+        )
     return ModelTokens(tokenizer=tokenizer, stop_ids=stop_ids(tokenizer, hf_dir), vocab_size=vocab_size)
 
 
@@ -57,9 +58,11 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, hf_dir: str | Path) -> tuple[in
         UserError: There is none, or ``eos_token_id`` is neither an integer nor a list of them.
     """
     path = Path(hf_dir) / "generation_config.json"
-    if not path.exists():
-        path = Path(hf_dir) / "config.json"
-    own = read_object(path).get("eos_token_id")
+    if path.exists():
+        own = read_object(path).get("eos_token_id")
+    else:
+        path, config = Path(hf_dir) / "config.json", read_config(hf_dir)
+        own = (config if config.get("eos_token_id") is not None else language_config(config)).get("eos_token_id")
     own = [] if own is None else own if isinstance(own, list) else [own]
     if not all(type(token_id) is int for token_id in own):
         raise UserError(f"eos_token_id in {path} must be an integer or a list of integers, got {own}; mend it")

@@ -124,6 +124,18 @@ def test_stop_ids_are_the_turn_end_then_the_tokenizers_and_the_models(tmp_path: 
         load_model_tokens(tmp_path)
 
 
+def test_a_model_that_reads_images_too_has_the_tokens_of_its_language_model(tmp_path: Path) -> None:
+    make_tiny_tokenizer(tmp_path)
+    text = {"vocab_size": 304, "eos_token_id": 5}
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": text, "eos_token_id": None}))
+    model = load_model_tokens(tmp_path)
+    assert (model.stop_ids, model.vocab_size) == ((2, 5), 304)
+    for wrong in (None, 0, True, 3.0, "304"):
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": text | {"vocab_size": wrong}}))
+        with pytest.raises(UserError, match=r"vocab_size in .*config\.json must be a positive integer, got"):
+            load_model_tokens(tmp_path)
+
+
 def test_a_template_alone_says_what_opens_and_ends_a_response(tmp_path: Path, tokenizer) -> None:
     tokenizer.bos_token = tokenizer.eos_token = None
     (tmp_path / "config.json").write_text("{}")
