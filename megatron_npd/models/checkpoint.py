@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
@@ -31,14 +31,20 @@ from torch.nn import Module
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, PART, read_manifest, seal, unlisted, verified_file, writing
+from megatron_npd.models.checkpoint_files import (
+    COMMON_FILE,
+    MALFORMED,
+    STATE_FILE,
+    check_common,
+    malformed,
+    of_another_kind,
+    plain,
+    read_content,
+)
 from megatron_npd.models.mapping import global_parameters
 from megatron_npd.models.unpickle import known_classes_only, refused
 
 KIND = "checkpoint"
-_STATE_FILE = "state.json"
-_COMMON_FILE = "common.pt"  # megatron-core's: all that is no tensor of its own
-# What torch and megatron-core raise at content that has another form than what they wrote.
-_MALFORMED = (AssertionError, AttributeError, EOFError, LookupError, RecursionError, TypeError, ValueError)
 _STREAM_ERROR = "iostream error"  # all that torch.save says where it opens the file itself and the disk fails
 _WEIGHTS_ALONE = "hf_model made by npd convert --direction megatron-to-hf"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -100,7 +106,7 @@ def save_checkpoint(
                     "optimizer": optimizer and _kind(optimizer),
                     "scheduler": scheduler is not None,
                 }
-                (part / _STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+                (part / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
                 seal(part, kind=KIND, counts={"iteration": iteration})
     return path
 
@@ -111,7 +117,7 @@ def saved_state(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: It is not a sealed checkpoint, or its state is damaged.
     """
-    return _read_content(verified_file(path, _STATE_FILE, kind=KIND))["state"]
+    return read_content(verified_file(path, STATE_FILE, kind=KIND))["state"]
 
 
 def load_checkpoint(
@@ -141,7 +147,7 @@ def load_checkpoint(
         # Nothing may lie there that no hash vouches for: it could be a pickle that megatron-core opens.
         if dist.get_rank() == 0 and (foreign := unlisted(path, read_manifest(path, kind=KIND))):
             raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
-    content = _read_content(path / _STATE_FILE)
+    content = read_content(path / STATE_FILE)
     with_optimizer = optimizer is not None and content["optimizer"]
     kind = optimizer and _kind(optimizer)
     if with_optimizer and content["optimizer"] not in (True, kind):  # True: of an older version
@@ -153,9 +159,10 @@ def load_checkpoint(
     wanted = _sharded_state(
         model, optimizer if with_optimizer else None, scheduler if with_scheduler else None, is_loading=True
     )
+    ours = plain({name: wanted.get(name) for name in ("optimizer", "scheduler")})
     try:
         with known_classes_only(path, read_manifest(path, verify=False).files):
-            _check_common(path)
+            check_common(path)
             loaded: Any = dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, CheckpointException, pickle.UnpicklingError) as error:
         if (planted := refused(_first(error))) is not None:
@@ -166,14 +173,18 @@ def load_checkpoint(
         raise UserError(
             f"{path} must hold this model, got: {_reason(error)}; give the model that was trained"
         ) from error
-    except _MALFORMED as error:
-        raise _malformed(path / _COMMON_FILE, error) from error
+    except FileNotFoundError as error:
+        raise malformed(Path(error.filename or path), "no such file") from error
+    except MALFORMED as error:
+        raise malformed(path / COMMON_FILE, error) from error
+    if other := of_another_kind(ours, loaded):
+        raise malformed(path / COMMON_FILE, other)
     try:
         _apply(path, loaded, model, optimizer, scheduler if with_scheduler else None, bool(with_optimizer))
-    except _MALFORMED as error:
+    except MALFORMED as error:
         if isinstance(error, UserError):
             raise
-        raise _malformed(path / _COMMON_FILE, error) from error
+        raise malformed(path / COMMON_FILE, error) from error
     return content["state"]
 
 
@@ -189,42 +200,6 @@ def _apply(path: Path, loaded: Any, model: Module, optimizer: Any, scheduler: An
         optimizer.reload_model_params()
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
-
-
-def _malformed(file: Path, error: BaseException | str) -> UserError:
-    what = error if isinstance(error, str) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return UserError(f"{file} must be as save_checkpoint wrote it, got {what}; use another checkpoint")
-
-
-def _read_content(file: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` put into ``state.json``: its manifest may vouch for a file that somebody changed."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise _malformed(file, error) from error
-    kinds = {"state": dict, "optimizer": (str, bool, type(None)), "scheduler": bool}
-    for key, kind in kinds.items():
-        if not isinstance(content, dict) or not isinstance(content.get(key, ...), kind):
-            raise _malformed(file, f"no {key}, or one of another type")
-    for key in {"iteration", "rows_consumed", "seed"} & content["state"].keys():
-        if type(value := content["state"][key]) is not int or value < 0:
-            raise _malformed(file, f"{key} {str(value)[:50]!r}")
-    return content
-
-
-def _check_common(path: Path) -> None:
-    """Refuse files of megatron-core's at which it would end in errors without a file's name."""
-    try:
-        maybe_load_config(str(path))
-    except (*_MALFORMED, CheckpointingException) as error:
-        raise _malformed(path / "metadata.json", error) from error
-    file = path / _COMMON_FILE
-    try:
-        common = torch.load(file, map_location="cpu", weights_only=True)
-    except (*_MALFORMED, OSError, RuntimeError) as error:
-        raise _malformed(file, error) from error
-    if not isinstance(common, dict):
-        raise _malformed(file, f"a {type(common).__name__}")
 
 
 def _refuse_not_finite(model: Module, iteration: int) -> None:

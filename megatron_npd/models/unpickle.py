@@ -10,12 +10,19 @@ import pickle
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import Metadata, filesystem
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 # What torch's index of a checkpoint (.metadata) is made of, beside torch's dtypes.
 _KNOWN = {
@@ -35,6 +42,9 @@ _KNOWN = {
     "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
     "pathlib": ("PosixPath",),
 }
+# What content of another form ends in.
+_NO_INDEX = (AssertionError, AttributeError, EOFError, LookupError, MemoryError, OverflowError, RuntimeError)
+_NO_INDEX += (TypeError, ValueError)
 _ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load takes what megatron-core registered with torch as safe, only
 _ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -61,12 +71,38 @@ def _read_index(path: Path, files: Collection[str]) -> Metadata:
     try:
         with open(path, "rb") as stream:
             index = _Unpickler(stream).load()
+        assert _is_whole(index), "its parts are not those of one"
         places = {str(place.relative_path) for place in index.storage_data.values()}
-    except (AttributeError, EOFError, LookupError, MemoryError, OverflowError, TypeError, ValueError) as error:
+    except _NO_INDEX as error:
         raise pickle.UnpicklingError(f"no index: {error}") from error
     if elsewhere := places.difference(files):
         raise pickle.UnpicklingError(f"GLOBAL {min(elsewhere)}")
     return index
+
+
+def _is_whole(index: Any) -> bool:
+    """Whether an index has the parts that torch reads, and each tensor's pieces make up the whole of it.
+
+    torch itself would log tracebacks, or leave what no piece covers as it is in memory.
+    """
+    tensors = [entry for entry in index.state_dict_metadata.values() if not isinstance(entry, BytesStorageMetadata)]
+    return (
+        isinstance(index, Metadata)
+        and isinstance(index.storage_meta, StorageMeta | None)
+        and all(isinstance(key, MetadataIndex) for key in index.storage_data)
+        and all(min(place.offset, place.length) >= 0 for place in index.storage_data.values())
+        and all(_covers(entry) for entry in tensors)
+    )
+
+
+def _covers(entry: TensorStorageMetadata) -> bool:
+    """Whether the pieces of a tensor lie in it and have as many numbers together."""
+    inside = all(
+        first >= 0 and length >= 0 and first + length <= whole
+        for piece in entry.chunks
+        for first, length, whole in zip(piece.offsets, piece.sizes, entry.size, strict=True)
+    )
+    return inside and sum(prod(piece.sizes) for piece in entry.chunks) == prod(entry.size)
 
 
 @contextmanager
