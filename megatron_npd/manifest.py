@@ -127,35 +127,6 @@ def file_inside(root: str | Path, name: object) -> Path:
     raise UserError(f"{root} must name files inside itself, got {str(name)[:200]!r}; do not use it")
 
 
-def in_words(reasons: Mapping[str, int]) -> str:
-    """What was quarantined, by reason, as text; repeated records are no fault and stand apart."""
-    faults = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()) if reason != "duplicate")
-    merged = reasons.get("duplicate", 0)
-    parts = (faults and f"quarantined: {faults}", merged and f"duplicates merged: {merged}")
-    return "; ".join(part for part in parts if part) or "nothing quarantined"
-
-
-def check_quarantined(reasons: Mapping[str, int], total: int, largest_share: float, where: str | Path) -> None:
-    """Stop a stage that sets too much aside; repeated records are no fault and do not count.
-
-    Args:
-        reasons: What was quarantined, by reason.
-        total: Of how many.
-        largest_share: The share that may be.
-        where: Names the input.
-
-    Raises:
-        UserError: More than that share was.
-    """
-    faults = {reason: count for reason, count in sorted(reasons.items()) if reason != "duplicate"}
-    if (number := sum(faults.values())) > largest_share * total:
-        listed = ", ".join(f"{count} {reason}" for reason, count in faults.items())
-        raise UserError(
-            f"{where} must be usable but for {100 * largest_share:g} %, got {number} of {total} quarantined "
-            f"({listed}); mend the cause, or raise max_quarantined to go on without them"
-        )
-
-
 def unlisted(path: str | Path, manifest: Manifest) -> list[str]:
     """Files of a sealed directory that its manifest does not know, relative to it."""
     path = Path(path)

@@ -18,20 +18,20 @@ ROLLOUTS_FILE = "rollouts.parquet"
 SAMPLES_FILE = "samples.parquet"
 SELECTION_FILE = "selection.parquet"
 PACKS_FILE = "packs.arrow"
-QUARANTINE_FILE = "quarantine.jsonl"
 
 SOURCES = ("student", "teacher", "dataset")  # whose a response is: the policy's, another model's, the data's
 
 _IDS = pa.list_(pa.int32())
 _FLOATS = pa.list_(pa.float32())
 
-# One row a prompt. teacher_prompt_ids is null where the teacher's chat template gives the same ids as the student's;
-# header_len counts the last prompt tokens that open the assistant's turn. extras is the JSON of all other columns.
+# One row per prompt. teacher_prompt_ids is null where the teacher's chat template gives the same ids as the student's;
+# generation_prompt_len counts the last prompt tokens, which open the assistant's turn; extras is the JSON of all other
+# columns.
 PROMPT_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("prompt_ids", _IDS, nullable=False),
-        pa.field("header_len", pa.int32(), nullable=False),
+        pa.field("generation_prompt_len", pa.int32(), nullable=False),
         pa.field("teacher_prompt_ids", _IDS),
         pa.field("response", pa.string()),
         pa.field("response_ids", _IDS),
@@ -39,14 +39,14 @@ PROMPT_SCHEMA = pa.schema(
     ]
 )
 
-# One row a generated answer. logprobs: of the raw, full-vocabulary distribution of the generator at temperature 1.
+# One row per generated response. logprobs: of the raw, full-vocabulary distribution of the generator at temperature 1.
 ROLLOUT_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("path", pa.int32(), nullable=False),  # 0 is the greedy path where there is one
         pa.field("prompt_ids", _IDS, nullable=False),
-        pa.field("header_len", pa.int32(), nullable=False),
+        pa.field("generation_prompt_len", pa.int32(), nullable=False),
         pa.field("teacher_prompt_ids", _IDS),
         pa.field("response_ids", _IDS, nullable=False),
         pa.field("logprobs", _FLOATS, nullable=False),
@@ -160,11 +160,11 @@ def teacher_record_dtype(top_k: int) -> np.dtype:
 
 
 def sample_id(prompt_id: str, round_index: int, path: int) -> str:
-    """The id of an answer: 16 hex digits of a hash of its prompt, round and path."""
+    """The id of a response: 16 hex digits of a hash of its prompt, round and path."""
     return hashlib.sha256(f"{prompt_id}\0{round_index}\0{path}".encode()).hexdigest()[:16]
 
 
 def sample_seed(run_seed: int, round_index: int, prompt_id: str, path: int) -> int:
-    """The sampling seed of an answer, below 2**31, from (run, round, prompt, path)."""
+    """The sampling seed of a response, below 2**31, from (run, round, prompt, path)."""
     digest = hashlib.sha256(f"{run_seed}\0{round_index}\0{prompt_id}\0{path}".encode()).digest()
     return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF

@@ -21,7 +21,6 @@ from megatron_npd.manifest import (
     MANIFEST,
     PART,
     file_inside,
-    in_words,
     is_sealed,
     read_manifest,
     seal,
@@ -29,6 +28,7 @@ from megatron_npd.manifest import (
     writing,
 )
 from megatron_npd.pipeline.runner import _run_lock
+from megatron_npd.quarantine import in_words
 from tests.helpers import failing
 
 _fork = multiprocessing.get_context("forkserver")

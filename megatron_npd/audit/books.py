@@ -15,15 +15,8 @@ import pyarrow.parquet as pq
 from megatron_npd.data.row_schedule import PACKS_KIND
 from megatron_npd.log import UserError
 from megatron_npd.manifest import read_manifest
-from megatron_npd.records import (
-    PACKS_FILE,
-    PROMPTS_FILE,
-    QUARANTINE_FILE,
-    ROLLOUTS_FILE,
-    SAMPLES_FILE,
-    SELECTION_FILE,
-    defined_logprobs,
-)
+from megatron_npd.quarantine import QUARANTINE_FILE
+from megatron_npd.records import PACKS_FILE, PROMPTS_FILE, ROLLOUTS_FILE, SAMPLES_FILE, SELECTION_FILE, defined_logprobs
 from megatron_npd.store.annotation_store import SHARD_KIND, AnnotationStore, check_token_ids
 from megatron_npd.store.streams import STREAMS, stream_items
 
@@ -110,7 +103,7 @@ def check_rollouts(path: Path) -> None:
     ids, values = (column.combine_chunks().flatten().to_numpy() for column in (responses, logprobs))
     lengths = [column.combine_chunks().value_lengths().to_numpy() for column in (responses, logprobs)]
     if not np.array_equal(*lengths) or not (lengths[0] > 0).all():
-        raise UserError("answers without tokens, or with more or fewer log-probabilities than tokens")
+        raise UserError("responses without tokens, or with more or fewer log-probabilities than tokens")
     if ids.min(initial=0) < 0 or not defined_logprobs(values).all():
         raise UserError("token ids below 0, or log-probabilities that no model gives")
 

@@ -1,4 +1,4 @@
-"""Turn teacher data made elsewhere, saved answers of a server, or texts into an annotations directory."""
+"""Turn teacher data made elsewhere, saved responses of a server, or texts into an annotations directory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_npd.platform import get_platform
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessCommand:
-    """Turn teacher data made elsewhere, saved answers of a server, or texts into an annotations directory.
+    """Turn teacher data made elsewhere, saved responses of a server, or texts into an annotations directory.
 
     Records have prompt_ids and response_ids (or token_ids and prompt_len) and, for each response token, top_ids with
-    top_logprobs, or with top_logits and logsumexp; docs/formats.md lists all fields. Answers are those of a vLLM or
-    OpenAI-style server to a request with prompt_logprobs (or echo), one JSON a line, with prompt_len beside.
+    top_logprobs, or with top_logits and logsumexp; docs/formats.md lists all fields. Saved responses are those of a
+    vLLM or OpenAI-style server to a request with prompt_logprobs (or echo), one JSON per line, with prompt_len beside.
     """
 
     input: tuple[str, ...]

@@ -25,7 +25,7 @@ class RefreshCommand:
     policy: str
     """Hugging Face directory of the new policy, on a path that the servers see too."""
     version: str
-    """Version that answers carry from now on, like v0001."""
+    """Version that responses carry from now on, like v0001."""
     checkpoint: str = ""
     """Megatron checkpoint to export into the policy directory first, unless that is sealed already."""
     hf_model: str = ""
@@ -33,7 +33,7 @@ class RefreshCommand:
     token_file: str = ""
     """File with the servers' token, as npd serve keeps it."""
     request_timeout: float = 600.0
-    """Time that a server may take to finish running answers, and to load, in seconds."""
+    """Time that a server may take to finish running requests, and to load, in seconds."""
 
     def __post_init__(self) -> None:
         if bool(self.checkpoint) != bool(self.hf_model):

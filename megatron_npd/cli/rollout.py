@@ -26,7 +26,7 @@ class RolloutCommand(RolloutConfig):
     model: str = ""
     """Hugging Face directory of the policy, for servers started here; with urls they serve it already."""
     round: int = 0
-    """Round of the run; part of the answers' ids and seeds."""
+    """Round of the run; part of the responses' ids and seeds."""
     policy_version: str = "v0000"
     """Version of the policy; servers that serve another one are refused."""
     log_dir: str = ""

@@ -1,4 +1,4 @@
-"""Choose which of a round's annotated answers train, by Delta-IFD, and print a table of the zones."""
+"""Choose which of a round's annotated responses train, by Delta-IFD, and print a table of the zones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_npd.platform import get_platform
 
 @dataclass(frozen=True, kw_only=True)
 class SelectCommand(SelectConfig):
-    """Choose which of a round's annotated answers train, by Delta-IFD, and print a table of the zones."""
+    """Choose which of a round's annotated responses train, by Delta-IFD, and print a table of the zones."""
 
     annotations: str
     """Sealed annotations directory."""

@@ -26,7 +26,7 @@ class ServeCommand(RolloutConfig):
     model: str
     """Hugging Face directory to serve."""
     policy_version: str = "v0000"
-    """Version that the servers tag their answers with."""
+    """Version that the servers tag their responses with."""
     host: str = "127.0.0.1"
     """Name or address of the interface to listen on, under which clients reach it; 127.0.0.1: this machine alone."""
     port: int = 8100

@@ -1,4 +1,4 @@
-"""Show a sample's whole life as text: prompt, answer, scores, zone, the teacher's choices at each token, training rows.
+"""Show a sample's life as text: prompt, response, scores, zone, the teacher's choices at each token, training rows.
 
 ``npd show RUN --sample ID``. ``--export FILE.parquet`` writes a round's annotations instead, tokens and
 the teacher's records as plain numbers, which any tool reads and ``npd preprocess`` takes back.

@@ -95,7 +95,7 @@ class Codec:
     # -- conversations as text ---------------------------------------------------------------------------------
 
     def prompt(self, conversation: Conversation) -> tuple[str, str]:
-        """The prompt as guarded text, with the header that opens the response and without; call it within ``limits``.
+        """The prompt as guarded text, with the generation prompt and without; call it within ``limits``.
 
         Raises:
             BadRecord: The template raised, or would lose a part.
@@ -217,10 +217,11 @@ class Codec:
         if self.tokenizer.chat_template is None:
             return [([*self._start(), *ids], 0) for ids in encoded]
         return [
-            (ids, self._header_len(text, without, ids)) for (text, without), ids in zip(prompts, encoded, strict=True)
+            (ids, self._generation_prompt_len(text, without, ids))
+            for (text, without), ids in zip(prompts, encoded, strict=True)
         ]
 
-    def _header_len(self, text: str, without: str, ids: list[int]) -> int:
+    def _generation_prompt_len(self, text: str, without: str, ids: list[int]) -> int:
         if text.startswith(without):
             header = text[len(without) :]
             if header not in self._headers:

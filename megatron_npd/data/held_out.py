@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
-from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE, parquet_batches
+from megatron_npd.quarantine import QUARANTINE_FILE
+from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, parquet_batches
 
 HELD_OUT_FILE = "held_out.parquet"
 REASON = "held_out"

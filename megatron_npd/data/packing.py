@@ -7,7 +7,6 @@ then packs over it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +21,8 @@ from megatron_npd.data.row_schedule import PACKS_KIND
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
-from megatron_npd.records import (
-    PACK_SCHEMA,
-    PACKS_FILE,
-    QUARANTINE_FILE,
-    SELECTION_FILE,
-)
+from megatron_npd.quarantine import write_quarantine
+from megatron_npd.records import PACK_SCHEMA, PACKS_FILE, SELECTION_FILE
 from megatron_npd.store.annotation_store import AnnotationStore
 from megatron_npd.store.unscored import store_prompts, store_rollouts
 
@@ -245,10 +240,8 @@ def _write_packs(
         with open(directory / PACKS_FILE, "wb") as sink, pa.ipc.new_file(sink, PACK_SCHEMA) as writer:
             writer.write_batch(batch)
         if len(too_long):
-            with open(directory / QUARANTINE_FILE, "w", encoding="utf-8") as quarantine:
-                for _, table in store.rows(too_long, "sample_id"):
-                    for name in table["sample_id"].to_pylist():
-                        quarantine.write(json.dumps({"sample_id": name, "reason": "too_long"}) + "\n")
+            names = (name for _, table in store.rows(too_long, "sample_id") for name in table["sample_id"].to_pylist())
+            write_quarantine(directory, ({"sample_id": name, "reason": "too_long"} for name in names))
         manifest = seal(directory, kind=PACKS_KIND, provenance=provenance, counts=counts)
     note = f"; {len(too_long)} longer than a row are left out" if len(too_long) else ""
     note += f"; {truncated} are cut at its end" if truncated else ""

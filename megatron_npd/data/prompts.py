@@ -1,8 +1,8 @@
 """Prompts as users write them, turned into token ids once, in a sealed directory of kind ``prompts``.
 
-``header_len`` counts the last tokens of ``prompt_ids`` that open the assistant's turn. It is 0 where the prompt has no
-such header (no chat template, or one that opens the answer with nothing): the response alone is then conditioned on
-``tokenizer.document_start``, which is no suffix of the prompt.
+``generation_prompt_len`` counts the last tokens of ``prompt_ids`` that open the assistant's turn. It is 0 where the
+prompt has no generation prompt (no chat template, or one that opens the response with nothing): the response alone is
+then conditioned on ``tokenizer.document_start``, which is no suffix of the prompt.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from megatron_npd.data.template import limits
 from megatron_npd.data.tokenizer import (
     ModelTokens,
     check_vocabularies,
+    generation_prompt,
     tokenizer_hash,
-    turn_header,
 )
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, progress
-from megatron_npd.manifest import Manifest, check_quarantined, config_hash, file_sha256, seal, sealed_from, writing
-from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, QUARANTINE_FILE, BadRecord
+from megatron_npd.manifest import Manifest, config_hash, file_sha256, seal, sealed_from, writing
+from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined
+from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE, BadRecord
 from megatron_npd.user_files import parse_json
 
 __all__ = ["check_vocabularies", "prepare_prompts"]
@@ -96,7 +97,7 @@ def prepare_prompts(
     source, out_dir = Path(source), Path(out_dir)
     _check_file(source)
     tokenizer = model.tokenizer
-    turn_header(tokenizer)  # refuses a tokenizer that leaves L(y) undefined before anything is read
+    generation_prompt(tokenizer)  # refuses a tokenizer that leaves L(y) undefined before anything is read
     if teacher_tokenizer is not None:
         check_vocabularies(tokenizer, teacher_tokenizer)
         if teacher_tokenizer.chat_template is None or _template(teacher_tokenizer) == _template(tokenizer):
@@ -221,7 +222,7 @@ def _parse(source: Source) -> _Prompt:
             raise BadRecord("two_responses", "the last message is the assistant's and there is a response too")
         trained = messages.pop()
         if not messages:
-            raise BadRecord("no_prompt", "messages hold an answer only")
+            raise BadRecord("no_prompt", "messages hold a response only")
         if not more_than_content(trained):
             response, trained = trained["content"], None
     if not isinstance(response, str | None):
@@ -336,7 +337,7 @@ def _tokenise(
     prompts: list[_Prompt], model: ModelTokens, sides: list[Codec], max_prompt_len: int, max_response_len: int
 ) -> Iterator[tuple[_Prompt, dict[str, Any] | BadRecord]]:
     """Each prompt with its row of ``PROMPT_SCHEMA`` or with why it has none; the first side is the student's."""
-    texts: list[tuple[str, str]] = []  # with and without header, of each prompt for each side
+    texts: list[tuple[str, str]] = []  # with and without the generation prompt, of each prompt for each side
     responses: list[str | None] = []
     good: list[_Prompt] = []
     bad: list[tuple[_Prompt, BadRecord]] = []
@@ -358,17 +359,17 @@ def _tokenise(
     encoded = [side.prompt_ids(texts[number :: len(sides)], max_prompt_len) for number, side in enumerate(sides)]
     response_ids = iter(sides[0].encode([text for text in responses if text is not None], max_response_len))
     for prompt, response, *ids in zip(good, responses, *encoded, strict=True):
-        (prompt_ids, header_len), teacher_ids = ids[0], ids[-1][0]
-        answer = None if response is None else [*next(response_ids), model.stop_ids[0]]
+        (prompt_ids, generation_prompt_len), teacher_ids = ids[0], ids[-1][0]
+        response_tokens = None if response is None else [*next(response_ids), model.stop_ids[0]]
         longest = max(len(prompt_ids), len(teacher_ids))
         if not prompt_ids or not teacher_ids:
             yield prompt, BadRecord("no_prompt", "the prompt gives no tokens")
         elif longest > max_prompt_len:
             yield prompt, BadRecord("prompt_too_long", f"{longest} tokens or more, max_prompt_len is {max_prompt_len}")
-        elif answer and len(answer) > max_response_len:
-            detail = f"{len(answer)} tokens or more, max_response_len is {max_response_len}"
+        elif response_tokens and len(response_tokens) > max_response_len:
+            detail = f"{len(response_tokens)} tokens or more, max_response_len is {max_response_len}"
             yield prompt, BadRecord("response_too_long", detail)
-        elif (unknown := max([*prompt_ids, *(answer or [])])) >= model.vocab_size:
+        elif (unknown := max([*prompt_ids, *(response_tokens or [])])) >= model.vocab_size:
             token = model.tokenizer.convert_ids_to_tokens(unknown)
             detail = (
                 f"token {unknown} ({token!r}) of the {'prompt' if unknown in prompt_ids else 'response'} has no row in "
@@ -382,10 +383,10 @@ def _tokenise(
                 {
                     "prompt_id": prompt.prompt_id,
                     "prompt_ids": prompt_ids,
-                    "header_len": header_len,
+                    "generation_prompt_len": generation_prompt_len,
                     "teacher_prompt_ids": None if teacher_ids == prompt_ids else teacher_ids,
                     "response": prompt.conversation.response or (response and sides[0].text(response)),
-                    "response_ids": answer,
+                    "response_ids": response_tokens,
                     "extras": prompt.extras,
                 },
             )

@@ -33,7 +33,7 @@ class ScheduleEntry:
         from_row: Rows consumed (over all ranks, since the run's start) when these packs begin to train.
         packs: Packs directory, relative to the schedule file.
         round: Index of the round.
-        policy_version: Version of the policy that generated its answers.
+        policy_version: Version of the policy that generated its responses.
     """
 
     from_row: int

@@ -88,11 +88,11 @@ def load_tokenizer(hf_dir: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, header: bool) -> str:
+def _probe(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, opened: bool) -> str:
     """A conversation that every chat template has to write, as text."""
     try:
         with limits():
-            return render(tokenizer, messages, add_generation_prompt=header)
+            return render(tokenizer, messages, add_generation_prompt=opened)
     except BadRecord as error:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} must write a user's message and the response to it, got "
@@ -105,7 +105,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id on which a response alone is conditioned where no turn header opens it (METHOD section 3).
+    """The id on which a response alone is conditioned where no generation prompt opens it (METHOD section 3).
 
     The BOS token, or what ends a document or a turn where there is none.
 
@@ -115,15 +115,15 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else _end(tokenizer, eos_first=True)
 
 
-def turn_header(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that open an answer: the chat template's turn header, else ``[document_start]``."""
+def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that open a response: the chat template's generation prompt, else ``[document_start]``."""
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": _PROBE}]
-        header = suffix_after(
-            *(_ids(tokenizer, _probe(tokenizer, messages, header=header)) for header in (True, False))
+        opening = suffix_after(
+            *(_ids(tokenizer, _probe(tokenizer, messages, opened=opened)) for opened in (True, False))
         )
-        if header:
-            return header
+        if opening:
+            return opening
     return [document_start(tokenizer)]
 
 
@@ -151,7 +151,7 @@ def _end(tokenizer: PreTrainedTokenizerBase, *, eos_first: bool) -> int:
         return eos
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": _PROBE}]
-        after = _probe(tokenizer, turns, header=False).rpartition(_PROBE)[2]
+        after = _probe(tokenizer, turns, opened=False).rpartition(_PROBE)[2]
         for token_id in _ids(tokenizer, after):
             if token_id in tokenizer.all_special_ids or token_id in tokenizer.added_tokens_decoder:
                 return token_id

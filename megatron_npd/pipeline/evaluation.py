@@ -30,8 +30,9 @@ from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer
 from megatron_npd.durable import write_atomic
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import in_words, is_sealed, read_manifest, verified_file
+from megatron_npd.manifest import is_sealed, read_manifest, verified_file
 from megatron_npd.pipeline.environment import read_json
+from megatron_npd.quarantine import in_words
 from megatron_npd.records import PROMPTS_FILE, ROLLOUTS_FILE
 from megatron_npd.rollout.evaluate import Accuracy, exact_match
 from megatron_npd.run_dir import RunDir, version

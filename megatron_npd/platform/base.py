@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+Tensors = list[Tensor]
+
 
 class PlatformUnavailable(Exception):
     """Why a platform cannot be used here, in words."""
@@ -154,12 +156,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             )
 
     def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        group: dict[str, Any],
+        self, params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, group: dict[str, Any]
     ) -> None:
         """Update lists of tensors in place; ``group['step']`` counts from 1."""
         before = torch.full((len(params),), float(group["step"] - 1), device=params[0].device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_npd.platform.base import (
     GroupStepAdamW,
     PlatformUnavailable,
+    Tensors,
     alias_tensor_type,
     assert_megatron_not_imported,
     install_adamw,
@@ -114,12 +115,7 @@ class NPUAdamW(GroupStepAdamW):
     """
 
     def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        group: dict[str, Any],
+        self, params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, group: dict[str, Any]
     ) -> None:
         import torch_npu
 

@@ -13,8 +13,8 @@ from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import read_manifest
-from megatron_npd.serving.answers import Answer, Failure, Request
 from megatron_npd.serving.pool import ServerPool
+from megatron_npd.serving.protocol import Failure, Request, Response
 
 _WRONG_KEPT = 5
 
@@ -71,7 +71,7 @@ def exact_match(
     responses: dict[int, str] = {}
     tokens = 0
 
-    def on_result(request: Request, result: Answer | Failure) -> None:
+    def on_result(request: Request, result: Response | Failure) -> None:
         nonlocal tokens
         if isinstance(result, Failure):
             prompt_id = problems[request.key]["prompt_id"]

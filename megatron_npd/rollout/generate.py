@@ -19,22 +19,13 @@ from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, progress
-from megatron_npd.manifest import (
-    MANIFEST,
-    Manifest,
-    check_quarantined,
-    file_sha256,
-    in_words,
-    is_sealed,
-    read_manifest,
-    seal,
-    writing,
-)
-from megatron_npd.records import QUARANTINE_FILE, SOURCES
+from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, seal, writing
+from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined, in_words
+from megatron_npd.records import SOURCES
 from megatron_npd.rollout.journal import Recorded, check_settings
 from megatron_npd.rollout.shard import Shard, forget_journal
-from megatron_npd.serving.answers import Answer, Failure, Request
 from megatron_npd.serving.pool import ServerPool
+from megatron_npd.serving.protocol import Failure, Request, Response
 from megatron_npd.serving.server import tag
 
 _SETTINGS = (
@@ -62,13 +53,14 @@ def generate_round(
     policy_version: str,
     source: str = "student",
 ) -> Manifest:
-    """Let the pool answer every prompt ``greedy_paths + sampled_paths`` times and seal the answers.
+    """Let the pool answer every prompt ``greedy_paths + sampled_paths`` times and seal the responses.
 
-    Answers are kept in their shard's journal as they arrive; a second call asks only for the missing ones. Quarantined,
-    by reason, in a shard's ``quarantine.jsonl``: ``prompt_too_long`` (over max_model_len - 1), ``empty_prompt``,
-    ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``, ``undefined_logprob``,
-    ``token_outside_vocabulary`` and ``request_failed``; a later call asks for the last five again where their shard
-    is not sealed yet. ``duplicate`` are answers that another one stands for (``merge_identical``).
+    Responses are kept in their shard's journal as they arrive; a second call asks only for the missing ones.
+    Quarantined, by reason, in a shard's ``quarantine.jsonl``: ``prompt_too_long`` (over max_model_len - 1),
+    ``empty_prompt``, ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``,
+    ``undefined_logprob``, ``token_outside_vocabulary`` and ``request_failed``; a later call asks for the last five
+    again where their shard is not sealed yet. ``duplicate`` are responses that another one stands for
+    (``merge_identical``).
 
     Args:
         prompts_dir: Sealed directory of kind ``prompts``.
@@ -76,7 +68,7 @@ def generate_round(
         pool: The servers; each must serve ``policy_version``.
         cfg: Paths, sampling, lengths and seed.
         round_index: Round of the run; part of ids and seeds.
-        policy_version: The version that every answer must carry, with the hash of the weights that were served when
+        policy_version: The version that every response must carry, with the hash of the weights that were served when
             the round began.
         source: Of ``records.SOURCES``: whose responses they are, where the servers do not serve the student.
 
@@ -86,7 +78,7 @@ def generate_round(
 
     Raises:
         UserError: A server died or serves another policy, ``out_dir`` was begun with other settings, or more than
-            ``cfg.max_quarantined`` of the answers were quarantined. Whatever had arrived is kept on disk.
+            ``cfg.max_quarantined`` of the responses were quarantined. Whatever had arrived is kept on disk.
     """
     prompts_dir, out_dir = Path(prompts_dir), Path(out_dir)
     settings = _settings(prompts_dir, cfg, round_index, policy_version, source)
@@ -156,24 +148,24 @@ class _Round:
         self.started = self.logged = time.monotonic()
         requests = chain.from_iterable(shard.requests() for shard in list(self.shards.values()))
         try:
-            with progress(self.total, "rollout", "answer", initial=self.total - self.missing) as self.bar:
+            with progress(self.total, "rollout", "response", initial=self.total - self.missing) as self.bar:
                 self.pool.run(requests, self._on_result)
         finally:
             for shard in self.shards.values():
                 shard.close()
 
-    def _on_result(self, request: Request, result: Answer | Failure) -> None:
-        answer = self._checked(result) if isinstance(result, Answer) else result
+    def _on_result(self, request: Request, result: Response | Failure) -> None:
+        response = self._checked(result) if isinstance(result, Response) else result
         number = request.key // self.size
         shard = self.shards[number]
-        shard.record(request.key, answer)
+        shard.record(request.key, response)
         if time.monotonic() - self.synced > _SYNC_SECONDS:
             for other in self.shards.values():
                 other.sync()
             self.synced = time.monotonic()
-        if isinstance(kept := shard.answers[request.key], Failure):
+        if isinstance(kept := shard.responses[request.key], Failure):
             self.set_aside[kept.reason] += 1
-        self.tokens += len(answer.token_ids) if isinstance(answer, Recorded) else 0
+        self.tokens += len(response.token_ids) if isinstance(response, Recorded) else 0
         self.missing -= 1
         self._check_share()
         self._seal_if_complete(number)
@@ -182,21 +174,21 @@ class _Round:
     def _check_share(self) -> None:
         """Stop before more is generated, and before a shard makes failures final, once the round cannot be used."""
         if self.set_aside.total() < self.total:  # a round that keeps nothing has its own words, with the details
-            check_quarantined(self.set_aside, self.total, self.cfg.max_quarantined, f"answers of {self.out_dir}")
+            check_quarantined(self.set_aside, self.total, self.cfg.max_quarantined, f"responses of {self.out_dir}")
 
-    def _checked(self, answer: Answer) -> Recorded | Failure:
+    def _checked(self, response: Response) -> Recorded | Failure:
         expected = tag(self.settings["policy_version"], self.settings["weights"])
-        if len(set(answer.versions)) > 1:
-            return Failure(reason="mixed_versions", detail=f"generated by {', '.join(answer.versions)}")
-        if answer.versions != (expected,):
+        if len(set(response.versions)) > 1:
+            return Failure(reason="mixed_versions", detail=f"generated by {', '.join(response.versions)}")
+        if response.versions != (expected,):
             raise UserError(
-                f"answers must come from policy {expected}, got one from {', '.join(answer.versions)}; "
+                f"responses must come from policy {expected}, got one from {', '.join(response.versions)}; "
                 "load that policy again with npd refresh and rerun"
             )
         return Recorded(
-            token_ids=np.array(answer.token_ids, np.int32),
-            logprobs=np.array(answer.logprobs, np.float32),
-            finish_reason=answer.finish_reason,
+            token_ids=np.array(response.token_ids, np.int32),
+            logprobs=np.array(response.logprobs, np.float32),
+            finish_reason=response.finish_reason,
         )
 
     def _report(self) -> None:
@@ -206,10 +198,10 @@ class _Round:
         self.bar.update()
         if now - self.logged > _LOG_SECONDS and not sys.stderr.isatty():
             self.logged = now
-            get_logger().info("%d of %d answers, %.0f tok/s", self.total - self.missing, self.total, rate)
+            get_logger().info("%d of %d responses, %.0f tok/s", self.total - self.missing, self.total, rate)
 
     def _seal_if_complete(self, number: int) -> None:
-        """Seal a shard once nothing of it is missing, and forget its answers."""
+        """Seal a shard once nothing of it is missing, and forget its responses."""
         if not self.shards[number].missing:
             self.shards.pop(number).seal()
 
@@ -240,11 +232,11 @@ def _seal_round(out_dir: Path, settings: dict[str, Any]) -> Manifest:
     counts |= {"quarantined": dict(sorted(quarantined.items())), "shards": len(shards)}
     if not counts["kept"]:
         raise UserError(
-            f"a round must keep at least one answer, got none of {counts['in']} ({in_words(quarantined)}); see "
+            f"a round must keep at least one response, got none of {counts['in']} ({in_words(quarantined)}); see "
             f"{shards[0] / QUARANTINE_FILE}, mend the cause, remove {out_dir} and rerun"
         )
     get_logger().info(
-        "round %d: kept %d of %d answers, %d tokens; %s",
+        "round %d: kept %d of %d responses, %d tokens; %s",
         *(settings["round"], counts["kept"], counts["in"], counts["tokens"], in_words(quarantined)),
     )
     return seal(out_dir, kind="rollouts", provenance=settings, counts=counts)

@@ -1,10 +1,10 @@
 """The journals of a round: finished responses on disk as they arrive, so that a killed round asks only for the rest.
 
 A shard has a journal of its own, which goes when the shard is sealed: the disk, and the memory of a restart, hold the
-answers of unsealed shards alone. A line is ``crc32 of the rest, a space, a JSON array``. The first holds the settings
-that the answers depend on, each other one an answer: sample index, finish reason, base64 of int32 token ids, base64 of
-float32 log-probabilities. A line that a kill has cut, or that was damaged, is dropped alone; without the first one
-nothing is trusted.
+responses of unsealed shards alone. A line is ``crc32 of the rest, a space, a JSON array``. The first holds the settings
+that the responses depend on, each other one a response: sample index, finish reason, base64 of int32 token ids,
+base64 of float32 log-probabilities. A line that a kill has cut, or that was damaged, is dropped alone; without the
+first one nothing is trusted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_npd.log import get_logger
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """A finished answer of n tokens: ``token_ids`` int32 [n], ``logprobs`` float32 [n]."""
+    """A finished response of n tokens: ``token_ids`` int32 [n], ``logprobs`` float32 [n]."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -38,17 +38,17 @@ class Journal:
 
     Args:
         path: The file; created where it is missing.
-        settings: What the answers depend on.
+        settings: What the responses depend on.
 
     Attributes:
-        answers: Sample index -> answer, of what the file held when it was opened.
+        responses: Sample index -> response, of what the file held when it was opened.
 
     Raises:
         UserError: The file was written with other settings.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
-        self.answers: dict[int, Recorded] = {}
+        self.responses: dict[int, Recorded] = {}
         path = Path(path)
         good_bytes = self._read(path, settings) if path.exists() else 0
         self._stream = open(path, "ab")  # noqa: SIM115
@@ -58,10 +58,10 @@ class Journal:
             self._write(settings)
             fsync(self._stream.fileno(), path)
 
-    def append(self, index: int, answer: Recorded) -> None:
-        """Write one answer; it survives a kill of this process at once, of the machine after ``sync``."""
-        ids, logprobs = (base64.b64encode(x).decode() for x in (answer.token_ids.data, answer.logprobs.data))
-        self._write([index, answer.finish_reason, ids, logprobs])
+    def append(self, index: int, response: Recorded) -> None:
+        """Write one response; it survives a kill of this process at once, of the machine after ``sync``."""
+        ids, logprobs = (base64.b64encode(x).decode() for x in (response.token_ids.data, response.logprobs.data))
+        self._write([index, response.finish_reason, ids, logprobs])
         self._synced = False
 
     def sync(self) -> None:
@@ -87,7 +87,7 @@ class Journal:
         self._stream.flush()
 
     def _read(self, path: Path, settings: dict[str, Any]) -> int:
-        """Fill ``answers``; the number of bytes up to the end of the last whole line."""
+        """Fill ``responses``; the number of bytes up to the end of the last whole line."""
         whole_bytes, bad = 0, 0
         with open(path, "rb") as stream:
             for number, line in enumerate(stream):
@@ -100,7 +100,7 @@ class Journal:
                     check_settings(path, json.loads(line[9:]), settings)
                 else:
                     index, finish_reason, ids, logprobs = json.loads(line[9:])
-                    self.answers[index] = Recorded(
+                    self.responses[index] = Recorded(
                         token_ids=np.frombuffer(base64.b64decode(ids), np.int32),
                         logprobs=np.frombuffer(base64.b64decode(logprobs), np.float32),
                         finish_reason=finish_reason,

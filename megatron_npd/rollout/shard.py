@@ -1,11 +1,10 @@
-"""One shard of a round in the making: what is asked for, the answers and their journal, until it is sealed.
+"""One shard of a round in the making: what is asked for, the responses and their journal, until it is sealed.
 
 Samples are numbered ``prompt * paths + path`` over the whole round; a shard holds those of consecutive prompts.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
@@ -20,11 +19,17 @@ import pyarrow.parquet as pq
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.manifest import Manifest, is_sealed, seal, writing
-from megatron_npd.records import QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
+from megatron_npd.quarantine import write_quarantine
+from megatron_npd.records import ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
 from megatron_npd.rollout.journal import Journal, Recorded
-from megatron_npd.serving.answers import Failure, Request
+from megatron_npd.serving.protocol import Failure, Request
 
-_PROMPT_COLUMNS = ("prompt_id", "prompt_ids", "header_len", "teacher_prompt_ids")  # the others may be of any size
+_PROMPT_COLUMNS = (
+    "prompt_id",
+    "prompt_ids",
+    "generation_prompt_len",
+    "teacher_prompt_ids",
+)  # the others may be of any size
 
 
 class Shard:
@@ -39,7 +44,7 @@ class Shard:
         settings: What the files depend on.
 
     Attributes:
-        answers: Sample number -> answer, of those that are finished.
+        responses: Sample number -> response, of those that are finished.
 
     Raises:
         UserError: Its journal was written with other settings.
@@ -56,23 +61,23 @@ class Shard:
     ) -> None:
         self.path, self.samples, self.cfg, self.settings = path, samples, cfg, settings
         self.paths = cfg.greedy_paths + cfg.sampled_paths
-        self.answers: dict[int, Recorded | Failure] = {}
+        self.responses: dict[int, Recorded | Failure] = {}
         self._prompts, self._lengths = prompts, lengths
         self._journal: Journal | None = None
-        known = self._open_journal().answers if self._journal_file.exists() else {}
+        known = self._open_journal().responses if self._journal_file.exists() else {}
         for index in samples:
-            answer = self._unanswerable(index) or known.pop(index, None)
-            if answer is not None:
-                self.take(index, answer)
+            response = self._unanswerable(index) or known.pop(index, None)
+            if response is not None:
+                self.take(index, response)
 
     @property
     def missing(self) -> int:
-        """Samples without an answer."""
-        return len(self.samples) - len(self.answers)
+        """Samples without a response."""
+        return len(self.samples) - len(self.responses)
 
     def requests(self) -> Iterator[Request]:
         """What to ask for."""
-        for index in [index for index in self.samples if index not in self.answers]:
+        for index in [index for index in self.samples if index not in self.responses]:
             seed, temperature, top_p = self._sampling(index)
             yield Request(
                 key=index,
@@ -90,21 +95,21 @@ class Shard:
             return own
         return self._prompt(index, "prompt_ids")
 
-    def record(self, index: int, answer: Recorded | Failure) -> None:
-        """Keep an answer that arrived, on disk too; a failure is asked for again by a later call."""
-        if isinstance(answer, Recorded):
-            self._open_journal().append(index, answer)
-        self.take(index, answer)
+    def record(self, index: int, response: Recorded | Failure) -> None:
+        """Keep a response that arrived, on disk too; a failure is asked for again by a later call."""
+        if isinstance(response, Recorded):
+            self._open_journal().append(index, response)
+        self.take(index, response)
 
-    def take(self, index: int, answer: Recorded | Failure) -> None:
-        """Keep an answer until the shard is whole; one that says nothing has failed."""
-        if isinstance(answer, Recorded) and len(answer.token_ids) <= (answer.finish_reason == "stop"):
-            answer = Failure(reason="empty_response", detail=f"finish reason {answer.finish_reason}")
-        self.answers[index] = answer
+    def take(self, index: int, response: Recorded | Failure) -> None:
+        """Keep a response until the shard is whole; one that says nothing has failed."""
+        if isinstance(response, Recorded) and len(response.token_ids) <= (response.finish_reason == "stop"):
+            response = Failure(reason="empty_response", detail=f"finish reason {response.finish_reason}")
+        self.responses[index] = response
 
     def reasons(self) -> Counter[str]:
-        """How many answers are quarantined so far, by reason."""
-        return Counter(answer.reason for answer in self.answers.values() if isinstance(answer, Failure))
+        """How many responses are quarantined so far, by reason."""
+        return Counter(response.reason for response in self.responses.values() if isinstance(response, Failure))
 
     def sync(self) -> None:
         """Flush the journal to the disk."""
@@ -120,25 +125,24 @@ class Shard:
     def seal(self) -> Manifest:
         """Write and seal the shard, which must miss nothing; then its journal has done its work."""
         assert not self.missing
-        kept = {i: answer for i in self.samples if isinstance(answer := self.answers[i], Recorded)}
+        kept = {i: response for i in self.samples if isinstance(response := self.responses[i], Recorded)}
         quarantine = [
-            self._identity(i) | {"reason": answer.reason, "detail": answer.detail}
+            self._identity(i) | {"reason": response.reason, "detail": response.detail}
             for i in self.samples
-            if isinstance(answer := self.answers[i], Failure)
+            if isinstance(response := self.responses[i], Failure)
         ]
         copies = self._merge(kept, quarantine) if self.cfg.merge_identical else {}
         with writing(self.path) as directory:
             pq.write_table(self._table(kept, copies), directory / ROLLOUTS_FILE, compression="zstd")
             if quarantine:
-                lines = "".join(json.dumps(line, sort_keys=True) + "\n" for line in quarantine)
-                (directory / QUARANTINE_FILE).write_text(lines)
+                write_quarantine(directory, quarantine)
             counts = {
                 "in": len(kept) + len(quarantine),
                 "kept": len(kept),
                 "quarantined": dict(Counter(line["reason"] for line in quarantine)),
                 "pending": 0,
-                "tokens": sum(len(answer.token_ids) for answer in kept.values()),
-                "stopped": sum(answer.finish_reason == "stop" for answer in kept.values()),
+                "tokens": sum(len(response.token_ids) for response in kept.values()),
+                "stopped": sum(response.finish_reason == "stop" for response in kept.values()),
             }
             manifest = seal(directory, kind="rollouts-shard", provenance=self.settings, counts=counts)
         self.close()
@@ -199,8 +203,9 @@ class Shard:
         A sampled one stands for the greedy one: the policy lag is defined for it.
         """
         alike: dict[tuple[int, str, bytes], list[int]] = {}
-        for index, answer in kept.items():
-            alike.setdefault((index // self.paths, answer.finish_reason, answer.token_ids.tobytes()), []).append(index)
+        for index, response in kept.items():
+            content = (index // self.paths, response.finish_reason, response.token_ids.tobytes())
+            alike.setdefault(content, []).append(index)
         copies = {}
         for indices in alike.values():
             stays = next((index for index in indices if index % self.paths >= self.cfg.greedy_paths), indices[0])
@@ -208,7 +213,7 @@ class Shard:
             for index in indices:
                 if index != stays:
                     del kept[index]
-                    detail = f"the same answer as {self._identity(stays)['sample_id']}"
+                    detail = f"the same response as {self._identity(stays)['sample_id']}"
                     quarantine.append(self._identity(index) | {"reason": "duplicate", "detail": detail})
         return copies
 
@@ -217,11 +222,11 @@ class Shard:
         sampling = [self._sampling(index) for index in kept]
         prompts = self._table_of_prompts.take(pa.array(map(self._place, kept), pa.int64()))
         columns = {name: [identity[name] for identity in identities] for name in ("sample_id", "prompt_id", "path")}
-        columns |= {name: prompts[name] for name in ("prompt_ids", "header_len", "teacher_prompt_ids")}
+        columns |= {name: prompts[name] for name in ("prompt_ids", "generation_prompt_len", "teacher_prompt_ids")}
         columns |= {
-            "response_ids": [answer.token_ids for answer in kept.values()],
-            "logprobs": [answer.logprobs for answer in kept.values()],
-            "finish_reason": [answer.finish_reason for answer in kept.values()],
+            "response_ids": [response.token_ids for response in kept.values()],
+            "logprobs": [response.logprobs for response in kept.values()],
+            "finish_reason": [response.finish_reason for response in kept.values()],
             "copies": [copies.get(index, 1) for index in kept],
             "seed": [seed for seed, _, _ in sampling],
             "temperature": [temperature for _, temperature, _ in sampling],
@@ -239,4 +244,4 @@ def forget_journal(shard: Path) -> None:
 
 
 def _journal_file(shard: Path) -> Path:
-    return shard.with_name(shard.name.replace("shard-", "answers-") + ".journal")
+    return shard.with_name(shard.name.replace("shard-", "responses-") + ".journal")

@@ -118,9 +118,9 @@ def sample_weights(
     Args:
         kept_N: Which samples train.
         lens_N: Response tokens.
-        copies_N: Identical answers that a sample stands for; None: itself alone.
-        prompts_N: Number of each sample's prompt: a prompt's kept responses share the weight of one. None: each answer
-            has that weight.
+        copies_N: Identical responses that a sample stands for; None: itself alone.
+        prompts_N: Number of each sample's prompt: a prompt's kept responses share the weight of one. None: each has
+            that weight.
         factor_N: Multiplies the weights, for a filter that weighs.
     """
     weights_N = kept_N * (1.0 if copies_N is None else copies_N.astype(np.float64))

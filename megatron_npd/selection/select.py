@@ -147,7 +147,7 @@ def select_round(
 
     Returns:
         The manifest. Counts: the books (every dropped sample under its reason), ``tau``, ``taus``, ``kept_share``,
-        ``cut`` (answers cut by length, kept or not), ``zones`` (``{"count", "share"}`` each) and ``histogram``.
+        ``cut`` (responses cut by length, kept or not), ``zones`` (``{"count", "share"}`` each) and ``histogram``.
 
     Raises:
         UserError: The store is empty or has no defined measure, a prompt lacks its domain, or ``out_dir`` is sealed

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import httpx
 
 from megatron_npd.log import get_logger
-from megatron_npd.serving.answers import UNDEFINED, Failure, Malformed, check_ids, field, first_of, json_of
+from megatron_npd.serving.protocol import UNDEFINED, Failure, Malformed, check_ids, field, first_of, json_of
 from megatron_npd.serving.server import GENERATE, PROBE
 
 if TYPE_CHECKING:

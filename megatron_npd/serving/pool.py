@@ -14,19 +14,19 @@ from megatron_npd.errors import UserError
 from megatron_npd.limits import allow_connections
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.serving.access import bearer, keep_token, make_token, read_token
-from megatron_npd.serving.answers import (
-    Answer,
+from megatron_npd.serving.asking import CONTROL_TIMEOUT, Asking, detail, words
+from megatron_npd.serving.protocol import (
     Failure,
     Malformed,
     Request,
+    Response,
     field,
     first_of,
     generate_body,
     is_defined,
     json_of,
-    read_answer,
+    read_response,
 )
-from megatron_npd.serving.asking import CONTROL_TIMEOUT, Asking, detail, words
 from megatron_npd.serving.server import GENERATE, PROBE, VLLMServer, start_servers
 
 Asked = TypeVar("Asked")
@@ -227,7 +227,7 @@ class ServerPool:
             "another policy, then run the same again"
         )
 
-    def run(self, requests: Iterable[Request], on_result: Callable[[Request, Answer | Failure], None]) -> None:
+    def run(self, requests: Iterable[Request], on_result: Callable[[Request, Response | Failure], None]) -> None:
         """Generate all answers, ``cfg.concurrency`` at a time on each server, whichever is free taking the next.
 
         What comes back without sense is asked for again, a moment later. An undefined log-probability says that NaN
@@ -242,7 +242,7 @@ class ServerPool:
             UserError: A server died, hangs, or answers with undefined numbers alone; ``on_result`` has been called for
                 everything that had arrived.
         """
-        self.ask(requests, on_result, body=generate_body, read=read_answer)
+        self.ask(requests, on_result, body=generate_body, read=read_response)
 
     def ask(
         self,

@@ -82,24 +82,3 @@ def taken_apart(records_TW: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor]:
     # Contiguous before anything is computed: torch is slow on rows of K numbers that are apart in memory.
     logprobs_TK = torch.narrow_copy(halves_TH, 1, 2 * K, K).float()
     return records_TW[:, :K], logprobs_TK, halves_TH[:, 3 * K].float()
-
-
-def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn teacher records into what the loss takes.
-
-    Args:
-        records_T: ``teacher_record_dtype(K)`` [T].
-        vocab_size: V*.
-
-    Returns:
-        As ``decoded``.
-
-    Raises:
-        UserError: As ``check_records``.
-    """
-    K = records_T.dtype["ids"].shape[0]
-    records_TW = empty_records(len(records_T), K)
-    items = as_items(records_TW, K)
-    items[:] = records_T.view(items.dtype)
-    check_records(records_TW.numpy(), K, vocab_size, "the teacher records")
-    return decoded(records_TW, K)

@@ -30,22 +30,9 @@ import pyarrow.parquet as pq
 from megatron_npd.errors import UserError
 from megatron_npd.lifeline import end_with
 from megatron_npd.log import get_logger, progress
-from megatron_npd.manifest import (
-    Manifest,
-    check_quarantined,
-    file_sha256,
-    in_words,
-    read_manifest,
-    seal,
-    sealed_from,
-    writing,
-)
-from megatron_npd.records import (
-    QUARANTINE_FILE,
-    SAMPLE_SCHEMA,
-    SAMPLES_FILE,
-    BadRecord,
-)
+from megatron_npd.manifest import Manifest, file_sha256, read_manifest, seal, sealed_from, writing
+from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined, in_words
+from megatron_npd.records import SAMPLE_SCHEMA, SAMPLES_FILE, BadRecord
 from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND, StoreShardWriter
 from megatron_npd.store.external import Sample, parse_sample
 from megatron_npd.store.repeats import find_repeated, sample_hashes

@@ -84,14 +84,18 @@ def read_responses(source: Path, *, vocab_size: int, known_to: str, longest: int
         [ids.any((ids.values < 0) | (ids.values >= vocab_size)) for ids in (prompts, own_prompts, responses)]
     )
     others_N = np.array([name != policy for name in table["policy_version"].to_pylist()], bool)
-    headers_N = table["header_len"].to_numpy()
+    openings_N = table["generation_prompt_len"].to_numpy()
     too_long_N = tokens_N > (np.inf if longest is None else longest)
     checks = (
         ("other_policy", others_N, f"the shard is of policy {policy}"),
         ("empty_prompt", prompts.lens == 0, "no prompt token"),
         ("empty_response", responses.lens == 0, "no response token"),
         ("lengths_differ", responses.lens != logprobs.lens, "a response token must have one log-probability"),
-        ("header_outside_prompt", (headers_N < 0) | (headers_N > prompts.lens), "header_len is a part of the prompt"),
+        (
+            "generation_prompt_outside",
+            (openings_N < 0) | (openings_N > prompts.lens),
+            "generation_prompt_len is a part of the prompt",
+        ),
         ("too_long", too_long_N, f"seq_length and the teacher's context allow {longest} tokens"),
         ("token_outside_vocabulary", outside_N, f"{known_to} the ids 0..{vocab_size - 1}"),
         (

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.integer]
+Sequences = Sequence[Ids]
 # Called with what was scored since the last call: response tokens; all tokens; tokens that rows could have held.
 OnForward = Callable[[int, int, int], object]
 
@@ -69,12 +70,7 @@ class TokenScorer(Protocol):
     """Scores each response after its prefix."""
 
     def score(
-        self,
-        prefixes: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        top_k: int = 0,
-        on_forward: OnForward | None = None,
+        self, prefixes: Sequences, responses: Sequences, *, top_k: int = 0, on_forward: OnForward | None = None
     ) -> Scores | None:
         """Score each response after its prefix.
 

@@ -17,25 +17,9 @@ import pyarrow.parquet as pq
 
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, progress
-from megatron_npd.manifest import (
-    MANIFEST,
-    Manifest,
-    check_quarantined,
-    file_sha256,
-    in_words,
-    read_manifest,
-    seal,
-    sealed_from,
-    writing,
-)
-from megatron_npd.records import (
-    PROMPTS_FILE,
-    QUARANTINE_FILE,
-    SAMPLE_SCHEMA,
-    SAMPLES_FILE,
-    parquet_batches,
-    sample_id,
-)
+from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, read_manifest, seal, sealed_from, writing
+from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined, in_words, write_quarantine
+from megatron_npd.records import PROMPTS_FILE, SAMPLE_SCHEMA, SAMPLES_FILE, parquet_batches, sample_id
 from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND, StoreShardWriter
 from megatron_npd.store.responses import read_responses
 from megatron_npd.store.scores import mean_loss, response_starts
@@ -195,8 +179,7 @@ def _write_rollouts(source: Path, out: Path, vocab_size: int) -> Manifest:
             writer.add(np.concatenate([prompt, response]), generator=read.generator(index), checked=True)
         writer.finalize()
         pq.write_table(read.sample_table({"student_loss": mean_loss(logprobs_R, starts_N)}), directory / SAMPLES_FILE)
-        lines = "".join(json.dumps(entry) + "\n" for entry in read.quarantine)
-        (directory / QUARANTINE_FILE).write_text(lines, encoding="utf-8")
+        write_quarantine(directory, read.quarantine)
         counts = {
             "in": len(read.responses) + reasons.total(),
             "kept": len(read.responses),

@@ -25,13 +25,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_npd.config.settings import AnnotateConfig
-from megatron_npd.data.tokenizer import check_vocabularies, document_start, load_tokenizer, turn_header
+from megatron_npd.data.tokenizer import check_vocabularies, document_start, generation_prompt, load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, progress
-from megatron_npd.manifest import Manifest, check_quarantined, in_words, read_manifest, seal, writing
+from megatron_npd.manifest import Manifest, read_manifest, seal, writing
 from megatron_npd.models.families.base import load_sizes, load_spec
 from megatron_npd.platform.initialize import initialize_distributed
-from megatron_npd.records import QUARANTINE_FILE
+from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined, in_words
 from megatron_npd.store.annotation_store import STORE_KIND
 from megatron_npd.store.scores import TokenScorer
 from megatron_npd.store.teacher_records import warn_of_few_in_top_k
@@ -70,7 +70,7 @@ def annotate_round(
 
     Raises:
         UserError: Input, models or layout are refused, no sample could be scored, or a round that was followed got no
-            answer for ``cfg.follow_seconds``.
+            response for ``cfg.follow_seconds``.
     """
     assert (servers is not None) == (cfg.backend == "vllm")
     rollouts_dir, out_dir = Path(rollouts_dir), Path(out_dir)
@@ -125,7 +125,7 @@ def check_setting(teacher_dir: str | Path, student_dir: str | Path, cfg: Annotat
         student=student,
         longest=longest,
         shared_vocab_size=vocab_size,
-        teacher_header=np.array(turn_header(teacher_tokenizer)),
+        teacher_generation_prompt=np.array(generation_prompt(teacher_tokenizer)),
         teacher_start=np.array([document_start(teacher_tokenizer)]),
         student_start=np.array([document_start(student_tokenizer)]),
     )
@@ -178,7 +178,7 @@ def _annotate_wave(
             prompted = teacher.score(
                 samples.teacher_prompts, samples.responses, top_k=setting.cfg.top_k, on_forward=meter
             )
-            alone = teacher.score(samples.teacher_headers, samples.responses, on_forward=meter)
+            alone = teacher.score(samples.teacher_openings, samples.responses, on_forward=meter)
             if not _writes():
                 continue
             assert prompted is not None and alone is not None
@@ -213,7 +213,7 @@ def _student_losses(rollouts_dir: Path, wave: Wave, setting: ScoringContext) -> 
     with meter.bar:
         for name in own:
             samples = read_samples(rollouts_dir / name, setting)
-            scores = student.score(samples.student_headers, samples.responses, on_forward=meter)
+            scores = student.score(samples.student_openings, samples.responses, on_forward=meter)
             if scores is not None and _writes():
                 losses[name] = scores.losses()
     gathered: list[Any] = [None] * dist.get_world_size()

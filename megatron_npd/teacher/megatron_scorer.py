@@ -8,7 +8,7 @@ Legend: T tokens of a micro-batch, H hidden, R response tokens, K top-k width, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -28,7 +28,7 @@ from megatron_npd.models.build import build_model, head_weight, load_spec, packe
 from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.topk import topk_logprobs
 from megatron_npd.records import LOG_TAIL_FLOOR
-from megatron_npd.store.scores import Ids, OnForward, Scores, empty_scores, response_starts
+from megatron_npd.store.scores import OnForward, Scores, Sequences, empty_scores, response_starts
 
 HEAD_ROWS = 1024  # rows of logits that exist at a time: 0.6 GB of fp32 at a vocabulary of 152k
 
@@ -80,12 +80,7 @@ class Scorer:
         self.device = next(self.model.parameters()).device
 
     def score(
-        self,
-        prefixes: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        top_k: int = 0,
-        on_forward: OnForward | None = None,
+        self, prefixes: Sequences, responses: Sequences, *, top_k: int = 0, on_forward: OnForward | None = None
     ) -> Scores | None:
         """``store.scores.TokenScorer.score``; None but on ranks of the last pipeline stage.
 
@@ -125,7 +120,7 @@ class Scorer:
             )
         return scores
 
-    def micro_batches(self, prefixes: Sequence[Ids], responses: Sequence[Ids]) -> tuple[int, Iterator[MicroBatch]]:
+    def micro_batches(self, prefixes: Sequences, responses: Sequences) -> tuple[int, Iterator[MicroBatch]]:
         """The packed rows of these sequences, ``micro_batch_size`` at a time, and how many that are.
 
         Longest first: rows of one micro-batch, and those that follow one another through a pipeline, are alike.
@@ -187,8 +182,8 @@ def _micro_batch(
     samples: npt.NDArray[np.integer],
     offsets: npt.NDArray[np.integer],
     length: int,
-    prefixes: Sequence[Ids],
-    responses: Sequence[Ids],
+    prefixes: Sequences,
+    responses: Sequences,
     starts_N: npt.NDArray[np.int64],
 ) -> MicroBatch:
     """Lay sequences into ``length`` tokens at ascending ``offsets``; what lies between them is padding."""

@@ -13,13 +13,13 @@ from megatron_npd.store.scores import Ids
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringContext:
-    """What all shards share: what models can take, and what opens an answer where a sample's prompt does not say it."""
+    """What all shards share: what models can take, and what opens a response if a sample's prompt does not say it."""
 
     cfg: AnnotateConfig
     student: ModelSpec
     longest: int  # tokens of prompt and response together that the teacher can score
     shared_vocab_size: int  # teacher and student both know the ids below
-    teacher_header: Ids  # of the teacher's chat template
+    teacher_generation_prompt: Ids  # of the teacher's chat template
     teacher_start: Ids  # the teacher's BOS or end-of-document token
     student_start: Ids
 
@@ -29,8 +29,8 @@ class Samples(Responses):
     """The responses of a shard with what each model reads before them."""
 
     teacher_prompts: list[Ids]
-    teacher_headers: list[Ids]
-    student_headers: list[Ids]
+    teacher_openings: list[Ids]
+    student_openings: list[Ids]
 
 
 def read_samples(source: Path, setting: ScoringContext) -> Samples:
@@ -45,18 +45,18 @@ def read_samples(source: Path, setting: ScoringContext) -> Samples:
         known_to="teacher and student both know",
         longest=setting.longest,
     )
-    student_headers, teacher_prompts, teacher_headers = [], [], []
-    for prompt, own, header_len in zip(
-        read.prompts, read.own_prompts, read.table["header_len"].to_pylist(), strict=True
+    student_openings, teacher_prompts, teacher_openings = [], [], []
+    for prompt, own, generation_prompt_len in zip(
+        read.prompts, read.own_prompts, read.table["generation_prompt_len"].to_pylist(), strict=True
     ):
-        header = prompt[len(prompt) - header_len :]
-        student_headers.append(header if header_len else setting.student_start)
+        opening = prompt[len(prompt) - generation_prompt_len :]
+        student_openings.append(opening if generation_prompt_len else setting.student_start)
         teacher_prompts.append(own if len(own) else prompt)
-        shared = header if header_len else setting.teacher_start
-        teacher_headers.append(setting.teacher_header if len(own) else shared)
+        shared = opening if generation_prompt_len else setting.teacher_start
+        teacher_openings.append(setting.teacher_generation_prompt if len(own) else shared)
     return Samples(
         **{field.name: getattr(read, field.name) for field in fields(read)},
         teacher_prompts=teacher_prompts,
-        teacher_headers=teacher_headers,
-        student_headers=student_headers,
+        teacher_openings=teacher_openings,
+        student_openings=student_openings,
     )

@@ -5,7 +5,6 @@ Legend: R response tokens of a shard, N samples of a shard.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_npd.manifest import Manifest, seal, writing
-from megatron_npd.records import (
-    QUARANTINE_FILE,
-    SAMPLES_FILE,
-    defined_logprobs,
-    teacher_record_dtype,
-)
+from megatron_npd.quarantine import write_quarantine
+from megatron_npd.records import SAMPLES_FILE, defined_logprobs, teacher_record_dtype
 from megatron_npd.store.annotation_store import SHARD_KIND, StoreShardWriter
 from megatron_npd.store.scores import Scores, mean_loss
 from megatron_npd.store.teacher_records import RECORD_RULES, broken_records, count_in_top_k
@@ -45,7 +40,7 @@ def write_shard(
         out: Directory to seal.
         samples: What was scored, and what was quarantined before.
         teacher: The teacher's scores of each response after its prompt, with the top-k.
-        teacher_alone: The same after the header of the turn alone.
+        teacher_alone: The same after the generation prompt alone.
         student_loss_unconditional: L(y) of the student, nats per token, float32 [N].
         vocab_size: V*.
         provenance: What made it.
@@ -78,8 +73,7 @@ def write_shard(
     }
     with writing(out) as directory:
         _write_files(directory, samples, teacher, records_R, losses, kept, vocab_size)
-        lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
-        (directory / QUARANTINE_FILE).write_text(lines, encoding="utf-8")
+        write_quarantine(directory, quarantine)
         return seal(directory, kind=SHARD_KIND, provenance=provenance, counts=counts)
 
 

@@ -12,15 +12,8 @@ from typing import Any
 
 from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.errors import UserError
-from megatron_npd.manifest import (
-    MANIFEST,
-    Manifest,
-    check_quarantined,
-    file_sha256,
-    is_sealed,
-    read_manifest,
-    sealed_from,
-)
+from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, read_manifest, sealed_from
+from megatron_npd.quarantine import check_quarantined
 from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND
 
 _POLL_SECONDS = 1.0
@@ -74,7 +67,7 @@ class ShardFollower:
         """The shards that were sealed since the last wave, after a short wait where there are none; None: all is done.
 
         Raises:
-            UserError: The round is not sealed and got no answer for ``cfg.follow_seconds``, or more of it was set
+            UserError: The round is not sealed and got no response for ``cfg.follow_seconds``, or more of it was set
                 aside than may be.
         """
         if self._rollouts is None and is_sealed(self.path):  # asked first: its last shard is sealed before it
@@ -104,7 +97,7 @@ class ShardFollower:
         return sorted(names - self._done)
 
     def _wait(self) -> None:
-        """Let a moment pass, while answers arrive: shards are sealed, or a journal of the rollout stage grows."""
+        """Let a moment pass, while responses arrive: shards are sealed, or a journal of the rollout stage grows."""
         seen: list[object] = [*sorted(self._shards)]
         for file in sorted(self.path.glob("*.journal")):
             with suppress(FileNotFoundError):  # it goes when its shard is sealed
@@ -114,7 +107,7 @@ class ShardFollower:
             self._seen, self._since = seen, now
         if now - self._since > self.cfg.follow_seconds:
             raise UserError(
-                f"{self.path} must be sealed or get answers, got none in {self.cfg.follow_seconds:g} s "
+                f"{self.path} must be sealed or get responses, got none in {self.cfg.follow_seconds:g} s "
                 "(follow_seconds); see whether npd rollout runs, then run both again"
             )
         time.sleep(_POLL_SECONDS)

@@ -9,7 +9,6 @@ Legend: R response tokens of all sequences, K top-k width, P prefix tokens, n re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.models.families.base import load_sizes
 from megatron_npd.records import LOG_TAIL_FLOOR
-from megatron_npd.serving.answers import UNDEFINED, Failure, Malformed, field, is_defined
 from megatron_npd.serving.pool import ServerPool
-from megatron_npd.store.scores import Ids, OnForward, Scores, empty_scores, response_starts
+from megatron_npd.serving.protocol import UNDEFINED, Failure, Malformed, field, is_defined
+from megatron_npd.store.scores import Ids, OnForward, Scores, Sequences, empty_scores, response_starts
 from megatron_npd.weights import model_fingerprint
 
 Positions = list[dict[int, float]]  # of each response token: token id -> log-probability
@@ -66,12 +65,7 @@ class ServerScorer:
         self._open()
 
     def score(
-        self,
-        prefixes: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        top_k: int = 0,
-        on_forward: OnForward | None = None,
+        self, prefixes: Sequences, responses: Sequences, *, top_k: int = 0, on_forward: OnForward | None = None
     ) -> Scores:
         """``store.scores.TokenScorer.score``; what a server refuses is NaN.
 

@@ -28,7 +28,7 @@ from megatron_npd.training.schedule import append_entry
 _POLL_SECONDS = 0.2
 _TELL_SECONDS = 10.0  # the other ranks are told that often that the wait goes on: a collective must not take long
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class Rounds:
@@ -93,14 +93,14 @@ class Rounds:
         """The entries that trained so far, for a checkpoint: with it a lost ``schedule.jsonl`` is written again."""
         return [vars(entry) for entry in self.entries if entry.from_row < rows_consumed]
 
-    def _wait(self, index: int, look: Callable[[float], Answer | None]) -> Answer:
+    def _wait(self, index: int, look: Callable[[float], Result | None]) -> Result:
         assert self._run is not None
         seconds = 0.0
-        while (answer := _on_rank_0(partial(look, seconds))) is None:
+        while (result := _on_rank_0(partial(look, seconds))) is None:
             if not seconds:
                 get_logger().info("waiting for %s", self._run.packs(index))
             seconds = _TELL_SECONDS
-        return answer
+        return result
 
     def _begin(self, trained: list[ScheduleEntry], seconds: float) -> list[ScheduleEntry] | None:
         """Rank 0: the schedule, as it stands, as the checkpoint knows it, or with the first round."""
@@ -135,11 +135,11 @@ class Rounds:
         return entry
 
 
-def _on_rank_0(function: Callable[[], Answer]) -> Answer:
+def _on_rank_0(function: Callable[[], Result]) -> Result:
     """What the function gives on rank 0, on all ranks; what it raises too."""
-    answer: list[Any] = [None]
+    result: list[Any] = [None]
     with together():
         if dist.get_rank() == 0:
-            answer = [function()]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+            result = [function()]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer
 from megatron_npd.data import prompt_files, template
 from megatron_npd.data.conversation import Codec
 from megatron_npd.data.prompts import prepare_prompts
-from megatron_npd.data.tokenizer import ModelTokens, load_tokenizer, turn_end, turn_header
+from megatron_npd.data.tokenizer import ModelTokens, generation_prompt, load_tokenizer, turn_end
 from megatron_npd.errors import UserError
 from tests.data.test_prompts import write_lines
 from tests.helpers import CHAT_TEMPLATE, make_tiny_tokenizer
@@ -162,9 +162,9 @@ def test_what_the_template_writes_is_kept(name: str, tmp_path: Path, tokenizer) 
     given = [{"content": "", **turn} for turn in turns]
     text = tokenizer.decode(row["prompt_ids"] + (row["response_ids"] or []))
     whole = tokenizer.apply_chat_template(given, tools=tools, tokenize=False, add_generation_prompt=False)
-    header = tokenizer.decode(turn_header(tokenizer))
+    header = tokenizer.decode(generation_prompt(tokenizer))
     assert text.rstrip("\n") == (whole if row["response_ids"] else whole + header).rstrip("\n")
-    assert tokenizer.decode(row["prompt_ids"][-row["header_len"] :]) == header
+    assert tokenizer.decode(row["prompt_ids"][-row["generation_prompt_len"] :]) == header
 
 
 @pytest.mark.parametrize("name", LOST)
@@ -223,7 +223,7 @@ def test_templates_that_no_conversation_can_use(tmp_path: Path, tokenizer, chat_
 def test_a_template_that_refuses_any_conversation_is_named(tokenizer) -> None:
     tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(UserError, match="must write a user's message and the response to it, got TemplateError: never"):
-        turn_header(tokenizer)
+        generation_prompt(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_parquet_and_jsonl_of_the_same_records_give_the_same_prompts(tmp_path: P
         {"messages": [user("q"), assistant("5", reasoning_content=None)], "level": 3},
     ]
     rows, bad = prepare(write_lines(tmp_path / "in.jsonl", *records), tokenizer)
-    names = ["prompt_id", "prompt_ids", "response_ids", "header_len"]
+    names = ["prompt_id", "prompt_ids", "response_ids", "generation_prompt_len"]
     columns = {name: [record.get(name) for record in records] for name in ("tools", "messages", "level")}
     pq.write_table(pa.table(columns), tmp_path / "in.parquet")
     others, other_bad = prepare(tmp_path / "in.parquet", tokenizer)
@@ -328,7 +328,7 @@ def test_special_tokens_in_users_texts_are_text_unless_asked_for(tmp_path: Path,
     spelled.encode_special_tokens = False
     newline = tokenizer("\n")["input_ids"]
     assert first["prompt_ids"] == [1, *as_text, 2, *newline, *header]
-    assert first["response_ids"] == [*answer, 2] and first["header_len"] == len(header)
+    assert first["response_ids"] == [*answer, 2] and first["generation_prompt_len"] == len(header)
     assert not {0, 1, 2} & set(answer) and [i for i in second["prompt_ids"] if i < 3] == [1, 2] * 3 + [1]
     assert tokenizer.decode(second["prompt_ids"]).count(text) == 1
     assert (

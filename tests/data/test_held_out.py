@@ -13,7 +13,8 @@ from megatron_npd.data.held_out import HELD_OUT_FILE, prepare_held_out
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import ModelTokens
 from megatron_npd.manifest import read_manifest
-from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE
+from megatron_npd.quarantine import QUARANTINE_FILE
+from megatron_npd.records import PROMPTS_FILE
 from tests.helpers import make_tiny_tokenizer
 
 

@@ -107,7 +107,7 @@ def test_values_that_the_template_writes_are_kept_as_they_are(name: str, tmp_pat
     turns = record.get("messages") or [user(record["prompt"])]
     text = tokenizer.apply_chat_template(turns, tools=record.get("tools"), tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(row["prompt_ids"]) == text
-    assert tokenizer.decode(row["prompt_ids"][-row["header_len"] :]) == "<|im_start|>assistant\n"
+    assert tokenizer.decode(row["prompt_ids"][-row["generation_prompt_len"] :]) == "<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("name", LOST)

@@ -18,9 +18,8 @@ from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
 from megatron_npd.records import PACKS_FILE, teacher_record_dtype
 from megatron_npd.store.annotation_store import AnnotationStore
-from megatron_npd.store.decode import decode_teacher
 from tests.data.test_packing import make_prompts, make_selection
-from tests.store.make_store import VOCAB_SIZE, make_records, make_store
+from tests.store.make_store import VOCAB_SIZE, decode_teacher, make_records, make_store
 
 LENGTHS = [(5, 9), (3, 40), (10, 22), (2, 2), (4, 12), (1, 1), (30, 2), (6, 6), (1, 63), (7, 4), (2, 11)]
 CFG = PackConfig(seq_length=64, segment_align=8)

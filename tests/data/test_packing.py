@@ -19,14 +19,8 @@ from megatron_npd.config.settings import PackConfig
 from megatron_npd.data.packing import pack_lengths, pack_prompts, pack_rollouts, pack_selection
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, file_sha256, is_sealed, read_manifest, seal, writing
-from megatron_npd.records import (
-    PACKS_FILE,
-    PROMPT_SCHEMA,
-    PROMPTS_FILE,
-    QUARANTINE_FILE,
-    SELECTION_FILE,
-    SELECTION_SCHEMA,
-)
+from megatron_npd.quarantine import QUARANTINE_FILE
+from megatron_npd.records import PACKS_FILE, PROMPT_SCHEMA, PROMPTS_FILE, SELECTION_FILE, SELECTION_SCHEMA
 from megatron_npd.store.annotation_store import AnnotationStore
 from tests.helpers import VOCAB_SIZE
 from tests.store.make_store import make_store
@@ -181,7 +175,13 @@ def test_without_a_selection_all_samples_are_packed(stages: tuple[Path, Path], t
 
 def make_prompts(path: Path, prompts: list[tuple[list[int], list[int] | None]]) -> Path:
     rows: list[dict[str, Any]] = [
-        {"prompt_id": f"p{index}", "prompt_ids": prompt, "header_len": 0, "response_ids": response, "extras": "{}"}
+        {
+            "prompt_id": f"p{index}",
+            "prompt_ids": prompt,
+            "generation_prompt_len": 0,
+            "response_ids": response,
+            "extras": "{}",
+        }
         for index, (prompt, response) in enumerate(prompts)
     ]
     with writing(path):

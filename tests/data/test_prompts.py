@@ -17,11 +17,11 @@ from megatron_npd.data.prompts import check_vocabularies, prepare_prompts
 from megatron_npd.data.tokenizer import (
     ModelTokens,
     document_start,
+    generation_prompt,
     load_model_tokens,
     load_tokenizer,
     stop_ids,
     turn_end,
-    turn_header,
 )
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
@@ -79,13 +79,13 @@ def test_chat_and_plain_prompts_give_the_template_and_its_header(tmp_path: Path,
     )
     assert tokenizer.decode(plain["prompt_ids"]) == "<|im_start|>user\nHow many apples?<|im_end|>\n" + HEADER
     for row in (chat, plain, answered):
-        assert tokenizer.decode(row["prompt_ids"][-row["header_len"] :]) == HEADER
+        assert tokenizer.decode(row["prompt_ids"][-row["generation_prompt_len"] :]) == HEADER
         assert row["teacher_prompt_ids"] is None
     assert tokenizer.decode(chat["response_ids"]) == "5<|im_end|>" and chat["response_ids"][-1] == 2
     assert json.loads(chat["extras"]) == {"level": 3, "tags": ["x"]}
     assert plain["response_ids"] is None and plain["response"] is None and len(plain["prompt_id"]) == 16
     assert answered == chat | {"prompt_id": "7", "extras": "{}"}
-    assert turn_header(tokenizer) == chat["prompt_ids"][-chat["header_len"] :]
+    assert generation_prompt(tokenizer) == chat["prompt_ids"][-chat["generation_prompt_len"] :]
     assert turn_end(tokenizer) == 2
 
 
@@ -93,15 +93,15 @@ def test_without_chat_template_the_text_is_the_prompt(tmp_path: Path, tokenizer)
     tokenizer.chat_template = None
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "2 + 3 =", "response": "5"}, {"messages": [{"role": "u"}]})
     (row,), (bad,), _ = prepare(source, tokenizer)
-    assert tokenizer.decode(row["prompt_ids"]) == "2 + 3 =" and row["header_len"] == 0
+    assert tokenizer.decode(row["prompt_ids"]) == "2 + 3 =" and row["generation_prompt_len"] == 0
     assert row["response_ids"] == [*tokenizer("5")["input_ids"], tokenizer.eos_token_id]
     assert bad["line"] == 2 and bad["reason"] == "wrong_type"
-    assert document_start(tokenizer) == tokenizer.eos_token_id == 2 and turn_header(tokenizer) == [2]
+    assert document_start(tokenizer) == tokenizer.eos_token_id == 2 and generation_prompt(tokenizer) == [2]
     tokenizer.bos_token = "<|endoftext|>"
-    assert turn_header(tokenizer) == [0]
+    assert generation_prompt(tokenizer) == [0]
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(UserError, match="must say what ends a response"):
-        turn_header(tokenizer)
+        generation_prompt(tokenizer)
 
 
 def test_stop_ids_are_the_turn_end_then_the_tokenizers_and_the_models(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_template_alone_says_what_opens_and_ends_a_response(tmp_path: Path, to
     tokenizer.bos_token = tokenizer.eos_token = None
     (tmp_path / "config.json").write_text("{}")
     assert stop_ids(tokenizer, tmp_path) == (2,) and document_start(tokenizer) == 2
-    assert tokenizer.decode(turn_header(tokenizer)) == HEADER
+    assert tokenizer.decode(generation_prompt(tokenizer)) == HEADER
 
 
 def test_messages_need_a_chat_template(tmp_path: Path, tokenizer) -> None:
@@ -262,7 +262,7 @@ def test_teacher_ids_only_where_its_template_differs(tmp_path: Path, tokenizer) 
     rows, _, _ = prepare(source, tokenizer, teacher_tokenizer=teacher)
     assert teacher.decode(rows[0]["teacher_prompt_ids"]) == "[user] hello<|im_end|>[assistant] "
     assert tokenizer.decode(rows[0]["prompt_ids"]).endswith(HEADER)
-    assert teacher.decode(turn_header(teacher)) == "[assistant] "
+    assert teacher.decode(generation_prompt(teacher)) == "[assistant] "
 
 
 def test_a_second_call_keeps_the_sealed_prompts_and_refuses_others(tmp_path: Path, tokenizer) -> None:

@@ -46,7 +46,7 @@ def test_words_and_numbers_are_single_tokens_and_any_text_survives(paths: dict[s
 
 
 def test_prompts_of_the_problems(paths: dict[str, Path], tmp_path: Path) -> None:
-    """The turn header is the assistant's token; the stop token closes the response."""
+    """The generation prompt is the assistant's token; the stop token closes the response."""
     import pyarrow.parquet as pq
 
     tokenizer = AutoTokenizer.from_pretrained(paths["student"])
@@ -56,7 +56,7 @@ def test_prompts_of_the_problems(paths: dict[str, Path], tmp_path: Path) -> None
     assert len(rows) == SIZES["test"]
     header = tokenizer.convert_tokens_to_ids("<|assistant|>")
     for row in rows:
-        assert row["header_len"] == 1 and row["prompt_ids"][-1] == header
+        assert row["generation_prompt_len"] == 1 and row["prompt_ids"][-1] == header
         assert row["prompt_ids"][0] == tokenizer.bos_token_id
         assert row["response_ids"][-1] == tokenizer.eos_token_id
         assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1

@@ -102,7 +102,7 @@ class Readers:
         def read() -> None:
             before = self.journal.read_bytes()
             with Journal(self.journal, settings) as journal:
-                answers = journal.answers
+                answers = journal.responses
             self.journal.write_bytes(before)
             for index, answer in answers.items():
                 same = truth[index].token_ids.tolist() == answer.token_ids.tolist()

@@ -190,12 +190,21 @@ def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
     assert stages.index("rollout") < stages.index("annotate") < stages.index("select")
 
 
-@pytest.mark.parametrize("stage", ["annotate", "train", "export", "measure"])
+@pytest.mark.parametrize(
+    ("stage", "rule"),  # each of the rules marks the second step of four, as ``even`` does
+    [
+        ("annotate", {"refresh": "every_n", "refresh_interval": 2}),
+        ("train", {"refresh": "by_lag", "refresh_interval": 2, "refresh_lag": 1e-6}),
+        ("export", {}),
+        ("measure", {}),
+    ],
+)
 def test_a_run_stopped_in_its_second_round_ends_the_same(
-    recipe: NPDConfig, stage: str, monkeypatch: pytest.MonkeyPatch
+    recipe: NPDConfig, stage: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = Path(recipe.run_dir)
-    cfg = dataclasses.replace(recipe, run_dir=str(undisturbed.with_name(f"stopped_{stage}")))
+    train = dataclasses.replace(recipe.train, **rule)
+    cfg = dataclasses.replace(recipe, run_dir=str(undisturbed.with_name(f"stopped_{stage}")), train=train)
     if stage != "measure":
         cfg = dataclasses.replace(cfg, eval=NOT_MEASURED)
     original = STAGES[stage].function

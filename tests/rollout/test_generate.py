@@ -21,7 +21,8 @@ import pytest
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, is_sealed, read_manifest, seal, writing
-from megatron_npd.records import PROMPTS_FILE, QUARANTINE_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
+from megatron_npd.quarantine import QUARANTINE_FILE
+from megatron_npd.records import PROMPTS_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
 from megatron_npd.rollout import shard as shard_module
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.journal import Journal, Recorded
@@ -30,7 +31,7 @@ from megatron_npd.serving.pool import ServerPool
 from tests.serving.fake import CONTENT, EOS, VOCAB_SIZE, FakeServer, die_after, fake_answer, write_prompts
 
 CFG = RolloutConfig(max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=5.0)
-FIRST_JOURNAL = "answers-00000.journal"
+FIRST_JOURNAL = "responses-00000.journal"
 PROMPTS = 12  # with three paths: 36 samples, in shards of 15, 15 and 6
 
 
@@ -74,7 +75,7 @@ def test_samples_order_seeds_and_books(prompts: Path, tmp_path: Path) -> None:
     for i, row in enumerate(rows):
         prompt, path = asked[i // 3], i % 3
         assert row["sample_id"] == sample_id(prompt["prompt_id"], 3, path)
-        for name in ("prompt_id", "prompt_ids", "header_len", "teacher_prompt_ids"):
+        for name in ("prompt_id", "prompt_ids", "generation_prompt_len", "teacher_prompt_ids"):
             assert row[name] == prompt[name]
         assert row["path"] == path and row["policy_version"] == "v0000"
         assert row["temperature"] == (0.0 if path == 0 else 1.0) and row["top_p"] == 1.0
@@ -120,7 +121,7 @@ def test_one_of_identical_answers_stays_with_their_number(tmp_path: Path, greedy
     ]
     aside = (tmp_path / "out/shard-00000" / QUARANTINE_FILE).read_text().splitlines()
     assert {json.loads(line)["detail"] for line in aside} == {
-        f"the same answer as {row['sample_id']}" for row in rows if row["copies"] > 1
+        f"the same response as {row['sample_id']}" for row in rows if row["copies"] > 1
     }
 
 
@@ -192,7 +193,7 @@ def test_journals_go_with_the_seal_of_their_shard(
         with pytest.raises(UserError, match="must generate"):
             generate(prompts, out, server)
     assert is_sealed(out / "shard-00000") and (out / FIRST_JOURNAL).is_file()
-    assert sorted(file.name for file in out.glob("*.journal")) == [FIRST_JOURNAL, "answers-00001.journal"]
+    assert sorted(file.name for file in out.glob("*.journal")) == [FIRST_JOURNAL, "responses-00001.journal"]
     read: list[str] = []
     real = Journal._read
     with FakeServer() as server, monkeypatch.context() as patch:
@@ -200,7 +201,7 @@ def test_journals_go_with_the_seal_of_their_shard(
         server.trouble = die_after(server, 0)
         with pytest.raises(UserError, match="must generate"):
             generate(prompts, out, server)
-    assert [file.name for file in out.glob("*.journal")] == read == ["answers-00001.journal"]
+    assert [file.name for file in out.glob("*.journal")] == read == ["responses-00001.journal"]
     with FakeServer() as server:
         generate(prompts, out, server)
     assert content(out) == reference
@@ -248,12 +249,12 @@ def test_what_is_appended_after_a_torn_line_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     for index in range(3):
         with Journal(path, {"round": 0}) as journal:
-            assert sorted(journal.answers) == list(range(index))
+            assert sorted(journal.responses) == list(range(index))
             journal.append(index, answer)
         with open(path, "ab") as stream:
             stream.write(b"01234567 [9, cut by a kill")
     with Journal(path, {"round": 0}) as journal:
-        assert sorted(journal.answers) == [0, 1, 2]
+        assert sorted(journal.responses) == [0, 1, 2]
 
 
 def test_kill_of_the_client_loses_nothing(prompts: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
@@ -501,7 +502,9 @@ def test_nothing_kept_is_an_error_and_not_sealed(prompts: Path, tmp_path: Path) 
     with FakeServer() as server:
         server.trouble = lambda body: 400 if body["sampling_params"]["max_tokens"] > 1 else None
         cfg = RolloutConfig(**vars(CFG) | {"max_quarantined": 1.0})
-        with pytest.raises(UserError, match=r"at least one answer, got none of 36 \(quarantined: 36 request_failed\)"):
+        with pytest.raises(
+            UserError, match=r"at least one response, got none of 36 \(quarantined: 36 request_failed\)"
+        ):
             generate(prompts, tmp_path / "out", server, cfg=cfg)
     assert not is_sealed(tmp_path / "out")
 

@@ -197,7 +197,7 @@ def test_answers_cut_by_length_are_flagged_and_kept_or_dropped(tmp_path: Path, c
 
 def prompts_of(path: Path, extras: list[str]) -> Path:
     rows = [
-        {"prompt_id": f"p{i:06d}", "prompt_ids": [1], "header_len": 1, "extras": extra}
+        {"prompt_id": f"p{i:06d}", "prompt_ids": [1], "generation_prompt_len": 1, "extras": extra}
         for i, extra in enumerate(extras)
     ]
     with writing(path):

@@ -179,7 +179,7 @@ def write_prompts(path: Path, lengths: list[int], seed: int = 0) -> Path:
         {
             "prompt_id": f"p{i}",
             "prompt_ids": rng.integers(3, 300, length).tolist(),
-            "header_len": min(3, length),
+            "generation_prompt_len": min(3, length),
             "teacher_prompt_ids": [1, 2, 3] if i % 3 == 0 else None,
             "response": f"The answer is #### {i}",
             "response_ids": None,

@@ -24,8 +24,8 @@ from megatron_npd.records import ROLLOUTS_FILE
 from megatron_npd.rollout.evaluate import exact_match
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.serving.access import bearer, proves_secret
-from megatron_npd.serving.answers import Answer, Failure, Request
 from megatron_npd.serving.pool import ServerPool
+from megatron_npd.serving.protocol import Failure, Request, Response
 from megatron_npd.serving.refresh import refresh
 from megatron_npd.serving.server import GENERATE, tag
 from megatron_npd.weights import EMBEDDING, HEAD, INDEX_FILE, SINGLE_FILE, read_weights
@@ -47,13 +47,13 @@ def other_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
-def ask(pool: ServerPool, count: int = 12, temperature: float = 0.0) -> list[tuple[list[int], Answer]]:
+def ask(pool: ServerPool, count: int = 12, temperature: float = 0.0) -> list[tuple[list[int], Response]]:
     """Prompts of 3 to 100 tokens and their answers."""
     rng = np.random.default_rng(5)
-    answers: dict[int, tuple[list[int], Answer]] = {}
+    answers: dict[int, tuple[list[int], Response]] = {}
 
-    def on_result(request: Request, answer: Answer | Failure) -> None:
-        assert isinstance(answer, Answer), answer
+    def on_result(request: Request, answer: Response | Failure) -> None:
+        assert isinstance(answer, Response), answer
         answers[request.key] = (list(request.token_ids), answer)
 
     lengths = np.linspace(3, 100, count).astype(int)
@@ -72,7 +72,7 @@ def ask(pool: ServerPool, count: int = 12, temperature: float = 0.0) -> list[tup
     return [answers[i] for i in range(count)]
 
 
-def assert_equal_to_transformers(model_dir: Path, answers: list[tuple[list[int], Answer]], greedy: bool) -> None:
+def assert_equal_to_transformers(model_dir: Path, answers: list[tuple[list[int], Response]], greedy: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     for prompt, answer in answers:
         with torch.no_grad():
@@ -249,9 +249,9 @@ def test_what_overflows_is_set_aside_and_leaves_nothing_behind(
     requests = [Request(key=i, token_ids=[3 + i] * 240, max_tokens=2, stop_ids=[2]) for i in range(60)]
     cleared: list[str] = []
 
-    def results(pool: ServerPool) -> list[Answer | Failure]:
+    def results(pool: ServerPool) -> list[Response | Failure]:
         cleared.clear()
-        found: list[Answer | Failure] = []
+        found: list[Response | Failure] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pool, "clear", lambda url: cleared.append(url))  # counts only: NaN stays in the pages
             pool.run(requests, lambda _, result: found.append(result))
@@ -262,7 +262,7 @@ def test_what_overflows_is_set_aside_and_leaves_nothing_behind(
         results(restored_pool)
     assert cleared == 2 * restored_pool.urls  # for what was undefined, and for the trivial request
     refresh(restored_pool, other_model_dir, "v0002")
-    assert all(isinstance(result, Answer) for result in results(restored_pool)) and not cleared
+    assert all(isinstance(result, Response) for result in results(restored_pool)) and not cleared
     assert_equal_to_transformers(other_model_dir, ask(restored_pool), greedy=True)
 
 

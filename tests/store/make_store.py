@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from megatron_npd.manifest import seal, writing
 from megatron_npd.records import LOG_TAIL_FLOOR, SAMPLE_SCHEMA, SAMPLES_FILE, teacher_record_dtype
 from megatron_npd.store.annotation_store import StoreShardWriter
+from megatron_npd.store.decode import as_items, check_records, decoded, empty_records
 
 VOCAB_SIZE = 97
 
@@ -82,3 +84,24 @@ def make_store(
                 seal(directory, kind="annotations-shard", counts={"samples": len(rows)})
         seal(path, kind="annotations", provenance=meta, counts={"samples": len(lengths)})
     return path
+
+
+def decode_teacher(records_T: np.ndarray, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Teacher records as the loss takes them, by the steps of the packed data set.
+
+    Args:
+        records_T: ``teacher_record_dtype(K)`` [T].
+        vocab_size: V*.
+
+    Returns:
+        As ``decoded``.
+
+    Raises:
+        UserError: As ``check_records``.
+    """
+    K = records_T.dtype["ids"].shape[0]
+    records_TW = empty_records(len(records_T), K)
+    items = as_items(records_TW, K)
+    items[:] = records_T.view(items.dtype)
+    check_records(records_TW.numpy(), K, vocab_size, "the teacher records")
+    return decoded(records_TW, K)

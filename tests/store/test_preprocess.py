@@ -22,7 +22,8 @@ from megatron_npd.data.packing import pack_selection
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest
-from megatron_npd.records import QUARANTINE_FILE, SAMPLES_FILE, BadRecord
+from megatron_npd.quarantine import QUARANTINE_FILE
+from megatron_npd.records import SAMPLES_FILE, BadRecord
 from megatron_npd.selection.select import select_round
 from megatron_npd.store import preprocess as preprocess_module
 from megatron_npd.store.annotation_store import AnnotationStore

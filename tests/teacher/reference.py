@@ -66,13 +66,13 @@ def make_rollouts(
     rows = []
     for index, (prompt_len, response_len) in enumerate(lengths):
         prompt = rng.integers(3, TOKENS, prompt_len).tolist()
-        header_len = len(HEADER) if prompt_len > len(HEADER) else 0
+        generation_prompt_len = len(HEADER) if prompt_len > len(HEADER) else 0
         row = {
             "sample_id": f"{index:016x}",
             "prompt_id": f"p{index // 2}",
             "path": index % 2,
-            "prompt_ids": prompt[: prompt_len - header_len] + HEADER[:header_len],
-            "header_len": header_len,
+            "prompt_ids": prompt[: prompt_len - generation_prompt_len] + HEADER[:generation_prompt_len],
+            "generation_prompt_len": generation_prompt_len,
             "teacher_prompt_ids": None,
             "response_ids": rng.integers(3, TOKENS, response_len).tolist(),
             "logprobs": (-rng.exponential(size=response_len)).tolist(),

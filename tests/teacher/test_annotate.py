@@ -115,14 +115,14 @@ def test_the_store_holds_what_transformers_says(tmp_path: Path, models: dict[str
 
 
 def test_the_teacher_reads_its_own_prompt(tmp_path: Path, models: dict[str, Path]) -> None:
-    from megatron_npd.data.tokenizer import load_tokenizer, turn_header
+    from megatron_npd.data.tokenizer import generation_prompt, load_tokenizer
 
     own = [None, [5, 6, 7, 8], None, [9] * 60]
     make_rollouts(tmp_path / "rollouts", LENGTHS[:4], teacher_prompt_ids=own)
     annotate(tmp_path / "rollouts", tmp_path / "out", models)
     teacher = TransformersModel(models["teacher_dir"], VOCAB_SIZE)
     student = TransformersModel(models["student_dir"])
-    header = turn_header(load_tokenizer(models["teacher_dir"]))
+    header = generation_prompt(load_tokenizer(models["teacher_dir"]))
     rows = rollout_rows(tmp_path / "rollouts")
     for index, (rollout, sample) in enumerate(zip(rows, samples(tmp_path / "out"), strict=True)):
         if own[index] is None:
@@ -319,7 +319,7 @@ def test_the_wait_for_a_round_ends_once_no_answer_arrives(tmp_path: Path, monkey
         now[0] = float(second)
         assert waves.next() == module.Wave(shards={}, round_size=None)
         journal.write_text("x" * second)
-    with pytest.raises(UserError, match=r"must be sealed or get answers, got none in 60 s \(follow_seconds\)"):
+    with pytest.raises(UserError, match=r"must be sealed or get responses, got none in 60 s \(follow_seconds\)"):
         for second in range(200, 400, 40):
             now[0] = float(second)
             waves.next()
@@ -331,7 +331,7 @@ def test_a_round_in_the_making_is_refused_but_for_followers(tmp_path: Path, mode
     with pytest.raises(UserError, match=r"must be a sealed directory"):
         annotate(tmp_path / "rollouts", tmp_path / "out", models)
     cfg = AnnotateConfig(**vars(CFG) | {"follow_seconds": 0.1})
-    with pytest.raises(UserError, match=r"must be sealed or get answers"):
+    with pytest.raises(UserError, match=r"must be sealed or get responses"):
         annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg)
     assert is_sealed(tmp_path / "out" / "shard-00001") and not is_sealed(tmp_path / "out")  # what was there is kept
 
@@ -400,4 +400,4 @@ def test_a_tokenizer_without_bos_and_eos_is_scored_where_its_template_says_what_
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
     setting = check_setting(model, model, AnnotateConfig(top_k=4))
     assert setting.teacher_start.tolist() == setting.student_start.tolist() == [2]
-    assert setting.teacher_header[0] == 1
+    assert setting.teacher_generation_prompt[0] == 1

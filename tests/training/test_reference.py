@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_npd.data.packed_dataset import PackedRows, Streams
 from megatron_npd.store.annotation_store import AnnotationStore
-from megatron_npd.store.decode import decode_teacher
 from megatron_npd.training.trainer import train
 from tests.helpers import VOCAB_SIZE
+from tests.store.make_store import decode_teacher
 from tests.training.make_run import column, config, make_packs
 
 SAMPLES, STEPS, LR, MIN_LR, ALPHA, CLIP = 16, 4, 3e-3, 1e-4, 0.7, 0.3

@@ -1,4 +1,4 @@
-"""What is asked of a server and what comes back: requests, answers, and the checks that an answer must pass.
+"""What is asked of a server and what comes back: requests, responses, and the checks that a response must pass.
 
 A server is another program, on another machine, of another release: whatever it sends is checked before it is used.
 """
@@ -16,12 +16,12 @@ UNDEFINED = "undefined_logprob"  # the reason of a failure after which a server'
 
 
 class Malformed(Exception):
-    """An answer is not what was asked for; it is worth asking again."""
+    """A response is not what was asked for; it is worth asking again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What one answer is asked for with.
+    """What one response is asked for with.
 
     Attributes:
         key: The caller's own mark; it is not sent.
@@ -43,8 +43,8 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One finished answer.
+class Response:
+    """One finished response.
 
     Attributes:
         token_ids: n ids; the stop token is the last one exactly when ``finish_reason`` is ``stop``.
@@ -61,14 +61,14 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a request has no answer: a reason to count by, and what was seen."""
+    """Why a request has no response: a reason to count by, and what was seen."""
 
     reason: str
     detail: str
 
 
 def generate_body(request: Request) -> dict[str, Any]:
-    """The JSON object that asks for an answer, with the log-probabilities of the sampled tokens alone."""
+    """The JSON object that asks for a response, with the log-probabilities of the sampled tokens alone."""
     sampling = {
         "max_tokens": request.max_tokens,
         "stop_token_ids": list(request.stop_ids),
@@ -81,8 +81,8 @@ def generate_body(request: Request) -> dict[str, Any]:
     return {"token_ids": request.token_ids, "sampling_params": sampling}
 
 
-def read_answer(request: Request, body: Any, vocab_size: int) -> Answer | Failure:
-    """The answer to a request, or why there is none.
+def read_response(request: Request, body: Any, vocab_size: int) -> Response | Failure:
+    """The response to a request, or why there is none.
 
     Args:
         request: What was asked.
@@ -90,7 +90,7 @@ def read_answer(request: Request, body: Any, vocab_size: int) -> Answer | Failur
         vocab_size: Of the served model.
 
     Raises:
-        Malformed: It is no answer to the request.
+        Malformed: It is no response to the request.
     """
     choice = first_of(field(body, "choices"), "choices")
     ids, reason = field(choice, "token_ids"), field(choice, "finish_reason")
@@ -111,11 +111,11 @@ def read_answer(request: Request, body: Any, vocab_size: int) -> Answer | Failur
         return Failure(reason=UNDEFINED, detail=f"log-probabilities {logprobs[:8]}")
     first_of(spans := field(choice, "weight_versions"), "weight_versions")
     versions = tuple(str(field(span, "version")) for span in spans)
-    return Answer(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=versions)
+    return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=versions)
 
 
 def json_of(content: bytes) -> Any:
-    """The JSON value of a server's answer.
+    """The JSON value of a server's response.
 
     Raises:
         Malformed: It is none.
