@@ -69,4 +69,5 @@ def _links(path: Path) -> Iterator[Path]:
 
 
 def _entries(directory: Path) -> list[Path]:
-    return sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
+    """What lies in a directory, but for hidden files and wandb's own, which hold links and which no stage reads."""
+    return sorted(entry for entry in directory.iterdir() if not entry.name.startswith(".") and entry.name != "wandb")

@@ -101,7 +101,8 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     own = state if checkpoint is not None and checkpoint.parent == Path(cfg.save) else {}  # not another run's rounds
     rounds, refresh = Rounds(cfg), RefreshSchedule(cfg, own.get("refresh"))
     rounds.begin(own.get("schedule", []))
-    data = _open_data(cfg, rounds.schedule, spec)
+    with together():
+        data = _open_data(cfg, rounds.schedule, spec)
     dp_size = parallel_state.get_data_parallel_world_size()
     rows_per_step = check_batch(cfg, data.seq_length, dp_size)
     model = build_model(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel)
@@ -136,7 +137,8 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     ):
         while iteration < stop:
             if (following := rounds.following(refresh.progress.policies, feed.rows_consumed)) is not None:
-                feed.extend(following)
+                with together():  # some ranks alone look at all of it
+                    feed.extend(following)
             start, entry = time.perf_counter(), feed.entry()
             values = step.run(feed, iteration + 1)
             iteration += 1
@@ -194,7 +196,7 @@ def _open_data(cfg: TrainConfig, schedule: Path, spec: ModelSpec) -> PackedDatas
         targets=last,
         **{name: last and name in OBJECTIVES[cfg.objective].streams for name in STREAMS},
     )
-    # One process of a machine hashes the files; a failure there ends the job.
+    # One process of a machine hashes the files.
     data = PackedDataset(schedule, seed=cfg.seed, streams=streams, verify=local_rank() == 0)
     if data.vocab_size != spec.vocab_size:
         raise UserError(
