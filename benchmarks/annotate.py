@@ -87,11 +87,8 @@ def transformers_forwards(path: Path, device: str, pairs: list[tuple[np.ndarray,
     """Log-softmax, top-k and the sampled tokens' log-probs, one sequence at a time."""
     from transformers import AutoModelForCausalLM
 
-    model = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False)
-        .to(device)
-        .eval()
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False)
+    model.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers' decorator hides its self)
 
     @torch.no_grad()
     def forward() -> None:

@@ -79,7 +79,7 @@ def bench_packing(lengths: np.ndarray, repeat: int) -> None:
     row("ours, segments at multiples of 16", aligned, f"{fill(rows)}, the rest is alignment")
     row("a stable sort of the lengths", best_seconds(lambda: np.argsort(-lengths, kind="stable"), "cpu", repeat), "")
     try:
-        from trl.data_utils import _pack_bfd
+        from trl.data_utils import _pack_bfd  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         print(f"| TRL, best-fit decreasing | not run | {error} |")
     else:
@@ -90,12 +90,12 @@ def bench_packing(lengths: np.ndarray, repeat: int) -> None:
         seconds = time.perf_counter() - start
         row("TRL, best-fit decreasing", seconds, f"{fill(len(packed))}; {seconds / ours:.0f} x ours")
     try:
-        from nemo_rl.data.packing.algorithms import FirstFitDecreasingPacker
+        from nemo_rl.data.packing import algorithms  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         print(f"| NeMo-RL, first-fit decreasing | not run | {error} |")
     else:
         part = lengths[:NEMO_SAMPLES].tolist()
-        packer = FirstFitDecreasingPacker(SEQ_LENGTH)
+        packer = algorithms.FirstFitDecreasingPacker(SEQ_LENGTH)
         seconds = best_seconds(lambda: packer.pack(part), "cpu", 3) * (len(lengths) / len(part)) ** 2
         note = f"scaled from {len(part)} samples by the square of their number; {seconds / ours:.0f} x ours"
         row("NeMo-RL, first-fit decreasing", seconds, note)
@@ -224,10 +224,43 @@ def bench_stages(root: Path, lengths: np.ndarray, repeat: int) -> None:
 
 def bench_reading(root: Path, samples: int, repeat: int) -> None:
     """Rows of full length: warm, cold, and beside a training step."""
-    store_dir = make_store(root / "bodies", sample_lengths(samples, seed=2))
+    store_dir, packs_dir = make_store(root / "bodies", sample_lengths(samples, seed=2)), root / "bodies-packs"
     select_round(store_dir, root / "bodies-selection", SelectConfig(filter="none"))
-    pack_selection(store_dir, root / "bodies-selection", root / "bodies-packs", PackConfig(seq_length=SEQ_LENGTH))
-    rows = PackedRows(root / "bodies-packs", streams=Streams())
+    pack_selection(store_dir, root / "bodies-selection", packs_dir, PackConfig(seq_length=SEQ_LENGTH))
+    whole, num_bytes = _read_warm(packs_dir, repeat)
+    cold: dict[str, list[float]] = {"cold, as the pages are touched": [], "cold, asked for one row ahead": []}
+    end_to_end = []
+    for _ in range(repeat):
+        for ahead, times in enumerate(cold.values()):
+            _drop_caches(store_dir)
+            rows = PackedRows(packs_dir, streams=Streams())
+            start = time.perf_counter()
+            for index in whole:
+                if ahead and index + 1 in whole:
+                    rows.will_need(index + 1)
+                make_batch([(rows, index)])
+            times.append((time.perf_counter() - start) / len(whole))
+            del rows  # mapped pages would stay in memory
+        _drop_caches(store_dir)
+        start = time.perf_counter()
+        size = sum(len(file.read_bytes()) for file in store_dir.glob("shard-*/*.bin"))
+        end_to_end.append((time.perf_counter() - start) * num_bytes / size)
+    for what, times in (cold | {"cold, the same files from end to end": end_to_end}).items():
+        note = f"a row's bytes; median {1e3 * np.median(times):.1f} ms; {num_bytes / min(times) / 1e9:.2f} GB/s"
+        row(what, min(times), note)
+    rows = PackedRows(packs_dir, streams=Streams())
+    with Prefetcher((make_batch([(rows, index)]).to("cpu") for index in _forever(whole)), depth=4) as items_ahead:
+        next(items_ahead)
+        items_ahead.take_wait()
+        for _ in range(100):
+            time.sleep(STEP_SECONDS)
+            next(items_ahead)
+        row(f"waiting for data, beside steps of {1e3 * STEP_SECONDS:.0f} ms", items_ahead.take_wait() / 100, "a step")
+
+
+def _read_warm(packs_dir: Path, repeat: int) -> tuple[range, int]:
+    """The parts of reading a row that is in memory; returns the full rows and the bytes of one."""
+    rows = PackedRows(packs_dir, streams=Streams())
     whole = range(len(rows) - 1)  # the last row is not full
     batches = [make_batch([(rows, index)]) for index in whole]
     segments = np.mean([len(rows.segments(index)) for index in whole])
@@ -268,35 +301,7 @@ def bench_reading(root: Path, samples: int, repeat: int) -> None:
     ):
         best, median = _turns(action, len(whole), repeat)
         row(what, best, f"median {1e3 * median:.3f} ms; {best / copy[0]:.1f} x copy")
-    cold: dict[str, list[float]] = {"cold, as the pages are touched": [], "cold, asked for one row ahead": []}
-    end_to_end = []
-    for _ in range(repeat):
-        for ahead, times in enumerate(cold.values()):
-            rows = None  # mapped pages would stay in memory
-            _drop_caches(store_dir)
-            rows = PackedRows(root / "bodies-packs", streams=Streams())
-            start = time.perf_counter()
-            for index in whole:
-                if ahead and index + 1 in whole:
-                    rows.will_need(index + 1)
-                make_batch([(rows, index)])
-            times.append((time.perf_counter() - start) / len(whole))
-        rows = None
-        _drop_caches(store_dir)
-        start = time.perf_counter()
-        size = sum(len(file.read_bytes()) for file in store_dir.glob("shard-*/*.bin"))
-        end_to_end.append((time.perf_counter() - start) * num_bytes / size)
-    for what, times in (cold | {"cold, the same files from end to end": end_to_end}).items():
-        note = f"a row's bytes; median {1e3 * np.median(times):.1f} ms; {num_bytes / min(times) / 1e9:.2f} GB/s"
-        row(what, min(times), note)
-    rows = PackedRows(root / "bodies-packs", streams=Streams())
-    with Prefetcher((make_batch([(rows, index)]).to("cpu") for index in _forever(whole)), depth=4) as items_ahead:
-        next(items_ahead)
-        items_ahead.take_wait()
-        for _ in range(100):
-            time.sleep(STEP_SECONDS)
-            next(items_ahead)
-        row(f"waiting for data, beside steps of {1e3 * STEP_SECONDS:.0f} ms", items_ahead.take_wait() / 100, "a step")
+    return whole, num_bytes
 
 
 def _forever(indices: range) -> Iterator[int]:

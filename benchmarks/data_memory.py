@@ -190,9 +190,11 @@ def main() -> None:
                 assert process.stdout is not None
                 results.append([float(number) for number in process.stdout.readline().split()])
             time.sleep(1)
-        row("data set, the first rank's own", *results[0], args.samples)
+        seconds, own = results[0]
+        row("data set, the first rank's own", seconds, own, args.samples)
         if others := results[1:]:
-            row("data set, another rank's own", *np.mean(others, axis=0).tolist(), args.samples)
+            seconds, own = np.mean(others, axis=0).tolist()
+            row("data set, another rank's own", seconds, own, args.samples)
         row(f"{args.ranks} ranks, sum of PSS", sum(result[0] for result in results), peak.bytes, args.samples)
     finally:
         shutil.rmtree(root)

@@ -24,6 +24,7 @@ from measure import best_seconds, copy_bandwidth, hardware, peak_bytes, require_
 from rivals import ALPHA, Teacher, exact, linear_losses, losses, matmuls
 from torch import Tensor
 
+from megatron_npd.choices import Mode
 from megatron_npd.log import run_main
 from megatron_npd.ops import fused_linear
 from megatron_npd.ops.distill_loss import distill_loss
@@ -33,7 +34,7 @@ ERROR_ROWS = 16
 OTHER_FORMULA = ("alone", "JSD", "renorm_both", "top-k KL from")
 
 
-def ours(logits_TV: Tensor, labels_T: Tensor, teacher: Teacher, *, inplace: bool = True, mode: str = "tail") -> Tensor:
+def ours(logits_TV: Tensor, labels_T: Tensor, teacher: Teacher, *, inplace: bool = True, mode: Mode = "tail") -> Tensor:
     """This package's loss."""
     ids_TK, log_p_TK, log_tail_T = teacher
     return distill_loss(
@@ -43,7 +44,7 @@ def ours(logits_TV: Tensor, labels_T: Tensor, teacher: Teacher, *, inplace: bool
         teacher_logprobs_TK=log_p_TK,
         teacher_log_tail_T=log_tail_T,
         alpha=ALPHA,
-        mode=mode,  # pyright: ignore[reportArgumentType]
+        mode=mode,
         inplace=inplace,
     ).loss_T
 
@@ -176,7 +177,8 @@ def main() -> None:
             unit=values_TV.nbytes,
             arguments=arguments,
         )
-    del logits_TV, values_TV
+        del values_TV
+    del logits_TV
     if arguments.hidden:
         print(f"\n{shape[0]} x {arguments.hidden} hidden states, a head of {shape[1]} x {arguments.hidden}\n")
         print("| dtype | loss | ms | x | of matmuls | memory | gradient error |")

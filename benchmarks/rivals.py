@@ -57,7 +57,7 @@ def _megatron_ce_and_topk_kl(logits_TV: Tensor, labels_T: Tensor, teacher: Teach
 
 def _liger_ce(logits_TV: Tensor, labels_T: Tensor, teacher: Teacher) -> Tensor:
     """Liger-Kernel's vocabulary-parallel cross-entropy alone."""
-    from liger_kernel.transformers import LigerVocabParallelCrossEntropy
+    from liger_kernel.transformers import LigerVocabParallelCrossEntropy  # pyright: ignore[reportMissingImports]
 
     return LigerVocabParallelCrossEntropy()(logits_TV, labels_T)
 
@@ -91,7 +91,7 @@ def naive_linear(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, teacher
 
 def _liger_jsd(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, teacher: Teacher) -> Tensor:
     """Liger-Kernel's Triton JSD; its teacher is a head too, with whole logits, so it does one matmul more."""
-    from liger_kernel.transformers import LigerFusedLinearJSD
+    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
 
     jsd = LigerFusedLinearJSD(jsd_beta=0.5)
     return jsd(hidden_TH, weight_VH, hidden_TH.detach(), weight_VH.detach(), labels_T)
@@ -99,7 +99,7 @@ def _liger_jsd(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, teacher: 
 
 def _liger_chunked_jsd(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, teacher: Teacher) -> Tensor:
     """Liger-Kernel's JSD + CE in chunks of plain torch; its teacher is a head too."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
 
     jsd = LigerFusedLinearJSDLoss(weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA, beta=0.5, compiled=False)
     return jsd(hidden_TH, weight_VH, hidden_TH.detach(), weight_VH.detach(), labels_T)

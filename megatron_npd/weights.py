@@ -127,7 +127,7 @@ class ContentHash:
 
     def add(self, name: str, header: str, data: np.ndarray) -> None:
         """Take one tensor: its name, type and shape as ``"F32 [64, 64]"``, and its bytes, [bytes] uint8."""
-        self._lines.append(f"{name} {header} {hashlib.sha256(data).hexdigest()}\n")
+        self._lines.append(f"{name} {header} {hashlib.sha256(data.data).hexdigest()}\n")
 
     def __len__(self) -> int:
         return len(self._lines)

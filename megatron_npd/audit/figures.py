@@ -74,7 +74,7 @@ def draw_all(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
 def svg(figure: Figure, name: str) -> str:
     """A figure as an SVG element that takes its width, its text's font and its neutral colours from the page."""
     buffer = io.StringIO()
-    with rc_context(STYLE | {"svg.hashsalt": name}):
+    with rc_context({**STYLE, "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -155,7 +155,7 @@ def _curve(
     for _, of_round in itertools.groupby(lines, key=lambda line: line.get("round")):
         steps, values = np.array([(line["iteration"], line[name]) for line in of_round], dtype=float).T
         values, firsts = np.maximum(values, least), np.arange(0, len(values), width)
-        sizes = np.diff([*firsts, len(values)])
+        sizes = np.diff(np.append(firsts, len(values)))
         middles, means = np.add.reduceat(steps, firsts) / sizes, np.add.reduceat(values, firsts) / sizes
         lows, highs = np.minimum.reduceat(values, firsts), np.maximum.reduceat(values, firsts)
         ax.fill_between(middles, lows, highs, color=colour, alpha=0.22, linewidth=0)

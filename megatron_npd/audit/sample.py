@@ -127,7 +127,7 @@ def _places(packs: Path, sample: str, index: int) -> Iterator[str]:
     length = read_manifest(packs, kind=PACKS_KIND).provenance["seq_length"]
     with pa.memory_map(str(packs / PACKS_FILE)) as source:
         table = pa.ipc.open_file(source).read_all()
-    table = table.filter(pc.equal(table["sample_index"], index))
+    table = table.filter(pc.field("sample_index") == index)
     for place in table.to_pylist():
         end = place["offset"] + place["length"]
         yield f"packs: row {place['row']}, tokens {place['offset']} to {end - 1} of {length}"

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     get_platform(config.platform)
     vocab_size = config.vocab_size
     if config.hf_model:
-        from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
+        from megatron_npd.data.tokenizer import check_vocabularies, load_tokenizer
         from megatron_npd.models.families import load_spec
 
         vocab_size = load_spec(config.hf_model).vocab_size
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_vocabularies(load_tokenizer(config.hf_model), load_tokenizer(config.teacher))
     if config.text:
         from megatron_npd.data.prompts import prepare_prompts
+        from megatron_npd.data.tokenizer import load_model_tokens
         from megatron_npd.store.unscored import store_prompts
 
         prompts = Path(config.out).with_name(f"{Path(config.out).name}.prompts")

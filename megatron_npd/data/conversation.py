@@ -14,7 +14,7 @@ from itertools import accumulate, groupby
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_npd.data.marks import Marks
 from megatron_npd.data.template import render
@@ -70,7 +70,7 @@ class Codec:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], *, spelled: bool = False) -> None:
         self.tokenizer = tokenizer
-        self._ends = [tokenizer.decode([token_id]) for token_id in stop_ids]
+        self._ends = [str(tokenizer.decode([token_id])) for token_id in stop_ids]
         self._nonce = f"q7{secrets.token_hex(8)}"
         added = tokenizer.added_tokens_decoder.items()
         self._specials = {token.content: i for i, token in added if token.special or i in stop_ids}
@@ -117,7 +117,7 @@ class Codec:
         if conversation.trained is not None:
             return self._trained(conversation, conversation.trained, prompt)
         text = conversation.response
-        if text is not None and (end := next(filter(text.rstrip().endswith, self._ends), "")):
+        if text is not None and (end := next((end for end in self._ends if text.rstrip().endswith(end)), "")):
             text = text.rstrip().removesuffix(end)  # it ends in the stop token already
             if not text:
                 raise BadRecord("empty_response", "response must hold text before the stop token")
@@ -232,7 +232,7 @@ class Codec:
 
     def _start(self) -> list[int]:
         """What the tokenizer puts before a text (BOS); what it puts behind one (EOS) ends no prompt."""
-        if self._before is None:
+        if (before := self._before) is None:
             alone, whole = (self.tokenizer("q", add_special_tokens=special)["input_ids"] for special in (False, True))
             starts = [n for n in range(len(whole)) if whole[n : n + len(alone)] == alone]
             if not starts:
@@ -240,8 +240,8 @@ class Codec:
                     f"the tokenizer {self.tokenizer.name_or_path} must put special tokens around a text, got {whole} "
                     f"for {alone}; give it a chat template"
                 )
-            self._before = whole[: starts[0]]
-        return self._before
+            before = self._before = whole[: starts[0]]
+        return before
 
     def encode(self, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
         """Ids of guarded texts, without tokens that the tokenizer adds by itself.
@@ -280,6 +280,7 @@ class Codec:
 
     def _other_backend(self) -> Tokenizer:
         """The tokenizer with the special tokens under other names."""
+        assert isinstance(self.tokenizer, PreTrainedTokenizerFast), "_guarded lets no other tokenizer come here"
         backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
@@ -291,5 +292,7 @@ class Codec:
             name = f"{self._nonce}a{i}z"
             sides = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
             backend.add_tokens([AddedToken(name, special=False, normalized=False, **sides)])
-            self._own_ids[backend.token_to_id(name)] = i
+            alias = backend.token_to_id(name)
+            assert alias is not None, "it was just added"
+            self._own_ids[alias] = i
         return backend

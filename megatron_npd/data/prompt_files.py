@@ -102,8 +102,8 @@ def _expanded_bytes(values: pa.RecordBatch | pa.Array) -> int:
     if isinstance(values, pa.RecordBatch):
         return sum(_expanded_bytes(column) for column in values.columns)
     if isinstance(values, pa.DictionaryArray):
-        lengths = pc.binary_length(values.dictionary).take(values.indices)
-        return values.indices.nbytes + (pc.sum(lengths).as_py() or 0)
+        lengths = pc.call_function("binary_length", [values.dictionary]).take(values.indices)
+        return values.indices.nbytes + (lengths.sum().as_py() or 0)
     if isinstance(values, pa.MapArray):  # flatten takes no maps, and keys and items are those before the slice, too
         first, after = values.offsets[0].as_py(), values.offsets[-1].as_py()
         parts = (part.slice(first, after - first) for part in (values.keys, values.items))

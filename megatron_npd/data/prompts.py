@@ -282,8 +282,10 @@ def _check_parts(message: dict[str, Any]) -> None:
 def _is_named(value: Any) -> bool:
     """Whether a call, or the schema of a function, names the function; arguments are an object, or its JSON text."""
     function = value.get("function", value) if isinstance(value, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    return isinstance(name, str) and bool(name.strip()) and isinstance(function.get("arguments", {}), str | dict)
+    if not isinstance(function, dict):
+        return False
+    name, arguments = function.get("name"), function.get("arguments", {})
+    return isinstance(name, str) and bool(name.strip()) and isinstance(arguments, str | dict)
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
@@ -358,8 +360,8 @@ def _tokenise(
     yield from bad
     encoded = [side.prompt_ids(texts[number :: len(sides)], max_prompt_len) for number, side in enumerate(sides)]
     response_ids = iter(sides[0].encode([text for text in responses if text is not None], max_response_len))
-    for prompt, response, *ids in zip(good, responses, *encoded, strict=True):
-        (prompt_ids, generation_prompt_len), teacher_ids = ids[0], ids[-1][0]
+    for number, (prompt, response) in enumerate(zip(good, responses, strict=True)):
+        (prompt_ids, generation_prompt_len), (teacher_ids, _) = encoded[0][number], encoded[-1][number]
         response_tokens = None if response is None else [*next(response_ids), model.stop_ids[0]]
         longest = max(len(prompt_ids), len(teacher_ids))
         if not prompt_ids or not teacher_ids:
@@ -369,7 +371,7 @@ def _tokenise(
         elif response_tokens and len(response_tokens) > max_response_len:
             detail = f"{len(response_tokens)} tokens or more, max_response_len is {max_response_len}"
             yield prompt, BadRecord("response_too_long", detail)
-        elif (unknown := max([*prompt_ids, *(response_tokens or [])])) >= model.vocab_size:
+        elif (unknown := max(prompt_ids + (response_tokens or []))) >= model.vocab_size:
             token = model.tokenizer.convert_ids_to_tokens(unknown)
             detail = (
                 f"token {unknown} ({token!r}) of the {'prompt' if unknown in prompt_ids else 'response'} has no row in "

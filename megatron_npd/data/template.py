@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,9 +60,9 @@ def limits() -> Iterator[None]:
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[dict[str, Any]],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[dict[str, Any]] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
     """A conversation as the text of the tokenizer's chat template; to be called within ``limits``.
@@ -74,7 +74,10 @@ def render(
     try:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         text = tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            list(messages),
+            tools=None if tools is None else list(tools),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # a template is a program of somebody else's, and fails on a record as programs do
         problem = f"{type(error).__name__}: {error}"  # the error itself would keep alive what filled the memory

@@ -78,7 +78,8 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cos, sin, 1.0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grad_outputs
         cos, sin = ctx.saved_tensors
         return _rotate(grad, cos, sin, -1.0), None, None
 

@@ -168,6 +168,7 @@ def _transformer_config(
 
 def _layer_spec(rotary: Rotary, *, qk_layernorm: bool) -> ModuleSpec:
     bias_dropout_add: Any = get_bias_dropout_add  # megatron-core's annotations allow classes only
+    head_norm: Any = RMSNorm if qk_layernorm else None  # and have None for a default alone
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -179,8 +180,8 @@ def _layer_spec(rotary: Rotary, *, qk_layernorm: bool) -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=_with_rotary(rotary),
                     linear_proj=RowParallelLinear,
-                    q_layernorm=RMSNorm if qk_layernorm else None,
-                    k_layernorm=RMSNorm if qk_layernorm else None,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=bias_dropout_add,

@@ -314,6 +314,7 @@ class _InProcessSave(TorchDistSaveShardedStrategy):
         request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
         if request.async_fn is None:  # nothing to write on this rank
             return request
+        assert isinstance(request.async_fn, functools.partial), "megatron-core binds the transforms to its writer"
         transforms = request.async_fn.args[0]
         return request._replace(async_fn=functools.partial(_write, transforms))
 

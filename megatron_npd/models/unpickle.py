@@ -16,9 +16,10 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import Metadata, filesystem
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
+    Metadata,
     MetadataIndex,
     StorageMeta,
     TensorStorageMetadata,
@@ -49,14 +50,19 @@ _ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load takes what megatron-core r
 _ANYTHING = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: of the other one no step can be changed
-    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+# The one in Python: of the other one no step can be changed. Its type leaves out what a step needs.
+_PythonUnpickler: Any = pickle._Unpickler
+_torch_reader: Any = filesystem  # whose pickle is exchanged below
+
+
+class _Unpickler(_PythonUnpickler):
+    dispatch = dict(_PythonUnpickler.dispatch)  # noqa: RUF012
 
     def load_build(self) -> None:
         """Set the state of an object; that of a class would change it for the whole process."""
         if isinstance(built := self.stack[-2], type | FunctionType):
             raise pickle.UnpicklingError(f"GLOBAL {built.__module__}.{built.__name__} to be changed")
-        pickle._Unpickler.load_build(self)
+        super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
 
@@ -120,11 +126,11 @@ def known_classes_only(path: Path, files: Collection[str]) -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (_ONLY, _ANYTHING)}
     os.environ[_ONLY] = "1"
     # torch would open the index itself, with pickle.load and nothing to set.
-    filesystem.pickle, module = SimpleNamespace(load=lambda _: index), filesystem.pickle  # pyright: ignore[reportAttributeAccessIssue]
+    _torch_reader.pickle, module = SimpleNamespace(load=lambda _: index), _torch_reader.pickle
     try:
         yield
     finally:
-        filesystem.pickle = module  # pyright: ignore[reportAttributeAccessIssue]
+        _torch_reader.pickle = module
         del os.environ[_ONLY]
         os.environ.update({name: value for name, value in before.items() if value is not None})
 

@@ -17,7 +17,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.ops.divergences import DIVERGENCES, Objective, Rows
 from megatron_npd.ops.vocab_parallel import VocabShard, vocab_shard
 
-MODES: tuple[str, ...] = get_args(Mode)
+MODES: tuple[Mode, ...] = get_args(Mode)
 MASS_TOLERANCE = 1e-3
 """How far rounding may lift a teacher's mass above 1."""
 

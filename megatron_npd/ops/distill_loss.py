@@ -181,8 +181,8 @@ class _DistillLoss(torch.autograd.Function):
         return tuple(losses)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor | None):
+    @once_differentiable  # whose type makes ctx positional, unlike its base's
+    def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         problem: Problem = ctx.problem
         (saved_TV,), grad_N = ctx.saved_tensors, grads[0]
         if grad_N is None:

@@ -136,6 +136,7 @@ def gradient_kernel(
     factors += slot * (4 if TEMPERED else 2)
     shift = tl.load(factors, mask=counts, other=0.0)
     factor = tl.load(factors + 1, mask=counts, other=0.0)
+    tempered_shift, tempered_factor = shift, factor  # read if TEMPERED only
     if TEMPERED:
         tempered_shift = tl.load(factors + 2, mask=counts, other=0.0)
         tempered_factor = tl.load(factors + 3, mask=counts, other=0.0)

@@ -107,7 +107,7 @@ class Objective:
 
     ce_weight: float
     kd_weight: float
-    divergence: str
+    divergence: DivergenceName
     coefficient: float
     student_on_ids: bool
     temperature: float

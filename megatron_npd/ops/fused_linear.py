@@ -127,8 +127,8 @@ class _DistillLinear(torch.autograd.Function):
         return losses.loss_N.sum(), *losses
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads: Tensor | None):
+    @once_differentiable  # whose type makes ctx positional, unlike its base's
+    def backward(ctx, *grads: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden_NH, grad_weight_VH = ctx.saved_tensors
         problem, scale = ctx.problem, grads[0]
         if scale is None:

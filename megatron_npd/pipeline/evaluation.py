@@ -194,7 +194,7 @@ def read_samples(run: RunDir, student: str, number: int = 3) -> list[dict[str, A
         for row in greedy.slice(0, 2 * number).to_pylist():
             text = decode(row["prompt_ids"], skip_special_tokens=True)
             sample = prompts.setdefault(row["prompt_id"], {"prompt": text, "responses": []})
-            response = {"policy": int(path.parent.name), "tokens": len(row["response_ids"])}
+            response: dict[str, Any] = {"policy": int(path.parent.name), "tokens": len(row["response_ids"])}
             response["text"] = decode(row["response_ids"], skip_special_tokens=True)
             sample["responses"].append(response | {"cut": row["finish_reason"] == "length"})
     whole = [sample for sample in prompts.values() if len(sample["responses"]) == len(rounds)]

@@ -91,7 +91,8 @@ class _RMSNorm(torch.autograd.Function):
         return unit * weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grad_outputs
         unit, scale, weight = ctx.saved_tensors
         product = grad * unit
         mean = torch.matmul(product, weight).div_(unit.shape[-1]).unsqueeze(-1)

@@ -74,7 +74,8 @@ class _Arrange(torch.autograd.Function):
         return x.index_select(0, plan.sources_N)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
         # No gradient flows into padding: see _Restore.
         return grad.index_select(0, ctx.plan.slots_T), None
 
@@ -88,7 +89,8 @@ class _Restore(torch.autograd.Function):
         return x.index_select(0, plan.slots_T)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
         # Zero at the padded queries, whose scores then add exact zeros to the gradients of keys and values.
         return grad.index_select(0, ctx.plan.sources_N).index_fill_(0, ctx.plan.padding, 0.0), None
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_npd.errors import UserError
 from megatron_npd.lifeline import end_with_starter
@@ -66,7 +67,7 @@ def _lay_out(sizes: tuple[int, int]) -> None:
         if current == sizes:
             return
         parallel_state.get_global_memory_buffer().buffer.clear()  # as large as activations
-    names = vars(parallel_state)
+    names = parallel_state.__dict__
     _layouts[current] = {name: value for name, value in names.items() if re.match("_[^_]", name)}
     names.update(_layouts.get(sizes, _layouts[None]))
     if not parallel_state.model_parallel_is_initialized():
@@ -111,7 +112,7 @@ def _join(backend: str) -> None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         end_with_starter()
         try:  # torchrun's agent holds the store before it starts a rank: who waits longer waits for the dead
-            store, rank, world = next(dist.rendezvous("env://", timeout=_STORE_PATIENCE))
+            store, rank, world = next(rendezvous("env://", timeout=_STORE_PATIENCE))
         except dist.DistError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(
@@ -121,7 +122,8 @@ def _join(backend: str) -> None:
         store.set_timeout(patience)
         dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     else:
-        dist.init_process_group(backend, timeout=patience, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
+        dist.init_process_group(backend, timeout=patience, store=store, rank=0, world_size=1)
 
 
 def shutdown() -> None:

@@ -44,7 +44,7 @@ class Device:
             raise PlatformUnavailable(
                 f"torch_npu cannot be imported ({error}); is CANN's set_env.sh sourced?"
             ) from error
-        if not torch.npu.is_available():
+        if not _npu().is_available():
             raise PlatformUnavailable("torch_npu finds no NPU device")
 
     def prepare(self) -> None:
@@ -64,25 +64,25 @@ class Device:
         return torch.device("npu", local_rank)
 
     def set_device(self, local_rank: int) -> None:
-        torch.npu.set_device(local_rank)
+        _npu().set_device(local_rank)
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
-        torch.npu.manual_seed_all(seed)
+        _npu().manual_seed_all(seed)
 
     def synchronize(self) -> None:
-        torch.npu.synchronize()
+        _npu().synchronize()
 
     def device_names(self) -> list[str]:
-        return [torch.npu.get_device_name(index) for index in range(torch.npu.device_count())]
+        return [_npu().get_device_name(index) for index in range(_npu().device_count())]
 
     def max_memory_bytes(self) -> int:
-        return torch.npu.max_memory_allocated()
+        return _npu().max_memory_allocated()
 
     def packed_attention(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
     ) -> Tensor:
-        import torch_npu
+        import torch_npu  # pyright: ignore[reportMissingImports]
 
         ends = cu_seqlens[1:].tolist()
         return torch_npu.npu_fusion_attention(
@@ -99,7 +99,7 @@ class Device:
         )[0]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        import torch_npu
+        import torch_npu  # pyright: ignore[reportMissingImports]
 
         return torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
 
@@ -117,7 +117,7 @@ class NPUAdamW(GroupStepAdamW):
     def update(
         self, params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, group: dict[str, Any]
     ) -> None:
-        import torch_npu
+        import torch_npu  # pyright: ignore[reportMissingImports]
 
         beta1, beta2 = group["betas"]
         done = group["step"] - 1  # the kernel multiplies the powers once more by the betas
@@ -136,6 +136,11 @@ class NPUAdamW(GroupStepAdamW):
                 False,
                 out=(p.data, exp_avg, exp_avg_sq),
             )
+
+
+def _npu() -> Any:
+    """``torch.npu``, which torch_npu puts there."""
+    return torch.npu  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.lru_cache(maxsize=8)

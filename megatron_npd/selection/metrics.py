@@ -110,7 +110,7 @@ def sample_weights(
     lens_N: npt.NDArray[np.integer],
     *,
     copies_N: npt.NDArray[np.integer] | None = None,
-    prompts_N: npt.NDArray[np.int64] | None = None,
+    prompts_N: npt.NDArray[np.integer] | None = None,
     factor_N: npt.NDArray[np.floating] | None = None,
 ) -> Floats:
     """The weight of each kept sample's loss, 0 of the others; the mean over all kept response tokens is 1.

@@ -117,7 +117,7 @@ class _Samples:
 def _numbers(part: pa.Table) -> dict[str, np.ndarray]:
     """A shard's columns, as numbers."""
     numbers = {name: part[name].to_numpy() for name in ("copies", *LOSSES)}
-    return numbers | {"cut": pc.equal(part["finish_reason"], "length").to_numpy()}
+    return numbers | {"cut": pc.call_function("equal", [part["finish_reason"], "length"]).to_numpy()}
 
 
 def _prompts(store: AnnotationStore) -> tuple[npt.NDArray[np.int32], pa.LargeStringArray]:
@@ -241,7 +241,8 @@ def _domains(
         values = [json.loads(extras).get(column) for extras in batch.column("extras").to_pylist()]
         texts = (value if isinstance(value, str) else "" for value in values)
         places.append([domains.setdefault(text, len(domains)) if text else -1 for text in texts])
-    found = pc.index_in(prompt_ids, value_set=pa.concat_arrays(ids)).fill_null(-1).to_numpy()
+    options = pc.SetLookupOptions(pa.concat_arrays(ids))
+    found = pc.call_function("index_in", [prompt_ids], options).fill_null(-1).to_numpy()
     place_of_row = np.append(np.concatenate(places), -1).astype(np.int32)  # -1, of none, is the last
     places_of_prompts = place_of_row[found]
     for prompt in np.flatnonzero(places_of_prompts < 0).tolist():

@@ -75,9 +75,10 @@ def keep_token(path: str | Path) -> str:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    token = make_token().encode() + b"\n"
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
     try:
-        os.write(fd, token := make_token().encode() + b"\n")
+        os.write(fd, token)
         os.close(fd)
         os.link(temporary, path)  # whole or not at all, and only one of several nodes
     except FileExistsError:

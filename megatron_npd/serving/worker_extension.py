@@ -100,8 +100,8 @@ class WorkerExtension(_Worker):
 
 
 @contextmanager
-def _loaded_names(model: torch.nn.Module) -> Iterator[set[str]]:
-    """The parameters that the model's ``load_weights`` filled meanwhile; vLLM only warns of those that it did not."""
+def _loaded_names(model: Any) -> Iterator[set[str]]:
+    """Parameters that a vLLM model's ``load_weights`` filled meanwhile; vLLM only warns of those that it did not."""
     names: set[str] = set()
     load = model.load_weights
 

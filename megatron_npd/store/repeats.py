@@ -63,8 +63,8 @@ def find_repeated(
         return shard, place - bounds[shard]
 
     if (other := np.flatnonzero(contents_N[places] != contents_N[places_before])).size:
-        first = other[np.argmin(places[other])]
-        (shard, _), (number, place) = located(places_before[first]), located(places[first])
+        first = int(other[np.argmin(places[other])])
+        (shard, _), (number, place) = located(int(places_before[first])), located(int(places[first]))
         name = pq.read_table(shards[number] / SAMPLES_FILE, columns=["sample_id"])["sample_id"][place]
         raise explain(name.as_py(), sorted({shard, number}))
     repeated: dict[int, list[int]] = {}

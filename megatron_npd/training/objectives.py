@@ -74,7 +74,7 @@ def _sft(cfg: TrainConfig) -> Compute:
 
 def _distill(cfg: TrainConfig) -> Compute:
     """The composite of METHOD section 2: (1 - kd_alpha) * CE + kd_alpha * divergence from the teacher's top-k."""
-    options: LossOptions = {**cfg.kd_settings(), "entropy": cfg.log_entropy}
+    options = LossOptions(**cfg.kd_settings(), entropy=cfg.log_entropy)
 
     def compute(output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Parts]:
         teacher: LossOptions = {

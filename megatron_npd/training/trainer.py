@@ -88,7 +88,9 @@ def train(cfg: TrainConfig) -> TrainResult:
 def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
     checkpoint = first_checkpoint(cfg)
-    state = {"iteration": 0, "rows_consumed": 0} | ({} if checkpoint is None else saved_state(checkpoint))
+    state: dict[str, Any] = {"iteration": 0, "rows_consumed": 0} | (
+        {} if checkpoint is None else saved_state(checkpoint)
+    )
     if state["iteration"] >= stop:
         get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
         return _result(cfg, state)
