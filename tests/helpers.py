@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,6 +21,27 @@ _CORPUS = (
     "Tom has 12 apples and buys 7 more. How many apples does he have? He has 12 + 7 = 19 apples. #### 19",
     "A box holds 6 pens. How many pens are in 4 boxes? There are 6 * 4 = 24 pens. #### 24",
 )
+
+
+_T = TypeVar("_T")
+
+
+def present(value: _T | None) -> _T:
+    """An optional value that has to be there, as a gradient after a backward."""
+    assert value is not None
+    return value
+
+
+def pair(items: Iterable[_T]) -> tuple[_T, _T]:
+    """Two items, which a type checker can count."""
+    one, two = items
+    return one, two
+
+
+def triple(items: Iterable[_T]) -> tuple[_T, _T, _T]:
+    """Three items, which a type checker can count."""
+    one, two, three = items
+    return one, two, three
 
 
 def make_tiny_tokenizer(path: str | Path, *, vocab_size: int = 300) -> PreTrainedTokenizerFast:

@@ -41,9 +41,9 @@ def test_a_link_in_a_run_is_refused_by_all_at_their_start(
         (tmp_path / model).mkdir()
         (tmp_path / model / "config.json").write_text("{}")
     (tmp_path / "prompts.jsonl").write_text("{}\n")
-    paths = {"teacher": tmp_path / "teacher", "student": tmp_path / "student", "prompts": tmp_path / "prompts.jsonl"}
+    teacher, student, prompts = (str(tmp_path / name) for name in ("teacher", "student", "prompts.jsonl"))
     with pytest.raises(UserError, match=words):
-        run_npd(NPDConfig(run_dir=str(run), **{key: str(path) for key, path in paths.items()}), write_report)
+        run_npd(NPDConfig(run_dir=str(run), teacher=teacher, student=student, prompts=prompts), write_report)
     assert not (run / "config.json").exists()
 
 

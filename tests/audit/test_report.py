@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -337,8 +338,8 @@ def test_a_spike_of_one_step_is_drawn(run: Path) -> None:
     lines = [line | {"iteration": index + 1, "round": 0} for index, line in enumerate(metrics() * 25)]
     lines[1234] = lines[1234] | {"kd": 77.0}
     (ax,) = draw_all(summarise(RunDir(run), lines), lines)["loss"].axes
-    assert max(path.vertices[:, 1].max() for band in ax.collections for path in band.get_paths()) == 77.0
-    assert all(len(line.get_xdata()) <= 60 for line in ax.get_lines())
+    assert max(np.asarray(path.vertices)[:, 1].max() for band in ax.collections for path in band.get_paths()) == 77.0
+    assert all(len(np.asarray(line.get_xdata())) <= 60 for line in ax.get_lines())
 
 
 def test_no_legend_covers_data(run: Path) -> None:

@@ -3,8 +3,6 @@
 Stages run as users run them but for the engines: answers come from the stand-in server, scores from a stand-in scorer.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -86,7 +84,7 @@ def annotations(run: Path, follow_seconds: float = 0.0) -> None:
     annotate.Scorer = StandInScorer
     inputs, here = Path(os.environ[INPUTS]), run / "rounds/0000"
     cfg = AnnotateConfig(top_k=4, seq_length=128, follow_seconds=follow_seconds)
-    models = {"teacher_dir": inputs / "teacher", "student_dir": inputs / "student"}
+    models: dict[str, Any] = {"teacher_dir": inputs / "teacher", "student_dir": inputs / "student"}
     annotate.annotate_round(here / "rollouts", here / "annotations", **models, cfg=cfg)
 
 
@@ -125,8 +123,13 @@ def training(run: Path) -> None:
     from megatron_npd.training.trainer import train
 
     model, data = Path(os.environ[INPUTS]) / "student", run / "schedule.jsonl"
-    files = {"hf_model": str(model), "data_path": str(data), "save": str(run / "training")}
-    steps = {"train_iters": STEPS, "save_interval": SAVE_EVERY, "global_batch_size": 2, "log_interval": 1}
+    files: dict[str, Any] = {"hf_model": str(model), "data_path": str(data), "save": str(run / "training")}
+    steps: dict[str, Any] = {
+        "train_iters": STEPS,
+        "save_interval": SAVE_EVERY,
+        "global_batch_size": 2,
+        "log_interval": 1,
+    }
     train(TrainConfig(**files, **steps, lr=1e-3, adam_eps=1e-6, platform="cpu"))
 
 

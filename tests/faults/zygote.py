@@ -128,7 +128,7 @@ def _child(request: dict[str, Any], output: Any, count: Any, tell: int, disturb:
         try:
             run_main(lambda: (world.STAGES | world.BESIDE)[request["stage"]](Path(request["run"])))
         except SystemExit as end:
-            code = end.code
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
         os.write(tell, b".")
         os.write(count.fileno(), str(disturbance.count).encode())
     except BaseException:

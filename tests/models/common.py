@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -93,14 +93,14 @@ class TinyTrainer:
 
         get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=None,
+            data_iterator=iter(()),
             model=[self.model],
             num_microbatches=1,
             seq_length=sum(LENGTHS),
             micro_batch_size=1,
             forward_only=False,
         )
-        _, norm, _ = self.optimizer.step()
+        _, norm, _ = cast(tuple[bool, float, None], self.optimizer.step())  # its annotation has None, too
         self.grad_norm = float(norm)
         self.scheduler.step(1)
         if not losses:
@@ -110,10 +110,18 @@ class TinyTrainer:
         return total.item() / parallel_state.get_data_parallel_world_size()
 
 
+def chained(optimizer: Any) -> list[Any]:
+    """The optimizers that megatron-core's optimizer runs one after another."""
+    from megatron.core.optimizer import ChainedOptimizer
+
+    assert isinstance(optimizer, ChainedOptimizer)
+    return optimizer.chained_optimizers
+
+
 def full_state(trainer: TinyTrainer) -> dict[str, Tensor]:
     """Weights and optimizer state of this rank, for bitwise comparison."""
     state = {f"weight.{name}": p.detach().clone() for name, p in trainer.model.named_parameters()}
-    for index, optimizer in enumerate(trainer.optimizer.chained_optimizers):
+    for index, optimizer in enumerate(chained(trainer.optimizer)):
         inner = optimizer.optimizer
         for group in inner.param_groups:
             state[f"step.{index}.{len(state)}"] = torch.tensor(group["step"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import LlamaConfig
 
 from megatron_npd.models.attention import Rotary, _Rotate, packed_params
 from megatron_npd.models.build import _inverse_frequencies, load_spec
@@ -35,7 +35,7 @@ def test_rotation_equals_transformers_in_each_segment(tmp_path: Path, rope: dict
     cos, sin = Rotary(*_inverse_frequencies(load_spec(path))).of_row(row, torch.float32, torch.device("cpu"))
     x = torch.randn(306, 2, 32)
 
-    embedding = LlamaRotaryEmbedding(AutoConfig.from_pretrained(path))
+    embedding = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(path))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     heads = x.transpose(0, 1)[None]
     want, _ = apply_rotary_pos_emb(heads, heads, *embedding(heads, positions))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from megatron_npd.manifest import read_manifest
 from megatron_npd.models.families import FAMILIES
 from tests.dist import run_distributed
-from tests.helpers import make_tiny_model
+from tests.helpers import make_tiny_model, present
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each family with one kv head, fewer than TP = 2 has ranks, and a tied output layer.
@@ -88,7 +88,7 @@ def run_layouts(rank: int, world_size: int, layouts: tuple[tuple[int, int], ...]
                 differences[f"{case} TP={tp} PP={pp}"] = difference
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.copy_(parameter.grad)
+                    parameter.copy_(present(parameter.grad))
             export_hf(model, spec, out / "gradients")
 
             # A checkpoint of another layout (the first one's) into this one.
@@ -132,7 +132,7 @@ def forward_backward(model: Any, vocab_size: int, expected_TV: torch.Tensor) -> 
         padded_TV = torch.nn.functional.pad(weights_TV, (0, -vocab_size % tp))
         (output[0] * padded_TV.chunk(tp, dim=1)[tp_rank]).sum().backward()
         if not first:
-            dist.send(hidden.grad, dist.get_rank() - 1)
+            dist.send(present(hidden.grad), dist.get_rank() - 1)
     if not (first and last) and model.share_embeddings_and_output_weights:
         dist.all_reduce(model.shared_embedding_or_output_weight().grad, group=parallel_state.get_embedding_group())
     if model.config.qk_layernorm:  # each tensor rank has gradients of its heads, as megatron-core's finalize knows
@@ -229,7 +229,8 @@ def test_transformers_loads_the_output(work: Path, differences: dict[str, float]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = work / f"{case}-tp2-pp1" / "hf"
-    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained
+    model, info = loaded(out, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = AutoModelForCausalLM.from_pretrained(work / case)
     tokens, _ = packed_row(model.config.vocab_size)

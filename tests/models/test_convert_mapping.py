@@ -27,7 +27,7 @@ SIZES = {
 }
 
 
-@pytest.fixture(params=PUBLISHED.values(), ids=PUBLISHED)
+@pytest.fixture(params=PUBLISHED.values(), ids=list(PUBLISHED))
 def spec(request: pytest.FixtureRequest, tmp_path: Path) -> ModelSpec:
     (tmp_path / "config.json").write_text(json.dumps(request.param | SIZES))
     return load_spec(tmp_path)

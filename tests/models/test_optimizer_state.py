@@ -13,7 +13,7 @@ import torch
 from megatron_npd.errors import UserError
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
-from tests.models.common import TinyTrainer, full_state, make_trainer, restore, save
+from tests.models.common import TinyTrainer, chained, full_state, make_trainer, restore, save
 
 # By number of processes: vocabulary, (tensor, pipeline) sizes, options. The rest is data-parallel; in one stage of two
 # the tied embedding is followed by other parameters, and 128 x DP divides neither 305 rows (alone or halved) nor 304.
@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _moments(trainer: TinyTrainer) -> dict[str, torch.Tensor]:
     """What one process holds of the whole optimizer: its own copy of each parameter and both moments, by name."""
-    (optimizer,) = trainer.optimizer.chained_optimizers
+    (optimizer,) = chained(trainer.optimizer)
     return {
         f"{key} {name}": value.clone()
         for name, parameter in trainer.model.named_parameters()

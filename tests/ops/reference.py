@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_npd.choices import Impl
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss
 
 T = 12
@@ -32,7 +33,7 @@ class Case(NamedTuple):
 
     logits_TV: Tensor
     labels_T: Tensor
-    teacher: dict[str, Tensor]
+    teacher: dict[str, Any]
 
     @property
     def vocab_size(self) -> int:
@@ -82,7 +83,7 @@ def make_case(num_tokens: int, vocab_size: int, top_k: int, *, seed: int = 0, sc
 def reference_parts(
     logits_TV: Tensor,
     labels_T: Tensor,
-    teacher: dict[str, Tensor],
+    teacher: dict[str, Any],
     *,
     mode: str = "tail",
     divergence: str = "forward_kl",
@@ -145,7 +146,7 @@ def _divergence(log_p_TK: Tensor, log_q_TK: Tensor, name: str, beta: float, skew
 def reference(
     logits_TV: Tensor,
     labels_T: Tensor,
-    teacher: dict[str, Tensor],
+    teacher: dict[str, Any],
     *,
     mask_T: Tensor | None = None,
     weights_T: Tensor | None = None,
@@ -187,20 +188,20 @@ def compare(result: Any, grad_TV: Tensor, expected: dict[str, Any]) -> None:
 
 
 def run(
-    case: Case, logits_TV: Tensor, *, impl: str = "torch", grad_T: Tensor | None = None, **options: Any
+    case: Case, logits_TV: Tensor, *, impl: Impl = "torch", grad_T: Tensor | None = None, **options: Any
 ) -> tuple[DistillLoss, Tensor]:
     """Loss and logits' gradient of a non-leaf tensor that holds ``logits_TV``, where ``impl`` can run."""
     device = device_of(impl)
     case = case.to(device)
-    tensors = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+    options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
     leaf_TV = logits_TV.to(device, copy=True).requires_grad_()
-    result = distill_loss(leaf_TV * 1.0, case.labels_T, impl=impl, **case.teacher, **tensors)
+    result = distill_loss(leaf_TV * 1.0, case.labels_T, impl=impl, **case.teacher, **options)
     (result.loss_T if grad_T is None else result.loss_T * grad_T.to(device)).sum().backward()
     assert leaf_TV.grad is not None and leaf_TV.grad.dtype == logits_TV.dtype
     return DistillLoss(**{name: tensor.cpu() for name, tensor in vars(result).items()}), leaf_TV.grad.cpu()
 
 
-def device_of(impl: str) -> str:
+def device_of(impl: Impl) -> str:
     """Where tests run an implementation: Triton on a GPU if there is one, else interpreted."""
     return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_npd.choices import Impl
 from megatron_npd.ops import distill_loss_torch, distill_loss_triton
 from megatron_npd.ops.arguments import MODES
 from tests.ops.reference import DTYPES, MASKS, Case, T, compare, make_case, outside, reference, run, small_tails
 
 
-def some(impl: str, variants: Iterable[Any], count: int, *key: Any) -> list[Any]:
+def some(impl: Impl, variants: Iterable[Any], count: int, *key: Any) -> list[Any]:
     """All variants, or for the interpreter, which is slow, a few that depend on ``key``."""
     variants = list(variants)
     return random.Random(str(key)).sample(variants, count) if impl == "triton" else variants
@@ -24,7 +25,7 @@ def some(impl: str, variants: Iterable[Any], count: int, *key: Any) -> list[Any]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("vocab_size", "top_k"), [(37, 1), (37, 10), (37, 37), (1003, 10), (1003, 128)])
-def test_equals_the_formula(vocab_size: int, top_k: int, dtype: torch.dtype, mode: str, impl: str) -> None:
+def test_equals_the_formula(vocab_size: int, top_k: int, dtype: torch.dtype, mode: str, impl: Impl) -> None:
     """Labels in and out of S, all masks, weights, both alphas' ends and padded columns."""
     case = make_case(T, vocab_size, top_k)
     logits_TV = case.logits_TV.to(dtype)
@@ -45,7 +46,7 @@ def test_equals_the_formula(vocab_size: int, top_k: int, dtype: torch.dtype, mod
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("mode", ["renorm_teacher", "renorm_both"])
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_temperature(temperature: float, mode: str, dtype: torch.dtype, impl: str) -> None:
+def test_temperature(temperature: float, mode: str, dtype: torch.dtype, impl: Impl) -> None:
     case = make_case(T, 203, 10)
     logits_TV = case.logits_TV.to(dtype)
     for alpha in some(impl, (0.0, 0.7, 1.0), 1, temperature, mode, dtype):
@@ -67,7 +68,7 @@ DIVERGENCES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda options: "-".join(map(str, options.values())))
-def test_other_divergences(divergence: dict[str, Any], dtype: torch.dtype, impl: str) -> None:
+def test_other_divergences(divergence: dict[str, Any], dtype: torch.dtype, impl: Impl) -> None:
     """With the tail bucket and renormalised, also at another temperature, with k = V and k = 1."""
     weights_T = torch.rand(T, generator=torch.Generator().manual_seed(3))
     ways = (("tail", 1.0, 1.0), ("tail", 1.0, 0.6), ("renorm_both", 2.0, 0.6))
@@ -82,7 +83,7 @@ def test_other_divergences(divergence: dict[str, Any], dtype: torch.dtype, impl:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda options: "-".join(map(str, options.values())))
-def test_other_divergences_of_small_tails(divergence: dict[str, Any], impl: str) -> None:
+def test_other_divergences_of_small_tails(divergence: dict[str, Any], impl: Impl) -> None:
     """A student's tail of 1e-9: finite, and within 1e-5 of fp64."""
     case = small_tails(9, ratio=10.0)
     expected = reference(case.logits_TV, case.labels_T, case.teacher, alpha=1.0, **divergence)
@@ -90,7 +91,7 @@ def test_other_divergences_of_small_tails(divergence: dict[str, Any], impl: str)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_without_a_teacher_it_is_cross_entropy(dtype: torch.dtype, impl: str) -> None:
+def test_without_a_teacher_it_is_cross_entropy(dtype: torch.dtype, impl: Impl) -> None:
     case = make_case(T, 203, 10)
     logits_TV = case.logits_TV.to(dtype)
     for mask_T in MASKS.values():
@@ -102,7 +103,7 @@ def test_without_a_teacher_it_is_cross_entropy(dtype: torch.dtype, impl: str) ->
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_chunks_do_not_matter(mask: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_matter(mask: str, impl: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
     """One chunk, several, and chunks of one row; rows that follow one another and rows that do not; Triton's tiles."""
     case = make_case(T, 203, 10)
     options = {"mask_T": MASKS[mask], "mode": "renorm_teacher", "temperature": 2.0}
@@ -116,7 +117,7 @@ def test_chunks_do_not_matter(mask: str, impl: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("exponent", range(1, 13))
-def test_small_tails_are_exact(exponent: int, impl: str) -> None:
+def test_small_tails_are_exact(exponent: int, impl: Impl) -> None:
     """A student's tail of 1e-1 to 1e-12 under a teacher's that is ten times larger, and ten times smaller."""
     for ratio in some(impl, (0.1, 10.0), 1, exponent):
         case = small_tails(exponent, ratio)
@@ -140,7 +141,9 @@ def test_small_tails_are_exact(exponent: int, impl: str) -> None:
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_gaps_between_teacher_and_student(divergence: dict[str, Any], mode: str, dtype: torch.dtype, impl: str) -> None:
+def test_gaps_between_teacher_and_student(
+    divergence: dict[str, Any], mode: str, dtype: torch.dtype, impl: Impl
+) -> None:
     """Ids that one is sure of and the other is not: exp of the gaps, 50 to 200, and its inverse leave fp32."""
     if divergence["divergence"] != "forward_kl" and mode in ("truncated", "renorm_teacher"):
         return  # refused together
@@ -162,7 +165,7 @@ def test_gaps_between_teacher_and_student(divergence: dict[str, Any], mode: str,
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_extreme_logits(mode: str, impl: str) -> None:
+def test_extreme_logits(mode: str, impl: Impl) -> None:
     """Logits of +-1e4, columns of -inf outside S, a teacher id of probability 0, a teacher mass of 1 - 1e-7."""
     case = make_case(T, 203, 10)
     logits_TV = case.logits_TV.clone()
@@ -181,7 +184,7 @@ def test_extreme_logits(mode: str, impl: str) -> None:
     compare(result, grad_TV, expected)
 
 
-def test_columns_off_s_all_at_minus_infinity(impl: str) -> None:
+def test_columns_off_s_all_at_minus_infinity(impl: Impl) -> None:
     """A student without a tail: finite gradient; the loss is infinite exactly where the teacher has one."""
     case = make_case(T, 37, 10)
     logits_TV = torch.full_like(case.logits_TV, -torch.inf)
@@ -194,7 +197,7 @@ def test_columns_off_s_all_at_minus_infinity(impl: str) -> None:
 
 
 @pytest.mark.parametrize("inplace", [True, False])
-def test_a_row_of_nan_touches_no_other(inplace: bool, impl: str) -> None:
+def test_a_row_of_nan_touches_no_other(inplace: bool, impl: Impl) -> None:
     case = make_case(T, 37, 10)
     clean, clean_TV = run(case, case.logits_TV, impl=impl, inplace=inplace)
     logits_TV = case.logits_TV.clone()
@@ -209,7 +212,7 @@ def test_a_row_of_nan_touches_no_other(inplace: bool, impl: str) -> None:
 
 
 @pytest.mark.parametrize("inplace", [True, False])
-def test_nothing_of_a_masked_token_is_read(inplace: bool, impl: str) -> None:
+def test_nothing_of_a_masked_token_is_read(inplace: bool, impl: Impl) -> None:
     """NaN logits, ids and labels out of range, duplicates and masses above 1: gradient 0 and no complaint."""
     case = make_case(T, 37, 10)
     mask_T = MASKS["runs"]

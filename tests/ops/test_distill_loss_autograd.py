@@ -11,12 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from megatron_npd.choices import Impl
 from megatron_npd.ops import distill_loss_torch
 from megatron_npd.ops.distill_loss import distill_loss
 from tests.ops.reference import T, device_of, make_case, reference, run
 
 
-def test_gradient_takes_the_logits_place_and_reaches_the_weights(impl: str) -> None:
+def test_gradient_takes_the_logits_place_and_reaches_the_weights(impl: Impl) -> None:
     """The logits as a model makes them, a linear layer's output: right gradients, in the same storage."""
     case = make_case(T, 203, 10).to(device_of(impl))
     torch.manual_seed(0)
@@ -56,7 +57,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_no_memory_of_the_logits_size(
-    dtype: torch.dtype, scaled: bool, impl: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, scaled: bool, impl: Impl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case(T, 4001, 10).to(device_of(impl))
     monkeypatch.setattr(distill_loss_torch, "CHUNK_ELEMENTS", 4096)
@@ -67,7 +68,7 @@ def test_no_memory_of_the_logits_size(
     assert memory.largest <= 4001 * 4, "one row in fp32"
 
 
-def test_evaluation_leaves_the_logits_alone(impl: str) -> None:
+def test_evaluation_leaves_the_logits_alone(impl: Impl) -> None:
     case = make_case(T, 203, 10).to(device_of(impl))
     logits_TV = case.logits_TV.clone().requires_grad_()
     with torch.no_grad():
@@ -80,7 +81,7 @@ def test_evaluation_leaves_the_logits_alone(impl: str) -> None:
     )
 
 
-def test_recomputation_gives_the_same_gradient(impl: str) -> None:
+def test_recomputation_gives_the_same_gradient(impl: Impl) -> None:
     case = make_case(T, 203, 10).to(device_of(impl))
     _, expected_TV = run(case, case.logits_TV, impl=impl)
     leaf_TV = case.logits_TV.clone().requires_grad_()
@@ -94,7 +95,7 @@ def test_recomputation_gives_the_same_gradient(impl: str) -> None:
     assert leaf_TV.grad is not None and torch.equal(leaf_TV.grad.cpu(), expected_TV)
 
 
-def test_autograd_refuses_what_the_overwritten_logits_would_make_wrong(impl: str) -> None:
+def test_autograd_refuses_what_the_overwritten_logits_would_make_wrong(impl: Impl) -> None:
     """tanh's backward needs its output, a second backward the unscaled gradient: errors, not wrong numbers."""
     case = make_case(T, 37, 10).to(device_of(impl))
     for inplace in (True, False):

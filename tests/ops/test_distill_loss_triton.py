@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from megatron_npd.ops.arguments import MODES
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss
 from megatron_npd.ops.fused_linear import distill_linear_loss
 from megatron_npd.ops.topk import topk_logprobs
+from tests.helpers import pair
 from tests.ops.reference import MASKS, T, compare, device_of, make_case, reference, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,8 +50,8 @@ def test_the_fused_head_uses_it(mode: str) -> None:
     assert mask_T is not None
     results = []
     for impl in ("torch", "triton"):
-        leaves = [tensor.clone().requires_grad_() for tensor in (hidden_TH, weight_VH)]
-        options = {"mode": mode, "mask_T": mask_T.to(device), "impl": impl}
+        leaves = pair(tensor.clone().requires_grad_() for tensor in (hidden_TH, weight_VH))
+        options: dict[str, Any] = {"mode": mode, "mask_T": mask_T.to(device), "impl": impl}
         loss, parts = distill_linear_loss(*leaves, case.labels_T, **case.teacher, **options)
         (loss * 0.5).backward()
         results.append([loss.detach(), *vars(parts).values(), *(leaf.grad for leaf in leaves)])

@@ -16,6 +16,7 @@ from megatron_npd.ops.arguments import MODES
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss
 from megatron_npd.ops.fused_linear import distill_linear_loss
 from tests.dist import run_distributed
+from tests.helpers import pair, present
 from tests.ops.reference import Case, Collectives, make_case, reference
 
 T, V, H = 12, 203, 16
@@ -42,7 +43,7 @@ def check(
     hidden_TH, weight_VH, case = head
     expected = reference(case.logits_TV, case.labels_T, case.teacher, **options)
     grad_TV = expected["grad_TV"] * 0.5
-    close = {"atol": tolerance, "rtol": tolerance, "check_dtype": False}
+    close: dict[str, Any] = {"atol": tolerance, "rtol": tolerance, "check_dtype": False}
     torch.testing.assert_close(loss, expected["loss_T"].sum(), **close)
     for name, tensor in vars(parts).items():
         assert not tensor.requires_grad
@@ -58,11 +59,11 @@ def test_equals_the_formula(rows: int, mode: str, mask: str, monkeypatch: pytest
     monkeypatch.setattr(fused_linear, "CPU_CHUNK_ELEMENTS", rows * V)
     head = make_head()
     weights_T = torch.rand(T, generator=torch.Generator().manual_seed(3))
-    leaves = [tensor.clone().requires_grad_() for tensor in head[:2]]
-    options = {"mode": mode, "mask_T": MASKS[mask], "weights_T": weights_T}
+    leaves = pair(tensor.clone().requires_grad_() for tensor in head[:2])
+    options: dict[str, Any] = {"mode": mode, "mask_T": MASKS[mask], "weights_T": weights_T}
     loss, parts = distill_linear_loss(*leaves, head[2].labels_T, **head[2].teacher, **options)
     (loss * 0.5).backward()
-    check(loss, parts, [leaf.grad for leaf in leaves], head, 1e-5, **options)
+    check(loss, parts, [present(leaf.grad) for leaf in leaves], head, 1e-5, **options)
 
 
 def test_bf16_is_the_unfused_loss_with_a_better_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_bf16_is_the_unfused_loss_with_a_better_weight_gradient(monkeypatch: pyt
     leaves = [tensor.clone().requires_grad_() for tensor in (hidden_TH, weight_VH)]
     unfused = distill_loss(torch.nn.functional.linear(*leaves), case.labels_T, **case.teacher)
     unfused.loss_T.sum().backward()
-    fused_leaves = [tensor.clone().requires_grad_() for tensor in (hidden_TH, weight_VH)]
+    fused_leaves = pair(tensor.clone().requires_grad_() for tensor in (hidden_TH, weight_VH))
     loss, parts = distill_linear_loss(*fused_leaves, case.labels_T, **case.teacher)
     loss.backward()
     for name, tensor in vars(parts).items():
@@ -82,11 +83,19 @@ def test_bf16_is_the_unfused_loss_with_a_better_weight_gradient(monkeypatch: pyt
         torch.testing.assert_close(fused.grad, leaf.grad, atol=2e-2, rtol=2e-2)
 
 
+class MegatronWeight(torch.nn.Parameter):
+    """A parameter with what Megatron's data-parallel wrapper hangs on it."""
+
+    main_grad: Tensor
+    grad_added_to_main_grad: bool
+    zero_out_wgrad: bool
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_main_grad(tied: bool) -> None:
     """Added in fp32 by the backward alone, on top of what is there, and Megatron's hook is told."""
     hidden_TH, weight_VH, case = make_head()
-    weight = torch.nn.Parameter(weight_VH.clone())
+    weight = MegatronWeight(weight_VH.clone())
     loss, _ = distill_linear_loss(hidden_TH, weight, case.labels_T, **case.teacher)
     (loss * 0.5).backward()
     expected_VH = weight.grad
@@ -134,8 +143,8 @@ def _parallel(rank: int, world_size: int, sequence_parallel: bool) -> int:
     for mask_T in MASKS.values():
         for mode in MODES:
             mine_TH = hidden_TH.chunk(world_size)[rank] if sequence_parallel else hidden_TH
-            leaves = [mine_TH.clone().requires_grad_()]
-            leaves.append(padded_VH[rank * width : (rank + 1) * width].clone().requires_grad_())
+            mine_VH = padded_VH[rank * width : (rank + 1) * width]
+            leaves = pair(tensor.clone().requires_grad_() for tensor in (mine_TH, mine_VH))
             with Collectives() as forward:
                 loss, parts = distill_linear_loss(
                     *leaves,
@@ -153,7 +162,7 @@ def _parallel(rank: int, world_size: int, sequence_parallel: bool) -> int:
             kinds = [[kind for kind, _ in collectives.seen] for collectives in (forward, backward)]
             assert kinds[0] == ["allgather_"] * (chunks + sequence_parallel), "one a chunk, and the hidden states"
             assert kinds[1] == ["reduce_scatter_" if sequence_parallel else "allreduce_"]
-            grads = [leaf.grad for leaf in leaves]
+            grads = [present(leaf.grad) for leaf in leaves]
             pieces = [[torch.empty_like(grad) for _ in range(world_size)] for grad in grads]
             for grad, piece in zip(grads, pieces, strict=True):
                 dist.all_gather(piece, grad)
@@ -185,6 +194,11 @@ def test_vocabulary_parallel(world_size: int, sequence_parallel: bool) -> None:
 )
 def test_bad_arguments_are_refused(change: dict[str, Any], words: str) -> None:
     hidden_TH, weight_VH, case = make_head()
-    arguments = {"hidden_TH": hidden_TH, "weight_VH": weight_VH, "labels_T": case.labels_T, **case.teacher} | change
+    arguments: dict[str, Any] = {
+        "hidden_TH": hidden_TH,
+        "weight_VH": weight_VH,
+        "labels_T": case.labels_T,
+        **case.teacher,
+    } | change
     with pytest.raises(UserError, match=words):
         distill_linear_loss(**arguments)

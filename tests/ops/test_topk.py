@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_npd.choices import Impl
 from megatron_npd.errors import UserError
 from megatron_npd.ops import topk
 from megatron_npd.ops.topk import TopK, topk_logprobs
@@ -27,12 +28,13 @@ def random_logits(num_tokens: int, vocab_size: int, dtype: torch.dtype, *, seed:
     return ((logits * levels).round() / levels if levels else logits).to(dtype)
 
 
-def run(logits_TV: Tensor, k: int, *, impl: str, **options: Any) -> TopK:
+def run(logits_TV: Tensor, k: int, *, impl: Impl, **options: Any) -> TopK:
     """``topk_logprobs`` where ``impl`` can run."""
     device = device_of(impl)
     options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
     result = topk_logprobs(logits_TV.to(device), k, impl=impl, **options)
-    return TopK(**{name: None if tensor is None else tensor.cpu() for name, tensor in vars(result).items()})
+    here: dict[str, Any] = {name: None if tensor is None else tensor.cpu() for name, tensor in vars(result).items()}
+    return TopK(**here)
 
 
 def check(result: TopK, logits_TV: Tensor, k: int, sampled_T: Tensor) -> None:
@@ -53,7 +55,7 @@ def check(result: TopK, logits_TV: Tensor, k: int, sampled_T: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("vocab_size", WIDTHS)
 @pytest.mark.parametrize("k", [1, 10, 37])
-def test_equals_a_stable_sort(k: int, vocab_size: int, dtype: torch.dtype, levels: int, impl: str) -> None:
+def test_equals_a_stable_sort(k: int, vocab_size: int, dtype: torch.dtype, levels: int, impl: Impl) -> None:
     logits_TV = random_logits(9, vocab_size, dtype, levels=levels)
     padded_TV = torch.cat([logits_TV, torch.full((9, 5), 99.0, dtype=dtype)], dim=1)
     sampled_T = torch.arange(9) * 4
@@ -73,7 +75,7 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.sampled_logprobs_T is None
 
 
-def test_tail_far_below_the_top_is_exact(impl: str) -> None:
+def test_tail_far_below_the_top_is_exact(impl: Impl) -> None:
     """1 - sum in fp32 has nothing left of a tail of 1e-9, and exp(z - max) nothing of one of exp(-500)."""
     logits_TV = random_logits(4, 5003, torch.float32)
     logits_TV[:, 7] += torch.tensor([20.0, 30.0, 500.0, 1e4])
@@ -82,7 +84,7 @@ def test_tail_far_below_the_top_is_exact(impl: str) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [37, 5003])
-def test_infinite_columns_and_bad_rows(vocab_size: int, impl: str) -> None:
+def test_infinite_columns_and_bad_rows(vocab_size: int, impl: Impl) -> None:
     logits_TV = random_logits(5, vocab_size, torch.float32)
     clean = run(logits_TV, 10, impl=impl, vocab_size=vocab_size)
     logits_TV[1, 3:] = -torch.inf  # 3 columns have all the mass: the other 7 ids are the smallest of the rest
@@ -123,7 +125,7 @@ def test_tiles_find_what_a_stable_sort_finds(num_tokens: int, width: int, seed: 
     torch.testing.assert_close(lse_off_C.double(), expected_C, atol=2e-6, rtol=1e-6)
 
 
-def _parallel(rank: int, world_size: int, impl: str) -> int:
+def _parallel(rank: int, world_size: int, impl: Impl) -> int:
     count = 0
     calls = []
     all_gather = dist.all_gather
@@ -155,7 +157,7 @@ def _parallel(rank: int, world_size: int, impl: str) -> int:
 
 @pytest.mark.parametrize("impl", ["torch", INTERPRETED])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_vocabulary_parallel(world_size: int, impl: str) -> None:
+def test_vocabulary_parallel(world_size: int, impl: Impl) -> None:
     """Ids of the stable sort of the whole rows, ties included; a vocabulary of 5 leaves the fourth rank no column."""
     assert min(run_distributed(_parallel, world_size, impl)) >= 20
 

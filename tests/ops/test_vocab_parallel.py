@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_npd.choices import Impl
 from megatron_npd.ops import distill_loss_torch
 from megatron_npd.ops.arguments import MODES
 from megatron_npd.ops.distill_loss import distill_loss
@@ -21,8 +22,8 @@ from tests.ops.reference import INTERPRETED, Case, Collectives, compare, make_ca
 
 T = 12
 # The vocabularies give every rank columns, the last rank fewer, and the last rank none (5 over 4).
-SIZES = [(5, 1), (5, 5), (37, 10), (203, 1), (203, 10)]
-SIZES = [(*size, torch.float32) for size in SIZES] + [(37, 37, torch.bfloat16), (203, 10, torch.bfloat16)]
+SIZES = [(*size, torch.float32) for size in ((5, 1), (5, 5), (37, 10), (203, 1), (203, 10))]
+SIZES += [(37, 37, torch.bfloat16), (203, 10, torch.bfloat16)]
 MASKS = (None, torch.tensor([0, 1] * 6), torch.zeros(T))
 
 
@@ -76,7 +77,7 @@ def _variants() -> Iterator[tuple[Case, Tensor, bool, dict[str, Any]]]:
             yield Case(logits_TV, case.labels_T, {}), logits_TV, True, {"alpha": 0.0, "mask_T": mask_T}
 
 
-def _all_cases(rank: int, world_size: int, impl: str) -> int:
+def _all_cases(rank: int, world_size: int, impl: Impl) -> int:
     variants = list(_variants())
     if impl == "triton":  # the interpreter is slow
         variants = random.Random(world_size).sample(variants, 48 // world_size)
@@ -87,7 +88,7 @@ def _all_cases(rank: int, world_size: int, impl: str) -> int:
 
 @pytest.mark.parametrize("impl", ["torch", INTERPRETED])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_equals_the_formula(world_size: int, impl: str) -> None:
+def test_equals_the_formula(world_size: int, impl: Impl) -> None:
     """fp64 values and gradients, one all-gather of [tokens, K + 2] forward, none backward, the same bits everywhere."""
     counts = run_distributed(_all_cases, world_size, impl)
     assert counts[0] == (48 // world_size if impl == "triton" else 25 * len(SIZES))
@@ -102,7 +103,7 @@ def _extreme() -> Case:
     return case._replace(logits_TV=logits_TV)
 
 
-def _run_extreme(rank: int, world_size: int, impl: str) -> list[Tensor]:
+def _run_extreme(rank: int, world_size: int, impl: Impl) -> list[Tensor]:
     case = _extreme()
     group = dist.group.WORLD if world_size > 1 else None
     mine_TV = _slice(case.logits_TV, rank, world_size)
@@ -121,7 +122,7 @@ def _run_extreme(rank: int, world_size: int, impl: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("impl", ["torch", INTERPRETED])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_extreme_rows(world_size: int, impl: str) -> None:
+def test_extreme_rows(world_size: int, impl: Impl) -> None:
     """NaN, 1e4 and -inf rows: the same as on one slice, and NaN stays in its row."""
     (whole,) = run_distributed(_run_extreme, 1, "torch")
     results = run_distributed(_run_extreme, world_size, impl)

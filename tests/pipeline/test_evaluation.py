@@ -25,14 +25,14 @@ from tests.serving.fake import EOS, FakeServer, write_prompts
 def test_the_teacher_answers_in_its_own_template(tmp_path: Path) -> None:
     """A stand-in answers rightly, but for one problem, what is asked as the teacher's template writes it."""
     student, teacher = (make_tiny_tokenizer(tmp_path / name) for name in ("student", "teacher"))
-    teacher.chat_template = teacher.chat_template.replace("assistant\\n", "assistant:\\n")
+    teacher.chat_template = str(teacher.chat_template).replace("assistant\\n", "assistant:\\n")
     teacher.save_pretrained(str(tmp_path / "teacher"))
     (tmp_path / "teacher" / "config.json").write_text('{"vocab_size": 304}')
     texts = [f"What is {n} + 1?" for n in range(4)]
     lines = [{"prompt": text, "response": f"#### {n + 1}"} for n, text in enumerate(texts)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     turns = [[{"role": "user", "content": text}] for text in texts]
-    rendered = [teacher.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
+    rendered = [str(teacher.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)) for turn in turns]
     asked = {tuple(teacher(text)["input_ids"]): number for number, text in enumerate(rendered)}
     with FakeServer() as server:
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_npd.platform.base import attention_by_segment
 from megatron_npd.platform.cpu_attention import _plan, grouped_attention
+from tests.helpers import present, triple
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
@@ -25,9 +26,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float
     return torch.cat(out)
 
 
-def _inputs(total: int, heads: int, kv_heads: int, size: int) -> list[Tensor]:
+def _inputs(total: int, heads: int, kv_heads: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(total, n, size, generator=generator) for n in (heads, kv_heads, kv_heads)]
+    return triple(torch.randn(total, n, size, generator=generator) for n in (heads, kv_heads, kv_heads))
 
 
 def _bounds(lengths: list[int]) -> Tensor:
@@ -50,8 +51,8 @@ LENGTHS = {
 def test_equals_reference(attention, lengths: list[int], kv_heads: int) -> None:
     bounds = _bounds(lengths)
     inputs = _inputs(int(bounds[-1]), 4, kv_heads, 8)
-    exact = [x.double().requires_grad_() for x in inputs]
-    ours = [x.requires_grad_() for x in inputs]
+    exact = triple(x.double().requires_grad_() for x in inputs)
+    ours = triple(x.requires_grad_() for x in inputs)
     want, got = _reference(*exact, bounds, 0.3), attention(*ours, bounds, 0.3)
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=0)
     weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -79,7 +80,7 @@ def test_padding_carries_no_gradient_even_from_bad_neighbours() -> None:
     for other in (1.0, 1e30):
         q, k, v = (torch.cat([x[:5], x[5:] * other]).requires_grad_() for x in inputs)
         grouped_attention(q, k, v, bounds, 0.3)[:5].sum().backward()
-        grads.append([x.grad[:5] for x in (q, k, v)])  # pyright: ignore[reportOptionalSubscript]
+        grads.append([present(x.grad)[:5] for x in (q, k, v)])
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron_npd.errors import UserError
 from megatron_npd.platform import get_platform
 from tests.dist import run_distributed
+from tests.helpers import pair
 
 
 def _redirections(rank: int, world_size: int) -> None:
@@ -54,14 +55,14 @@ def test_rms_norm_equals_torch(dtype: torch.dtype) -> None:
         (get_platform("cpu").rms_norm, dtype),
         (lambda x, w, e: F.rms_norm(x, w.shape, w, e), torch.float64),
     ):
-        inputs = [y.detach().to(kind, copy=True).requires_grad_() for y in (x, weight)]
+        inputs = pair(y.detach().to(kind, copy=True).requires_grad_() for y in (x, weight))
         out = norm(*inputs, 1e-6)
         out.backward(upstream.to(kind))
         results.append([out.detach(), *(y.grad for y in inputs)])
     for got, want in zip(*results, strict=True):
         assert got.dtype == dtype
-        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
-        torch.testing.assert_close(got.double(), want, **tolerance)
+        rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (0.02, 0.05)
+        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol)
 
 
 def test_one_platform_a_process() -> None:

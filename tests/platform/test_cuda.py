@@ -9,6 +9,7 @@ import torch
 
 from megatron_npd.platform.base import PlatformUnavailable, attention_by_segment
 from megatron_npd.platform.cuda import Device
+from tests.helpers import triple
 
 
 @pytest.fixture
@@ -29,8 +30,8 @@ def test_packed_attention(device: Device, dtype: torch.dtype, kv_heads: int) -> 
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), heads, 64) for heads in (8, kv_heads, kv_heads)]
-    exact = [torch.randn(shape, generator=generator).to(dtype).double().requires_grad_() for shape in shapes]
-    ours = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
+    exact = triple(torch.randn(shape, generator=generator).to(dtype).double().requires_grad_() for shape in shapes)
+    ours = triple(x.detach().to("cuda", dtype).requires_grad_() for x in exact)
     upstream = torch.randn(shapes[0], generator=generator)
     want = attention_by_segment(*exact, bounds, 0.125)
     got = device.packed_attention(*ours, bounds, 300, 0.125)

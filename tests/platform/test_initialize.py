@@ -13,6 +13,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.platform import get_platform, initialize
 from megatron_npd.platform.initialize import initialize_distributed, shutdown
 from tests.dist import run_distributed
+from tests.helpers import present
 
 
 def _sizes_change(rank: int, world_size: int) -> list[tuple[int, int, int]]:
@@ -78,11 +79,11 @@ def _random_streams(rank: int, world_size: int) -> tuple[float, float]:
 
     initialize_distributed(tensor_model_parallel_size=2, seed=7)
     first = torch.rand(1).item()
-    with get_cuda_rng_tracker().fork():
+    with present(get_cuda_rng_tracker()).fork():
         forked = torch.rand(1).item()
     initialize_distributed(tensor_model_parallel_size=2, seed=7)
     assert torch.rand(1).item() == first
-    with get_cuda_rng_tracker().fork():
+    with present(get_cuda_rng_tracker()).fork():
         assert torch.rand(1).item() == forked
     return first, forked
 

@@ -130,7 +130,7 @@ def test_files_do_not_depend_on_concurrency_or_servers(
 ) -> None:
     with FakeServer() as first, FakeServer() as second:
         first.trouble = lambda body: time.sleep(0.02 * (body["sampling_params"].get("seed", 0) % 3))
-        generate(prompts, tmp_path / "out", first, second, cfg=RolloutConfig(**vars(CFG) | {"concurrency": 2}))
+        generate(prompts, tmp_path / "out", first, second, cfg=dataclasses.replace(CFG, concurrency=2))
         assert first.asked and second.asked
     assert content(tmp_path / "out") == reference
 
@@ -296,7 +296,7 @@ def test_bad_prompts_and_answers_are_set_aside_by_reason(tmp_path: Path) -> None
             "logprobs": {"content": [{"logprob": -1.0}, {"logprob": -9999.0}]},
         },
     }
-    cfg = RolloutConfig(**vars(CFG) | {"sampled_paths": 0, "max_quarantined": 0.75})
+    cfg = dataclasses.replace(CFG, sampled_paths=0, max_quarantined=0.75)
     with FakeServer() as server:
         server.trouble = lambda body: troubles.get(ids.index(body["token_ids"])) if body["token_ids"] in ids else None
         manifest = generate(prompts, tmp_path / "out", server, cfg=cfg)
@@ -501,7 +501,7 @@ def test_a_prompt_of_the_longest_length_gets_one_token(tmp_path: Path) -> None:
 def test_nothing_kept_is_an_error_and_not_sealed(prompts: Path, tmp_path: Path) -> None:
     with FakeServer() as server:
         server.trouble = lambda body: 400 if body["sampling_params"]["max_tokens"] > 1 else None
-        cfg = RolloutConfig(**vars(CFG) | {"max_quarantined": 1.0})
+        cfg = dataclasses.replace(CFG, max_quarantined=1.0)
         with pytest.raises(
             UserError, match=r"at least one response, got none of 36 \(quarantined: 36 request_failed\)"
         ):
@@ -543,7 +543,7 @@ def test_other_policy_is_refused_before_and_during_the_round(
 
 
 def test_a_hung_server_is_told_from_a_slow_request(prompts: Path, tmp_path: Path) -> None:
-    cfg = RolloutConfig(**vars(CFG) | {"request_timeout": 0.5})
+    cfg = dataclasses.replace(CFG, request_timeout=0.5)
     with FakeServer() as server:
         server.trouble = lambda body: time.sleep(3) if len(server.asked) > 10 else None
         with pytest.raises(UserError, match="it hangs"):
@@ -571,7 +571,7 @@ def test_a_passing_failure_is_retried(prompts: Path, tmp_path: Path, reference: 
 
 def test_rerun_of_a_sealed_round_and_changed_settings(prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    hotter = RolloutConfig(**vars(CFG) | {"temperature": 0.7})
+    hotter = dataclasses.replace(CFG, temperature=0.7)
     with FakeServer() as server:
         server.trouble = die_after(server, 20)
         with pytest.raises(UserError):

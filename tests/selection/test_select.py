@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -120,7 +120,11 @@ def test_a_warning_below_ninety_percent_and_none_above(tmp_path: Path, caplog: p
 def test_few_or_none_kept_name_the_bound_that_drops_them_and_nothing_is_not_sealed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, cfg: SelectConfig, cut: bool, advice: str
 ) -> None:
-    columns = {"teacher_loss": [0.6] * 8, "teacher_loss_unconditional": [2.0] * 8, "student_loss": [1.0] * 8}
+    columns: dict[str, list[Any]] = {
+        "teacher_loss": [0.6] * 8,
+        "teacher_loss_unconditional": [2.0] * 8,
+        "student_loss": [1.0] * 8,
+    }
     columns |= {"student_loss_unconditional": [2.0] * 8, "finish_reason": ["length" if cut else "stop"] * 8}
     store = make_store(tmp_path / "a", [(3, 4)] * 8, columns=columns)  # delta -0.2
     with pytest.raises(UserError, match=rf"must leave a sample that trains, got none of 8 .*: {advice}"):

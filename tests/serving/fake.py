@@ -92,7 +92,7 @@ class FakeServer(ThreadingHTTPServer):
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
-    def __exit__(self, *args: object) -> None:
+    def __exit__(self, *args: Any) -> None:
         self.dead = True
         self.shutdown()
         super().__exit__(*args)
@@ -103,9 +103,13 @@ class FakeServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: FakeServer
 
-    def log_message(self, *args: object) -> None:
+    @property
+    def fake(self) -> FakeServer:
+        assert isinstance(self.server, FakeServer)
+        return self.server
+
+    def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def _answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -119,35 +123,35 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            self._answer(200, {"data": [{"max_model_len": self.server.max_model_len}]})
+            self._answer(200, {"data": [{"max_model_len": self.fake.max_model_len}]})
         else:
-            self._answer(200, {"weight_version": self.server.version})
+            self._answer(200, {"weight_version": self.fake.version})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
         if self.path == "/inference/v1/generate":
             self._generate(body)
             return
-        self.server.called.append(self.path)
+        self.fake.called.append(self.path)
         if self.path == "/update_weight_version":
-            self.server.version = body["new_version"]
+            self.fake.version = body["new_version"]
         if self.path == "/collective_rpc":
-            self.server.called[-1] = body["method"]
+            self.fake.called[-1] = body["method"]
             if body["method"] == "npd_load":
-                self._answer(self.server.load_status, {"results": [self.server.loads(*body["args"])]})
+                self._answer(self.fake.load_status, {"results": [self.fake.loads(*body["args"])]})
             elif body["method"] == "npd_clear":
                 self._answer(200, {"results": [{}]})
             else:
-                found = {"vocab_size": VOCAB_SIZE, **self.server.headers_of(*body.get("args", []) or [""])}
+                found = {"vocab_size": VOCAB_SIZE, **self.fake.headers_of(*body.get("args", []) or [""])}
                 self._answer(200, {"results": [found]})
         else:
             self._answer(200, {"success": True})
 
     def _generate(self, body: dict[str, Any]) -> None:
         if body["sampling_params"]["max_tokens"] > 1:
-            self.server.asked.append(body)
-        trouble = self.server.trouble(body)
-        if self.server.dead:
+            self.fake.asked.append(body)
+        trouble = self.fake.trouble(body)
+        if self.fake.dead:
             self.close_connection = True  # without an answer
         elif isinstance(trouble, int | tuple):
             status, headers = trouble if isinstance(trouble, tuple) else (trouble, {})
@@ -155,10 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif isinstance(trouble, bytes):
             self._answer(200, trouble)
         else:
-            choice = fake_answer(body, self.server.version) | (trouble or {})
+            choice = fake_answer(body, self.fake.version) | (trouble or {})
             self._answer(200, {"choices": [choice], "prompt_logprobs": fake_prompt_logprobs(body)})
-            with self.server.lock:
-                self.server.answered += body["sampling_params"]["max_tokens"] > 1
+            with self.fake.lock:
+                self.fake.answered += body["sampling_params"]["max_tokens"] > 1
 
 
 def die_after(server: FakeServer, answers: int) -> Trouble:

@@ -85,7 +85,7 @@ def door(monkeypatch: pytest.MonkeyPatch, secret: str = "secret") -> TokenMiddle
 def first_message(middleware: TokenMiddleware, path: str, kind: str = "http", **headers: str) -> dict[str, Any]:
     """What comes back first; the path goes as it is, which clients would not let it."""
     sent: list[Any] = []
-    scope = {"type": kind, "path": path, "method": "POST"}
+    scope: dict[str, Any] = {"type": kind, "path": path, "method": "POST"}
     scope["headers"] = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
 
     async def receive() -> dict[str, Any]:

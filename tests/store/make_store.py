@@ -59,7 +59,9 @@ def make_store(
                 for index in indices.tolist():
                     prompt_len, response_len = lengths[index]
                     tokens = rng.integers(0, vocab_size, prompt_len + response_len)
-                    streams = {"teacher": make_records(rng, response_len, top_k, vocab_size)} if top_k else {}
+                    streams: dict[str, Any] = (
+                        {"teacher": make_records(rng, response_len, top_k, vocab_size)} if top_k else {}
+                    )
                     writer.add(tokens, generator=make_generator(rng, response_len), **streams)
                     row = {
                         "sample_id": f"s{index:06d}",

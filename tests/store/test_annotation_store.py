@@ -9,6 +9,7 @@ import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -84,8 +85,9 @@ def test_megatron_reads_the_pairs_and_a_record_has_64_bytes(tmp_path: Path) -> N
     assert len(tokens.document_indices) == len(LENGTHS) + 1
     for index, (_, response_len) in enumerate(LENGTHS):
         np.testing.assert_array_equal(tokens[index], store.tokens(index))
-        assert teacher[index].nbytes == 64 * response_len
-        np.testing.assert_array_equal(teacher[index].view(teacher_record_dtype(10)), store.teacher(index))
+        records = np.asarray(teacher[index])
+        assert records.nbytes == 64 * response_len
+        np.testing.assert_array_equal(records.view(teacher_record_dtype(10)), store.teacher(index))
         assert not store.teacher(index)["reserved"].any()
         np.testing.assert_array_equal(generator[index], store.generator(index))
 
@@ -223,7 +225,7 @@ def test_fp16_rounding_of_a_wide_uniform_teacher_is_no_error() -> None:
 def test_a_sample_of_the_wrong_shape_is_refused(tmp_path: Path, tokens: list[int], records: int, message: str) -> None:
     writer = StoreShardWriter(tmp_path, 4, vocab_size=VOCAB_SIZE)
     with pytest.raises(UserError, match=message):
-        streams = {
+        streams: dict[str, Any] = {
             "teacher": make_records(np.random.default_rng(0), records, 4),
             "generator": undefined_logprobs(records),
         }

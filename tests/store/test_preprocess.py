@@ -129,9 +129,10 @@ def parsed(value: Any, top_k: int = K):
 def test_a_record_keeps_its_generators_log_probs_and_its_source(top_k: int) -> None:
     logprobs = [-0.1, -1e-9, -20.0, 0.0, -3.3, -7.0]
     sample = parsed(record(generator_logprobs=logprobs), top_k=top_k)
-    assert sample.streams["generator"].tolist() == np.float32(logprobs).tolist()
+    assert sample.streams["generator"].tolist() == np.array(logprobs, np.float32).tolist()
     assert sample.row["source"] == "student" and sample.row["on_distribution"]
-    for fields in ({"source": "teacher"}, {"on_distribution": False}):  # no policy lag is defined for them
+    others: list[dict[str, Any]] = [{"source": "teacher"}, {"on_distribution": False}]  # no policy lag is defined
+    for fields in others:
         sample = parsed(record(generator_logprobs=logprobs, **fields), top_k=top_k)
         assert np.isnan(sample.streams["generator"]).all() and not sample.row["on_distribution"]
         assert sample.row["source"] == fields.get("source", "student")
@@ -228,7 +229,7 @@ def changed(change: Callable[[dict[str, Any]], Any], value: dict[str, Any]) -> d
     return value
 
 
-def set_at(name: str, *places: int, to: Any) -> Callable[[dict[str, Any]], None]:
+def set_at(name: str, *places: int | str, to: Any) -> Callable[[dict[str, Any]], None]:
     def change(value: dict[str, Any]) -> None:
         target = value[name]
         for place in places[:-1]:
@@ -319,7 +320,7 @@ def test_parquet_rows_of_any_list_type_are_read_as_jsonl_lines_are(tmp_path: Pat
     for name, kind in kinds.items() if wide else ():
         table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
     pq.write_table(table, tmp_path / "in.parquet", row_group_size=2)
-    options = {"top_k": K, "vocab_size": VOCAB_SIZE, "max_quarantined": 0.5, "shard_size": 2}
+    options: dict[str, Any] = {"top_k": K, "vocab_size": VOCAB_SIZE, "max_quarantined": 0.5, "shard_size": 2}
     rows = preprocess([tmp_path / "in.parquet"], tmp_path / "rows", **options)
     lines = preprocess([write_jsonl(tmp_path / "in.jsonl", values)], tmp_path / "lines", **options)
     assert rows.counts == lines.counts and rows.counts["kept"] == 3
@@ -358,7 +359,7 @@ def test_bad_lines_are_set_aside_by_number_and_repeated_ones_merged(tmp_path: Pa
     good = [record(seed=seed) for seed in range(8)]
     lines = [good[0], b"{bad", good[1], b"", b"\xff{}", good[0], good[2], {"id": 1}, *good[3:], good[4]]
     source = write_jsonl(tmp_path / "in.jsonl", lines)
-    options = {"top_k": K, "vocab_size": VOCAB_SIZE, "shard_size": 5}
+    options: dict[str, Any] = {"top_k": K, "vocab_size": VOCAB_SIZE, "shard_size": 5}
     manifest = preprocess([source], tmp_path / "out", **options, max_quarantined=0.3)
 
     counts = manifest.counts
@@ -399,7 +400,7 @@ def test_several_responses_under_one_id_are_named_as_the_user_knows_them(tmp_pat
     one = [record(seed=0, id="a"), b"{", record(seed=1, id="b"), record(seed=0, id="a"), record(seed=2, id="c")]
     first = write_jsonl(tmp_path / "one.jsonl", one)
     second = write_jsonl(tmp_path / "two.jsonl", [record(seed=3, id="d"), b"{", record(seed=4, id="b")])
-    options = {"top_k": K, "vocab_size": VOCAB_SIZE, "shard_size": 2, "max_quarantined": 1.0}
+    options: dict[str, Any] = {"top_k": K, "vocab_size": VOCAB_SIZE, "shard_size": 2, "max_quarantined": 1.0}
     for _ in range(2):  # again: from the shards that were sealed
         with pytest.raises(UserError) as error:
             preprocess([first, second], tmp_path / "out", **options)
@@ -426,7 +427,7 @@ def test_bytes_are_the_same_for_any_number_of_workers_and_after_a_kill(
     ]
     store = make_store(tmp_path / "store", LENGTHS, top_k=K)
     export_store(store, sources[1])
-    options = {"top_k": K, "vocab_size": VOCAB_SIZE, "shard_size": 3, "max_quarantined": 0.6}
+    options: dict[str, Any] = {"top_k": K, "vocab_size": VOCAB_SIZE, "shard_size": 3, "max_quarantined": 0.6}
     preprocess(sources, tmp_path / "one", **options)
     assert read_manifest(tmp_path / "one").counts["quarantined"] == {"bad_json": 1, "policy_version": len(LENGTHS)}
 
@@ -452,7 +453,7 @@ def test_bytes_are_the_same_for_any_number_of_workers_and_after_a_kill(
 
 
 def test_the_store_is_selected_packed_and_trained_on(tmp_path: Path) -> None:
-    losses = {
+    losses: dict[str, Any] = {
         "teacher_loss": 0.9,
         "teacher_loss_unconditional": 1.0,
         "student_loss": 0.4,

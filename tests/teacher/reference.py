@@ -39,7 +39,7 @@ class TransformersModel:
         self.columns = columns
 
     @torch.no_grad()
-    def __call__(self, prefix: Sequence[int], response: Sequence[int]) -> Reference:
+    def __call__(self, prefix: Sequence[int] | np.ndarray, response: Sequence[int] | np.ndarray) -> Reference:
         tokens = torch.tensor([[*prefix, *response]]).long()
         logits = self.model(tokens).logits[0, len(prefix) - 1 : -1, : self.columns].double()
         logprobs = torch.log_softmax(logits, dim=-1)

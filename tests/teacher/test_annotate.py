@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 from tests.dist import run_distributed
-from tests.helpers import VOCAB_SIZE, make_tiny_model
+from tests.helpers import VOCAB_SIZE, make_tiny_model, present
 from tests.teacher.reference import HEADER, TransformersModel, check_top_k, make_rollouts
 
 CFG = AnnotateConfig(top_k=4, seq_length=128)
@@ -38,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def annotate(rollouts: Path, out: Path, models: dict[str, Path], cfg: AnnotateConfig = CFG) -> Any:
+def annotate(rollouts: Path, out: Path, models: dict[str, Any], cfg: AnnotateConfig = CFG) -> Any:
     from megatron_npd.teacher.annotate import annotate_round
 
     return annotate_round(rollouts, out, **models, cfg=cfg)
@@ -146,13 +147,13 @@ def test_samples_that_cannot_be_scored_are_counted(tmp_path: Path, models: dict[
     logprobs[7][0] = 0.1
     logprobs[8] = logprobs[8][1:]
     logprobs[10][1] = -9999.0  # what vLLM writes in place of -inf
-    columns = {"prompt_ids": prompts, "response_ids": responses, "logprobs": logprobs}
+    columns: dict[str, Any] = {"prompt_ids": prompts, "response_ids": responses, "logprobs": logprobs}
     columns["policy_version"] = ["v0003"] * 9 + ["v0002", "v0003", "v0003"]
     make_rollouts(tmp_path / "rollouts", lengths, **columns)
     with pytest.raises(UserError, match=r"usable but for 10 %, got 4 of 12 quarantined \(.*max_quarantined"):
         annotate(tmp_path / "rollouts", tmp_path / "strict", models)
     assert not is_sealed(tmp_path / "strict")
-    cfg = AnnotateConfig(**vars(CFG) | {"max_quarantined": 0.85})
+    cfg = dataclasses.replace(CFG, max_quarantined=0.85)
     manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg)
     assert annotate(tmp_path / "rollouts", tmp_path / "strict", models, cfg).counts == manifest.counts
     assert manifest.counts["in"] == 12 and manifest.counts["kept"] == 2
@@ -181,8 +182,8 @@ def test_scores_that_no_model_gives_set_their_sample_aside(
     real = stage.Scorer.score
 
     def score(scorer: Any, *args: Any, **options: Any) -> Any:
-        scores = real(scorer, *args, **options)
-        if scores.logprobs_RK is not None:
+        scores = present(real(scorer, *args, **options))
+        if scores.logprobs_RK is not None and scores.ids_RK is not None:
             scores.logprobs_RK[int(scores.starts_N[1]) + 2, 1] = np.nan  # a token of sample 1
             scores.ids_RK[int(scores.starts_N[3]), 0] = VOCAB_SIZE
             scores.sampled_logprobs_R[int(scores.starts_N[6]) - 1] = -np.inf  # the last of sample 5
@@ -191,7 +192,7 @@ def test_scores_that_no_model_gives_set_their_sample_aside(
     monkeypatch.setattr(stage.Scorer, "score", score)
     with pytest.raises(UserError, match="got 3 of 8 quarantined"):
         annotate(tmp_path / "rollouts", tmp_path / "strict", models)
-    cfg = AnnotateConfig(**vars(CFG) | {"max_quarantined": 0.5})
+    cfg = dataclasses.replace(CFG, max_quarantined=0.5)
     counts = annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg).counts
     assert counts["quarantined"] == {
         "sampled_logprob_undefined": 1,
@@ -330,7 +331,7 @@ def test_a_round_in_the_making_is_refused_but_for_followers(tmp_path: Path, mode
     (tmp_path / "rollouts" / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"must be a sealed directory"):
         annotate(tmp_path / "rollouts", tmp_path / "out", models)
-    cfg = AnnotateConfig(**vars(CFG) | {"follow_seconds": 0.1})
+    cfg = dataclasses.replace(CFG, follow_seconds=0.1)
     with pytest.raises(UserError, match=r"must be sealed or get responses"):
         annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg)
     assert is_sealed(tmp_path / "out" / "shard-00001") and not is_sealed(tmp_path / "out")  # what was there is kept
@@ -383,7 +384,7 @@ def test_model_parallel_layouts_leave_the_same_store(tmp_path: Path, models: dic
     """
     make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
     annotate(tmp_path / "rollouts", tmp_path / "alone", models)
-    cfg = AnnotateConfig(**vars(FOLLOWING) | {layout: 2})
+    cfg = dataclasses.replace(FOLLOWING, **{layout: 2})
     thread = unseal_and_give_back(tmp_path / "rollouts", tmp_path / "two")
     counts = run_distributed(_count_groups, 2, tmp_path / "rollouts", tmp_path / "two", models, cfg)
     thread.join()

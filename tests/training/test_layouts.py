@@ -20,6 +20,7 @@ from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
+from tests.models.common import chained
 from tests.training.make_run import SEQ_LENGTH, column, config, make_packs
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -91,7 +92,7 @@ def _final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Te
         num_micro_batches=1,
     )
     load_checkpoint(path, model=model, optimizer=step.optimizer)
-    (optimizer,) = step.optimizer.chained_optimizers
+    (optimizer,) = chained(step.optimizer)
     result = {}
     for name, parameter in model.named_parameters():
         result[f"weight {name}"] = parameter.detach().clone()

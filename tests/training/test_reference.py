@@ -41,7 +41,9 @@ def _sample_sums(model: torch.nn.Module, store: AnnotationStore, index: int) -> 
 def _reference(model_dir: Path, store: AnnotationStore, weights: list[float]) -> tuple[list[list[float]], list[float]]:
     """Means over response tokens and gradient norms of each step over all samples."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model.get_input_embeddings().padding_idx = None  # transformers leaves that row's gradient out
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    embedding.padding_idx = None  # transformers leaves that row's gradient out
     decayed = [p for p in model.parameters() if p.dim() > 1]
     kept = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
