@@ -15,6 +15,7 @@ STATE_FILE = "state.json"
 COMMON_FILE = "common.pt"  # megatron-core's: all that is no tensor of its own
 # What torch and megatron-core raise at content that has another form than what they wrote.
 MALFORMED = (AssertionError, AttributeError, EOFError, LookupError, RecursionError, TypeError, ValueError)
+_NEEDED = {"betas", "eps", "step"}  # of a group of parameters, which the next step looks up
 
 
 def malformed(file: Path, error: BaseException | str) -> UserError:
@@ -66,6 +67,8 @@ def plain(state: Any) -> Any:
 def of_another_kind(ours: Any, loaded: Any, where: str = "state") -> str:
     """The first plain value of a loaded state that is of another kind than ours; "" where none is."""
     if isinstance(ours, dict) and isinstance(loaded, dict):
+        if missing := _NEEDED & ours.keys() - loaded.keys():
+            return f"{where} without {min(missing)}"
         parts = [(ours[name], loaded[name], f"{where}.{name}") for name in ours if name in loaded]
     elif isinstance(ours, list) and isinstance(loaded, list | tuple):
         parts = [(one, other, f"{where}.{index}") for index, (one, other) in enumerate(zip(ours, loaded))]  # noqa: B905

@@ -99,6 +99,13 @@ def _tampered_index(rank: int, world: int, model_dir: Path, root: Path) -> None:
             torch.save(state, common)
             refused(common, "common.pt must be as save_checkpoint wrote it, got")
             common.write_bytes(before)
+    before = common.read_bytes()
+    for name in ("step", "betas", "eps"):
+        state = torch.load(common, weights_only=True)
+        del state["optimizer"]["optimizer"]["param_groups"][1][name]
+        torch.save(state, common)
+        refused(common, rf"common\.pt must be as .* got state\.optimizer\.optimizer\.param_groups\.1 without {name};")
+        common.write_bytes(before)
     (path / MANIFEST).unlink()
     seal(path, kind="checkpoint", counts={"iteration": 1})
     restore(again, path)
