@@ -144,6 +144,8 @@ class RolloutConfig:
     """Time after which an unanswered request counts as failed, in seconds."""
     start_timeout: float = 600.0
     """Time a launched server may take to answer, in seconds."""
+    server_patience: float = 300.0
+    """Time for which lost servers that were given by URL are looked for once no other is left, in seconds."""
     server_args: tuple[str, ...] = ()
     """Further arguments of the launched vLLM servers, as vLLM spells them."""
     seed: int = 1234
@@ -164,6 +166,7 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
         require_positive(self, "num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size")
         require_share("max_quarantined", self.max_quarantined)
+        require(self.server_patience >= 0, "server_patience", "at least 0", self.server_patience, "0 does not wait")
         own = {"model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode", "load-format"}
         own |= {"max-model-len", "max-num-seqs", "dtype", "seed"}
         for argument in self.server_args:

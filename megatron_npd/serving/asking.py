@@ -1,4 +1,4 @@
-"""Many requests over the servers of a pool at once: retries, probes, and the clearing of a cache that holds NaN."""
+"""Many requests over the servers of a pool at once: retries, probes, lost servers, and caches that hold NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import httpx
 
 from megatron_npd.log import get_logger
 from megatron_npd.serving.protocol import UNDEFINED, Failure, Malformed, check_ids, field, first_of, json_of
-from megatron_npd.serving.server import GENERATE, PROBE
+from megatron_npd.serving.server import GENERATE, PROBE, ServerLost
 
 if TYPE_CHECKING:
     from megatron_npd.serving.pool import ServerPool
@@ -23,6 +23,8 @@ Read = TypeVar("Read")
 CONTROL_TIMEOUT = 60.0  # seconds, of requests that generate at most one token
 _RETRY_DELAYS = (0.2, 1.0)  # seconds, after a connection broke, or an answer that another try may better
 _LONGEST_DELAY = 30.0  # seconds, of what a server may ask for in Retry-After
+_LOOK_SECONDS = 5.0  # between two looks for a lost server
+_MOST_LOST = 3  # servers that a request may see lost
 _REFUSALS = frozenset(range(400, 500)) - {408, 425, 429}  # what another try would not change
 
 
@@ -39,51 +41,121 @@ class Asking(Generic[Asked, Read]):
         self.pool, self.on_result, self.body, self.read = pool, on_result, body, read
         self.vocab_size = pool.vocab_size()
         self.again: deque[Asked] = deque()  # had an undefined answer once; what has two is the model's
+        self.returned: deque[tuple[Asked, int]] = deque()  # in flight on a server that was lost, and how often
 
     def run(self, requests: Iterable[Asked]) -> None:
         """Ask until every request has its result."""
         waiting = iter(requests)
-        while undefined := asyncio.run(self._work(waiting)):
+        while True:
+            undefined = asyncio.run(self._work(waiting))
             for url in {url for url, _ in undefined}:
                 get_logger().warning("%s gave an undefined log-probability: its cache is cleared", url)
-                self.pool.clear(url)
-                self.pool.check_defined(url)
+                self._clear(url)
             self.again.extend(request for _, request in undefined)
+            if not self.again and not self.returned:
+                return
+
+    def _clear(self, url: str) -> None:
+        try:
+            self.pool.clear(url)
+            self.pool.check_defined(url)
+        except ServerLost as error:
+            self.pool.lose(url, error)
 
     async def _work(self, requests: Iterator[Asked]) -> list[tuple[str, Asked]]:
-        """Ask until there is no request or no healthy server left; sick servers and what to ask again."""
+        """Ask until there is no request or no healthy server left; sick servers and what to ask again.
+
+        Raises:
+            ServerLost: No server was left for ``cfg.server_patience``; what it worked on is in ``returned``.
+        """
         undefined: list[tuple[str, Asked]] = []
+        busy: set[str] = set()  # servers whose workers are at work
 
         async def worker(url: str) -> None:
             # A client of its own: httpx's shared connection pool looks at every connection for every request.
             async with httpx.AsyncClient(timeout=timeout, **self.pool.client_options()) as client:
                 while all(url != sick for sick, _ in undefined):
-                    again = bool(self.again)
+                    again, lost = bool(self.again), 0
                     try:
-                        request = self.again.popleft() if again else next(requests)
+                        if again:
+                            request = self.again.popleft()
+                        else:
+                            request, lost = self.returned.popleft() if self.returned else (next(requests), 0)
                     except StopIteration:
                         return
-                    result = await self._result(client, url, request)
+                    try:
+                        result = await self._result(client, url, request)
+                    except (ServerLost, asyncio.CancelledError) as error:
+                        if isinstance(error, ServerLost) or url in self.pool.lost:
+                            self._give_back(request, lost + 1)
+                        raise
+                    except httpx.RequestError:  # of a server that is there again: it was restarted meanwhile
+                        self._give_back(request, lost + 1)
+                        continue
                     if isinstance(result, Failure) and result.reason == UNDEFINED and not again:
                         undefined.append((url, request))
                     else:
                         self.on_result(request, result)
 
+        async def crew(url: str) -> None:
+            """A server's workers, and again once it was lost and is found."""
+            while url not in self.pool.lost or await self._found(url, busy):
+                busy.add(url)
+                workers = [asyncio.create_task(worker(url)) for _ in range(self.pool.cfg.concurrency)]
+                try:
+                    await asyncio.gather(*workers)
+                    return
+                except ServerLost as error:
+                    self.pool.lose(url, error)
+                finally:
+                    busy.discard(url)
+                    for task in workers:
+                        task.cancel()
+                    await asyncio.gather(*workers, return_exceptions=True)
+
         timeout = httpx.Timeout(self.pool.cfg.request_timeout, connect=CONTROL_TIMEOUT)
-        tasks = [asyncio.create_task(worker(url)) for _ in range(self.pool.cfg.concurrency) for url in self.pool.urls]
+        crews = [asyncio.create_task(crew(url)) for url in [*self.pool.urls, *self.pool.lost]]
         try:
-            await asyncio.gather(*tasks)
+            await asyncio.gather(*crews)
         finally:
-            for task in tasks:
+            for task in crews:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*crews, return_exceptions=True)
+        if not self.pool.urls:
+            raise next(iter(self.pool.lost.values()))
         return undefined
 
+    async def _found(self, url: str, busy: set[str]) -> bool:
+        """Look for a lost server until it is there again, or there is nothing for it to do, or no hope."""
+        alone = time.monotonic()  # since when no server is left
+        while not await asyncio.to_thread(self.pool.find, url):
+            if self.pool.urls:
+                alone = time.monotonic()
+                if not busy:
+                    return False
+            elif url in self.pool.servers or time.monotonic() - alone >= self.pool.cfg.server_patience:
+                return False
+            await asyncio.sleep(_LOOK_SECONDS if self.pool.urls else min(_LOOK_SECONDS, self.pool.cfg.server_patience))
+        return True
+
+    def _give_back(self, request: Asked, lost: int) -> None:
+        """Have what was in flight on a lost server answered by another, unless it may be what brings them down."""
+        if lost < _MOST_LOST:
+            self.returned.append((request, lost))
+        else:
+            self.on_result(request, Failure(reason="server_lost", detail=f"in flight on {lost} servers that were lost"))
+
     async def _result(self, client: httpx.AsyncClient, url: str, request: Asked) -> Read | Failure:
-        trouble = ""
+        """What a server makes of a request, after some tries.
+
+        Raises:
+            ServerLost: The server makes nothing of a trivial request either.
+            httpx.RequestError: It does, but its connections broke.
+        """
+        trouble, broken = "", None
         body = self.body(request)
         for delay in (*_RETRY_DELAYS, None):
-            asked_for = 0.0
+            asked_for, broken = 0.0, None
             try:
                 response = await client.post(url + GENERATE, json=body)
                 if response.status_code == 401:
@@ -98,16 +170,18 @@ class Asking(Generic[Asked, Read]):
                 await self._probe(client, url, f"got {words(error)}")
                 return Failure(reason="timeout", detail=f"no answer in {self.pool.cfg.request_timeout:.0f} s")
             except httpx.RequestError as error:
-                trouble = words(error)
+                trouble, broken = words(error), error
             except Malformed as error:
                 trouble = f"an answer that is none: {error}"
             if delay is not None:
                 await asyncio.sleep(max(delay, asked_for))
         await self._probe(client, url, f"got {trouble}")
+        if broken is not None:
+            raise broken
         return Failure(reason="request_failed", detail=trouble)
 
     async def _probe(self, client: httpx.AsyncClient, url: str, trouble: str) -> None:
-        """Raise UserError unless the server still generates a token: then the request was at fault."""
+        """Raise ServerLost unless the server still generates a token: then the request was at fault."""
         timeout = min(CONTROL_TIMEOUT, self.pool.cfg.request_timeout)
         try:
             response = (await client.post(url + GENERATE, json=PROBE, timeout=timeout)).raise_for_status()

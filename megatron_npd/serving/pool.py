@@ -12,6 +12,7 @@ import httpx
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.limits import allow_connections
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.serving.access import bearer, keep_token, make_token, read_token
 from megatron_npd.serving.asking import CONTROL_TIMEOUT, Asking, detail, words
@@ -27,12 +28,13 @@ from megatron_npd.serving.protocol import (
     json_of,
     read_response,
 )
-from megatron_npd.serving.server import GENERATE, PROBE, VLLMServer, start_servers
+from megatron_npd.serving.server import GENERATE, PROBE, ServerLost, VLLMServer, start_servers
 
 Asked = TypeVar("Asked")
 Read = TypeVar("Read")
 UNUSABLE = "unusable"  # the version of a server whose weights were left half loaded
 _HASH_DIGITS = 16
+_RESTARTS = 3  # of each server that was launched here: what dies more often is not worth the wait
 
 
 class ServerPool:
@@ -43,6 +45,12 @@ class ServerPool:
         cfg: Concurrency and timeouts.
         servers: Those of them that this process launched; their logs explain a failure, and ``close`` stops them.
         token: What their requests must carry; empty: what ``cfg.token_file`` holds, if it names one.
+
+    Attributes:
+        urls: Of the servers that are asked.
+        lost: Those that died, hang or make no sense, and why; ``find`` brings one back.
+        served: What all of them marked their answers with when they were last compared or refreshed.
+        reload: Loads what the others serve into a server that was given by URL and lost; None: not known.
     """
 
     def __init__(
@@ -53,6 +61,10 @@ class ServerPool:
         self.urls = [url.rstrip("/") for url in urls]
         self.cfg = cfg
         self.servers = {server.url: server for server in servers}
+        self.lost: dict[str, UserError] = {}
+        self.reload: Callable[[str], None] | None = None
+        self.served = ""
+        self._restarts = dict.fromkeys(self.servers, _RESTARTS)
         self.token = token or (read_token(cfg.token_file) if cfg.token_file else "")
         self._vocab_size = 0
         self._tls = ssl.create_default_context()  # made once: it reads all certificates
@@ -173,42 +185,102 @@ class ServerPool:
             What all of them mark their answers with: the version and the hash of the same weights.
 
         Raises:
-            UserError: One of them does not, or they differ.
+            UserError: One of them does not, they differ, or all are lost and cannot be brought back.
         """
+        self._restarts = dict.fromkeys(self.servers, _RESTARTS)
         tags: dict[str, str] = {}
-        for url in self.urls:
-            context = self._told(
-                url, "/v1/models", lambda told: field(first_of(field(told, "data"), "data"), "max_model_len")
+        for url in list(self.urls):
+            try:
+                tags[url] = self._check_one(url, version)
+            except ServerLost as error:
+                self.lose(url, error)
+        for url in tags:
+            if tags[url] != (first := tags[self.urls[0]]):
+                raise UserError(
+                    f"all servers must hold the same weights, got {tags[url]} on {url} and {first} on {self.urls[0]}; "
+                    "load one policy on all of them with npd refresh"
+                )
+        self.served = tags[self.urls[0]] if tags else self.served
+        self.find_all()
+        return self.tag(self.urls[0])
+
+    def _check_one(self, url: str, version: str | None) -> str:
+        context = self._told(
+            url, "/v1/models", lambda told: field(first_of(field(told, "data"), "data"), "max_model_len")
+        )
+        if type(context) is not int or context < self.cfg.max_model_len:
+            raise UserError(
+                f"the context of {url} must be at least max_model_len ({self.cfg.max_model_len}), got {context}; lower "
+                "max_model_len or restart the server"
             )
-            if type(context) is not int or context < self.cfg.max_model_len:
-                raise UserError(
-                    f"the context of {url} must be at least max_model_len ({self.cfg.max_model_len}), got "
-                    f"{context}; lower max_model_len or restart the server"
-                )
-            tags[url] = self.tag(url)
-            got, _, weights = tags[url].rpartition("-")
-            if version is not None and (got or weights) != version:
-                raise UserError(
-                    f"the server {url} must serve policy {version}, got {got or weights}; load it first: "
-                    f"npd refresh --urls {url} --policy DIR --version {version}"
-                )
-            if weights == UNUSABLE:
-                raise UserError(
-                    f"the server {url} must hold whole weights, got a refresh that failed half-way; refresh it with a "
-                    "good policy or restart it"
-                )
-            if not got or len(weights) != _HASH_DIGITS:
-                raise UserError(
-                    f"the server {url} must say which weights it holds, got {tags[url]}; start it with npd serve, "
-                    f"or load them: npd refresh --urls {url} --policy DIR --version v0000"
-                )
-            if tags[url] != tags[self.urls[0]]:
-                raise UserError(
-                    f"all servers must hold the same weights, got {tags[url]} on {url} and {tags[self.urls[0]]} on "
-                    f"{self.urls[0]}; load one policy on all of them with npd refresh"
-                )
-            self.check_defined(url)
-        return tags[self.urls[0]]
+        marks = self.tag(url)
+        got, _, weights = marks.rpartition("-")
+        if version is not None and (got or weights) != version:
+            raise UserError(
+                f"the server {url} must serve policy {version}, got {got or weights}; load it first: "
+                f"npd refresh --urls {url} --policy DIR --version {version}"
+            )
+        if weights == UNUSABLE:
+            raise UserError(
+                f"the server {url} must hold whole weights, got a refresh that failed half-way; refresh it with a "
+                "good policy or restart it"
+            )
+        if not got or len(weights) != _HASH_DIGITS:
+            raise UserError(
+                f"the server {url} must say which weights it holds, got {marks}; start it with npd serve, or load "
+                f"them: npd refresh --urls {url} --policy DIR --version v0000"
+            )
+        self.check_defined(url)
+        return marks
+
+    def lose(self, url: str, error: UserError) -> None:
+        """Ask a server for nothing more until it is found again."""
+        get_logger().warning("%s", error)
+        self.urls.remove(url)
+        self.lost[url] = error
+
+    def find(self, url: str) -> bool:
+        """Bring a lost server back, with what the others serve: one that was launched here is started again.
+
+        Returns:
+            Whether it is asked again.
+        """
+        server = self.servers.get(url)
+        try:
+            if server is None:
+                if self.served and self.tag(url) != self.served and self.reload is not None:
+                    self.reload(url)
+                self.check_defined(url)
+            elif not self._restarts[url]:
+                return False
+            else:
+                self._restarts[url] -= 1
+                get_logger().info("starting %s again", url)
+                server.restart()
+            marks = self.tag(url)
+        except UserError as error:
+            if server is not None:  # the other's first trouble says more
+                self.lost[url] = error
+            return False
+        if self.served and marks != self.served:
+            what = f"the server {url} must serve {self.served}, got {marks}; load that policy on it"
+            self.lost[url] = UserError(what)
+            return False
+        del self.lost[url]
+        self.urls.append(url)
+        get_logger().info("%s is asked again", url)
+        return True
+
+    def find_all(self) -> None:
+        """Bring lost servers back, those that can be.
+
+        Raises:
+            UserError: No server is left.
+        """
+        for url in list(self.lost):
+            self.find(url)
+        if not self.urls:
+            raise next(iter(self.lost.values()))
 
     def check_defined(self, url: str) -> None:
         """See that a server gives a trivial request a token with a log-probability, if need be from a cleared cache.
@@ -216,10 +288,12 @@ class ServerPool:
         Raises:
             UserError: It does not: with these weights it never will, nor after a restart.
         """
+        timeout = min(CONTROL_TIMEOUT, self.cfg.request_timeout)
         for cleared in (False, True):
             if cleared:
                 self.clear(url)
-            if _defined(self._told(url, GENERATE, lambda told: first_of(field(told, "choices"), "choices"), PROBE)):
+            told = self.control(url, GENERATE, body=PROBE, timeout=timeout)
+            if _defined(self._read(url, GENERATE, told, lambda told: first_of(field(told, "choices"), "choices"))):
                 return
         raise UserError(
             f"the server {url} must give defined log-probabilities, got NaN with the weights {self.tag(url)} for one "
@@ -234,13 +308,17 @@ class ServerPool:
         lies in the server's cache or weights: once everything else that it works on is done, its cache is cleared, and
         the request is asked again; if it is undefined once more, it is a failure.
 
+        A server that dies, hangs or makes no sense gets no more requests: the others are asked what it worked on, with
+        the same seeds. One that was launched here is started again, one that was given is taken back once it answers
+        with the same weights.
+
         Args:
             requests: In the order to start them; drawn from as servers become free.
             on_result: Called once for each request, in the order of arrival.
 
         Raises:
-            UserError: A server died, hangs, or answers with undefined numbers alone; ``on_result`` has been called for
-                everything that had arrived.
+            UserError: No server was left for ``cfg.server_patience``, or one answers with undefined numbers alone;
+                ``on_result`` has been called for everything that had arrived.
         """
         self.ask(requests, on_result, body=generate_body, read=read_response)
 
@@ -264,7 +342,7 @@ class ServerPool:
         Raises:
             UserError: As for ``run``, or the system allows too few open files for that many requests in flight.
         """
-        allow_connections(len(self.urls) * self.cfg.concurrency)
+        allow_connections(len([*self.urls, *self.lost]) * self.cfg.concurrency)
         Asking(self, on_result, body, read).run(requests)
 
     def clear(self, url: str) -> None:
@@ -285,10 +363,13 @@ class ServerPool:
         """What every client of these servers is made with; no proxy comes in between."""
         return {"verify": self._tls, "trust_env": False, "headers": bearer(self.token)}
 
-    def _told(self, url: str, path: str, read: Callable[[Any], Any], body: Any = None) -> Any:
-        """A part of what a server tells of itself, or answers to ``body``."""
+    def _told(self, url: str, path: str, read: Callable[[Any], Any]) -> Any:
+        """A part of what a server tells of itself."""
+        return self._read(url, path, self.control(url, path, method="GET"), read)
+
+    def _read(self, url: str, path: str, told: Any, read: Callable[[Any], Any]) -> Any:
         try:
-            return read(self.control(url, path, body=body, method="GET" if body is None else "POST"))
+            return read(told)
         except Malformed as error:
             raise UserError(f"the server {url} must answer {path}, got {error}; restart it") from error
 
@@ -299,11 +380,11 @@ class ServerPool:
             f"requests to {url} must carry its token, got {what}; give --token-file, the file that npd serve names"
         )
 
-    def dead(self, url: str, what: str) -> UserError:
+    def dead(self, url: str, what: str) -> ServerLost:
         """The error for a server in trouble."""
         if url in self.servers:
             return self.servers[url].failure(what)
-        return UserError(f"the vLLM server {url} {what}; look at its log and restart it, then run the same again")
+        return ServerLost(f"the vLLM server {url} {what}; look at its log and restart it, then run the same again")
 
 
 def _defined(choice: Any) -> bool:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +14,18 @@ from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.serving.pool import UNUSABLE, ServerPool
-from megatron_npd.serving.server import tag
+from megatron_npd.serving.server import ServerLost, tag
 from megatron_npd.weights import read_weights
 
 
 def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> None:
-    """Let every server of the pool serve the weights of ``policy_dir``, tagged with ``version``.
+    """Let every server of the pool serve the weights of ``policy_dir``, tagged with ``version``: all of them or none.
 
     The directory is checked before anything is loaded: hashes where it is sealed, whole files, finite numbers, and the
     names, shapes and types of the tensors and the configuration that each server was started with. Answers that are
-    being generated are finished with the old weights. Every worker hashes what it loads; the tag names that hash.
+    being generated are finished with the old weights; none of the servers goes on before all have loaded the new ones.
+    Every worker hashes what it loads; the tag names that hash. A server that is lost meanwhile is brought back later,
+    with the new policy.
 
     Args:
         pool: The servers.
@@ -28,8 +33,8 @@ def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> None:
         version: Policy version that answers carry from now on.
 
     Raises:
-        UserError: The directory is bad: nothing was loaded, the old version serves on. Or a server failed on the way:
-            it is named, and tagged as unusable if its weights may be half loaded; the others serve ``version``.
+        UserError: The directory is bad, or a server cannot load it: all serve what they did before. One that cannot
+            load that back is tagged as unusable, and lost to the pool.
     """
     directory = Path(policy_dir).resolve()
     if not version or version == UNUSABLE:
@@ -37,56 +42,131 @@ def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> None:
     if is_sealed(directory):
         read_manifest(directory)
     weights = read_weights(directory)
-    policy = weights.describe()
-    for url in pool.urls:
-        for served in (pool.call_worker(url, "npd_describe"), pool.call_worker(url, "npd_describe", str(directory))):
-            _check_same_model(directory, policy, served, url)
-    content = weights.content_hash()
-    start = time.monotonic()
-    with ThreadPoolExecutor(len(pool.urls)) as threads:
-        errors = list(threads.map(lambda url: _refresh_one(pool, url, directory, version, content), pool.urls))
-    if failed := [error for error in errors if error is not None]:
-        raise UserError("; ".join(map(str, failed))) from failed[0]
+    policy, start = _Policy(directory, version, weights.content_hash()), time.monotonic()
+    old: dict[str, _Policy | None] = {}
+
+    def look(url: str) -> None:
+        served = pool.call_worker(url, "npd_describe")
+        for described in (served, pool.call_worker(url, "npd_describe", str(directory))):
+            _check_same_model(directory, weights.describe(), described, url)
+        old[url] = _Policy.served(pool.tag(url), served.get("directory"))
+
+    if refused := _on_all(pool, pool.urls, look):
+        raise refused[0]
+    pool.served = pool.served or pool.tag(pool.urls[0])
+
+    paused: list[str] = []
+    errors: list[UserError] = []
+    loading = loaded = False
+    try:
+        errors += _on_all(pool, pool.urls, partial(_pause, pool, paused))
+        if loading := not errors:
+            errors += _on_all(pool, paused, lambda url: policy.load_on(pool, url))
+            loaded = not errors
+    finally:  # however it ends: none may go on with the weights of one policy under the name of another
+        for url in paused if loading and not loaded else []:
+            errors += _load_back(pool, url, old[url])
+        errors += _on_all(pool, [url for url in paused if url in pool.urls], lambda url: pool.control(url, "/resume"))
+    if errors:
+        raise UserError("; ".join(map(str, errors))) from errors[0]
+    for server in pool.servers.values():
+        server.model_dir, server.version = directory, version
+    pool.reload = lambda url: _reload(pool, url, policy)
+    pool.served = tag(version, policy.content)
+    pool.find_all()
     get_logger().info("%d server(s) serve %s after %.2f s", len(pool.urls), version, time.monotonic() - start)
 
 
-def _refresh_one(pool: ServerPool, url: str, directory: Path, version: str, content: str) -> UserError | None:
-    """Pause, load, compare, tag and resume one server; what went wrong, if anything did."""
-    patience = max(600.0, pool.cfg.request_timeout)
-    loading = False
-    try:
-        pool.control(url, "/pause", params={"mode": "wait"}, timeout=patience)
-        loading = True
-        loaded = pool.call_worker(url, "npd_load", str(directory), timeout=patience).get("weights")
-        if loaded != content:
+@dataclass(frozen=True)
+class _Policy:
+    """What a server can load: a directory, its policy version and the hash of its weights."""
+
+    directory: Path
+    version: str
+    content: str
+
+    @classmethod
+    def served(cls, marks: str, directory: Any) -> _Policy | None:
+        """What a server holds, by what it marks its answers with and whence it loaded that; None: it does not say."""
+        version, _, content = marks.rpartition("-")
+        return cls(Path(directory), version, content) if directory and version else None
+
+    def load_on(self, pool: ServerPool, url: str) -> None:
+        """Load into a paused server, and tag its answers.
+
+        Raises:
+            UserError: It refuses, or loaded other weights.
+        """
+        patience = max(600.0, pool.cfg.request_timeout)
+        loaded = pool.call_worker(url, "npd_load", str(self.directory), timeout=patience).get("weights")
+        if loaded != self.content:
             raise UserError(
-                f"{directory} must stay as it is while servers load it, got weights {loaded} on {url} for {content}; "
-                "restore it and refresh again"
+                f"{self.directory} must stay as it is while servers load it, got weights {loaded} on {url} for "
+                f"{self.content}; restore it and refresh again"
             )
         pool.forget_prefixes(url)
-        pool.control(url, "/update_weight_version", body={"new_version": tag(version, content)})
+        pool.control(url, "/update_weight_version", body={"new_version": tag(self.version, self.content)})
+
+
+def _on_all(pool: ServerPool, urls: list[str], step: Callable[[str], Any]) -> list[UserError]:
+    """Take a step on servers at the same time; the errors of those that refuse it. Lost ones leave the pool."""
+
+    def attempt(url: str) -> UserError | None:
+        try:
+            step(url)
+        except UserError as error:
+            return error
+        return None
+
+    if not urls:
+        return []
+    with ThreadPoolExecutor(len(urls)) as threads:
+        results = dict(zip(list(urls), list(threads.map(attempt, urls)), strict=True))
+    for url, error in results.items():
+        if isinstance(error, ServerLost):
+            pool.lose(url, error)
+    errors = [error for error in results.values() if error is not None]
+    return errors if len(errors) == len(results) else [error for error in errors if not isinstance(error, ServerLost)]
+
+
+def _pause(pool: ServerPool, paused: list[str], url: str) -> None:
+    pool.control(url, "/pause", params={"mode": "wait"}, timeout=max(600.0, pool.cfg.request_timeout))
+    paused.append(url)
+
+
+def _load_back(pool: ServerPool, url: str, old: _Policy | None) -> list[UserError]:
+    """Load what a paused server served before; where that fails it is tagged as unusable, and lost."""
+    if url not in pool.urls:
+        return []
+    try:
+        if old is None:
+            raise UserError(f"the server {url} must say what it served before, got nothing")
+        old.load_on(pool, url)
     except UserError as error:
-        return UserError(f"{error}\n{_mark_unusable(pool, url) if loading else 'the old version serves on'}")
+        words = f"{url} may hold mixed weights ({error})"
+        try:
+            pool.control(url, "/update_weight_version", body={"new_version": UNUSABLE})
+            pool.control(url, "/resume")
+            words += f" and is tagged {UNUSABLE!r}; refresh it with a good policy or restart it"
+        except UserError:
+            words += " and cannot be told so; restart it"
+        pool.lose(url, UserError(words))
+        return [UserError(words)]
+    return []
+
+
+def _reload(pool: ServerPool, url: str, policy: _Policy) -> None:
+    """Load what the others serve into a server that was lost and answers again; errors as for ``refresh``."""
+    _check_same_model(
+        policy.directory, read_weights(policy.directory).describe(), pool.call_worker(url, "npd_describe"), url
+    )
+    paused: list[str] = []
+    try:
+        _pause(pool, paused, url)
+        policy.load_on(pool, url)
     finally:
-        resume_error = _try_resume(pool, url)
-    return resume_error
-
-
-def _mark_unusable(pool: ServerPool, url: str) -> str:
-    try:
-        pool.control(url, "/update_weight_version", body={"new_version": UNUSABLE})
-    except UserError:
-        return f"{url} may hold mixed weights and cannot be told so; restart it"
-    return f"{url} may hold mixed weights and is tagged {UNUSABLE!r}; refresh it with a good policy or restart it"
-
-
-def _try_resume(pool: ServerPool, url: str) -> UserError | None:
-    try:
-        pool.control(url, "/resume")
-    except UserError as error:
-        get_logger().error("%s", error)
-        return error
-    return None
+        if paused:
+            pool.control(url, "/resume")
 
 
 def _check_same_model(directory: Path, policy: dict[str, Any], served: dict[str, Any], url: str) -> None:

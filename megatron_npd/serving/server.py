@@ -47,6 +47,10 @@ _CPU_ENVIRONMENT = {
 }
 
 
+class ServerLost(UserError):
+    """A server died, hangs, or gives no sense even to a trivial request."""
+
+
 def start_servers(servers: Sequence[VLLMServer], *, version: str) -> None:
     """Start servers of one model at the same time and wait until all of them answer.
 
@@ -96,6 +100,7 @@ class VLLMServer:
         address: The address that ``host`` names here.
         secret: What this server alone knows, by which it is told from another one on its port.
         log_path: What the server prints.
+        version: Policy version of the weights in ``model_dir``, which it served last.
         process: The running server; None before ``start`` and after ``stop``.
     """
 
@@ -124,6 +129,7 @@ class VLLMServer:
         fd, name = tempfile.mkstemp(prefix=f"vllm-{self.port}-", suffix=".log", dir=directory)
         os.close(fd)
         self.log_path = Path(name)
+        self.version = ""
         self.process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._scratch = ""  # what vLLM puts into /tmp lies there
@@ -158,7 +164,7 @@ class VLLMServer:
         get_logger().info("starting vLLM on %s for %s, log in %s", self.url, self.model_dir, self.log_path)
         self._started = time.monotonic()
         self._scratch = environment["TMPDIR"] = tempfile.mkdtemp(prefix="vllm-")
-        with open(self.log_path, "wb") as log:
+        with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
@@ -195,7 +201,7 @@ class VLLMServer:
         except BaseException:
             self.stop()
             raise
-        self._ready = True
+        self._ready, self.version = True, version
         get_logger().info("vLLM on %s is ready after %.1f s", self.url, time.monotonic() - self._started)
 
     def _answers(self) -> bool:
@@ -228,9 +234,14 @@ class VLLMServer:
         if self.process is None or code is not None:
             raise self.failure(f"must be running, got an end with exit code {code}")
 
-    def failure(self, what: str) -> UserError:
+    def restart(self) -> None:
+        """End what is left of the process, and start again with what it served last; errors as for ``wait_ready``."""
+        self._end()
+        start_servers([self], version=self.version)
+
+    def failure(self, what: str) -> ServerLost:
         """The error for a server in trouble: ``what``, the log file and its last lines."""
-        return UserError(f"the vLLM server {self.url} {what}; its log {self.log_path} ends:\n{self.log_tail()}")
+        return ServerLost(f"the vLLM server {self.url} {what}; its log {self.log_path} ends:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 12) -> str:
         """The last remarks of the server's log, without stack frames, repetitions and messages of level INFO."""
@@ -244,15 +255,19 @@ class VLLMServer:
 
     def stop(self) -> None:
         """End the server and every process it started; harmless where it has ended already."""
+        healthy = self._ready and self.process is not None and self.process.poll() is None
+        if self._private_logs and (healthy or not self._started):
+            shutil.rmtree(self.log_path.parent, ignore_errors=True)  # of one in trouble they stay: an error names them
+        self._end()
+
+    def _end(self) -> None:
         atexit.unregister(self.stop)
         if self._guard is not None:
             self._guard.kill()
             self._guard.communicate()
             self._guard = None
         process, self.process = self.process, None
-        healthy = self._ready and process is not None and process.poll() is None
-        if self._private_logs and (healthy or not self._started):
-            shutil.rmtree(self.log_path.parent, ignore_errors=True)  # of one in trouble they stay: an error names them
+        self._ready = False
         if process is None:
             return
         _signal_group(process.pid, signal.SIGTERM)

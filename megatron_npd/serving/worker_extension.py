@@ -29,6 +29,7 @@ class WorkerExtension(_Worker):
 
     _npd_started: dict[str, Any] | None = None  # the checkpoint that the server was started with
     _npd_fingerprint = ""  # of the directory that is loaded
+    _npd_directory = ""  # that is loaded
 
     def npd_describe(self, directory: str = "") -> dict[str, Any]:
         """Headers of a checkpoint as this worker sees it.
@@ -37,15 +38,16 @@ class WorkerExtension(_Worker):
             directory: Empty: the checkpoint that the server was started with, read once, by the first load.
 
         Returns:
-            ``tensors`` and ``config`` (``Weights.describe``), the served model's ``vocab_size`` and the ``fingerprint``
-            of the directory that is loaded, or ``{"error": words}``.
+            ``tensors`` and ``config`` (``Weights.describe``), the served model's ``vocab_size``, the ``directory`` that
+            is loaded and its ``fingerprint``, or ``{"error": words}``.
         """
         try:
             found = read_weights(directory).describe() if directory else self._npd_first()
         except UserError as error:
             return {"error": str(error)}
         vocab_size = self.vllm_config.model_config.get_vocab_size()
-        return {**found, "vocab_size": vocab_size, "fingerprint": self._npd_fingerprint}
+        loaded = {"directory": self._npd_directory, "fingerprint": self._npd_fingerprint}
+        return {**found, **loaded, "vocab_size": vocab_size}
 
     def npd_load(self, directory: str) -> dict[str, Any]:
         """Put the weights of a checkpoint in the place of the served ones, and clear the cache of the old.
@@ -57,7 +59,7 @@ class WorkerExtension(_Worker):
         """
         start = time.monotonic()
         content = ContentHash()
-        self._npd_fingerprint = ""
+        self._npd_fingerprint = self._npd_directory = ""
         try:
             self._npd_first()
             weights = read_weights(directory)
@@ -68,7 +70,7 @@ class WorkerExtension(_Worker):
                 raise UserError(f"{directory} must hold every parameter of the model, got none for {min(missing)}")
             if len(content) != len(weights.tensors):
                 raise UserError(f"{directory} must be read to its end, got {len(content)} of {len(weights.tensors)}")
-            self._npd_fingerprint = model_fingerprint(directory)
+            self._npd_fingerprint, self._npd_directory = model_fingerprint(directory), directory
         except UserError as error:
             return {"error": str(error)}
         self._npd_repack_heads()

@@ -19,7 +19,13 @@ from tests.helpers import VOCAB_SIZE, make_tiny_model
 from tests.store.make_store import make_records
 
 ROLLOUT = RolloutConfig(
-    max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, request_timeout=20.0
+    max_model_len=64,
+    max_tokens=20,
+    shard_size=16,
+    concurrency=4,
+    sampled_paths=2,
+    request_timeout=20.0,
+    server_patience=0.0,
 )
 SERVER, INPUTS = "NPD_FAULTS_SERVER", "NPD_FAULTS_INPUTS"  # environment of the process that runs a stage
 PROMPTS = 14

@@ -18,7 +18,7 @@ from tests.helpers import make_tiny_tokenizer
 from tests.serving.fake import EOS, FakeServer, write_prompts
 
 REGEX = EvalConfig().answer_regex
-CFG = RolloutConfig(max_model_len=64, concurrency=4, request_timeout=5.0)
+CFG = RolloutConfig(max_model_len=64, concurrency=4, request_timeout=5.0, server_patience=0.0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.helpers import make_tiny_model
 from tests.serving.fake import FakeServer, die_after, write_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ["--max-model-len", "64", "--max-tokens", "20", "--concurrency", "4"]
+SHORT = ["--max-model-len", "64", "--max-tokens", "20", "--concurrency", "4", "--server-patience", "0"]
 
 
 def call(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -170,7 +170,7 @@ def die_after(server: FakeServer, answers: int) -> Trouble:
 
     def trouble(body: dict[str, Any]) -> None:
         time.sleep(0.001)
-        if len(server.asked) > answers:
+        if len(server.asked) > answers and server.trouble is trouble:  # not where it was mended meanwhile
             server.dead = True
 
     return trouble

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,17 +49,10 @@ def other_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
-def ask(pool: ServerPool, count: int = 12, temperature: float = 0.0) -> list[tuple[list[int], Response]]:
-    """Prompts of 3 to 100 tokens and their answers."""
+def make_requests(count: int, temperature: float = 0.0) -> list[Request]:
+    """Prompts of 3 to 100 tokens."""
     rng = np.random.default_rng(5)
-    answers: dict[int, tuple[list[int], Response]] = {}
-
-    def on_result(request: Request, answer: Response | Failure) -> None:
-        assert isinstance(answer, Response), answer
-        answers[request.key] = (list(request.token_ids), answer)
-
-    lengths = np.linspace(3, 100, count).astype(int)
-    requests = [
+    return [
         Request(
             key=i,
             token_ids=rng.integers(3, 300, n).tolist(),
@@ -66,9 +61,19 @@ def ask(pool: ServerPool, count: int = 12, temperature: float = 0.0) -> list[tup
             temperature=temperature,
             seed=i,
         )
-        for i, n in enumerate(lengths)
+        for i, n in enumerate(np.linspace(3, 100, count).astype(int))
     ]
-    pool.run(requests, on_result)
+
+
+def ask(pool: ServerPool, count: int = 12, temperature: float = 0.0) -> list[tuple[list[int], Response]]:
+    """Some prompts and the responses to them."""
+    answers: dict[int, tuple[list[int], Response]] = {}
+
+    def on_result(request: Request, answer: Response | Failure) -> None:
+        assert isinstance(answer, Response), answer
+        answers[request.key] = (list(request.token_ids), answer)
+
+    pool.run(make_requests(count, temperature), on_result)
     return [answers[i] for i in range(count)]
 
 
@@ -228,10 +233,48 @@ def test_a_file_that_is_exchanged_while_servers_load_is_found(
 
     with monkeypatch.context() as patch:
         patch.setattr(restored_pool, "call_worker", exchange_then_call)
-        with pytest.raises(UserError, match=r"(?s)must stay as it is while servers load it, got .*tagged 'unusable'"):
+        before = ask(restored_pool)
+        with pytest.raises(UserError, match=r"must stay as it is while servers load it, got"):
             refresh(restored_pool, policy, "v0001")
-    with pytest.raises(UserError, match="must serve policy v0001, got unusable"):
-        restored_pool.check(version="v0001")
+    restored_pool.check(version="v0000")  # which it knows where to load from
+    assert ask(restored_pool) == before
+
+
+@pytest.mark.timeout(1200)
+def test_a_killed_server_is_started_again_with_the_policy_of_the_others(
+    tiny_model_dir: Path, other_model_dir: Path, tmp_path: Path
+) -> None:
+    """In the middle of its work: the other one answers meanwhile, and nothing tells which of them answered what."""
+    cfg = RolloutConfig(num_servers=2, max_model_len=256, concurrency=4, start_timeout=900.0)
+    requests, results = make_requests(40), {}
+    with ServerPool.open(tiny_model_dir, cfg, version="v0000", log_dir=tmp_path) as pool:
+        refresh(pool, other_model_dir, "v0001")
+        expected = dict(enumerate(answer for _, answer in ask(pool, count=len(requests))))
+        doomed = pool.servers[pool.urls[0]].process
+        assert doomed is not None
+
+        def on_result(request: Request, result: Response | Failure) -> None:
+            results[request.key] = result
+            if len(results) == 10:
+                os.killpg(doomed.pid, signal.SIGKILL)
+
+        pool.run(requests, on_result)
+        assert_same(results, expected)
+        pool.find_all()
+        assert sorted(pool.urls) == sorted(pool.servers) and not pool.lost
+        assert pool.check(version="v0001") == tag("v0001", read_weights(other_model_dir).content_hash())
+        assert_same(dict(enumerate(answer for _, answer in ask(pool, count=len(requests)))), expected)
+        refresh(pool, tiny_model_dir, "v0002")
+        pool.check(version="v0002")
+
+
+def assert_same(results: dict[int, Response | Failure], expected: dict[int, Response]) -> None:
+    """The same tokens of the same policy; log-probabilities differ with what is computed beside them."""
+    assert results.keys() == expected.keys()
+    for key, result in results.items():
+        assert isinstance(result, Response), result
+        assert (result.token_ids, result.versions) == (expected[key].token_ids, expected[key].versions)
+        assert result.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
 
 
 def test_what_overflows_is_set_aside_and_leaves_nothing_behind(

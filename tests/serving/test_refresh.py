@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from megatron_npd.serving.pool import UNUSABLE, ServerPool
 from megatron_npd.serving.refresh import refresh
 from megatron_npd.serving.server import tag
 from megatron_npd.weights import read_weights
+from tests.helpers import make_tiny_model
 from tests.serving.fake import CONTENT, FakeServer
 
 CFG = RolloutConfig(max_model_len=64)
@@ -19,8 +22,15 @@ CFG = RolloutConfig(max_model_len=64)
 
 def serve(model_dir: Path) -> FakeServer:
     server = FakeServer()
-    server.headers_of = lambda directory: read_weights(directory or model_dir).describe()
-    server.loads = lambda directory: {"weights": read_weights(directory).content_hash()}
+    held = [str(model_dir)]
+    server.version = tag("v0000", read_weights(model_dir).content_hash())
+
+    def load(directory: str) -> dict[str, Any]:
+        held[0] = directory
+        return {"weights": read_weights(directory).content_hash()}
+
+    server.headers_of = lambda directory: read_weights(directory or model_dir).describe() | {"directory": held[0]}
+    server.loads = load
     return server
 
 
@@ -39,23 +49,67 @@ def test_order_of_calls(tiny_model_dir: Path) -> None:
         assert server.version == tag("v0001", read_weights(tiny_model_dir).content_hash())
 
 
-def test_a_failure_while_loading_marks_that_server_and_resumes_it(tiny_model_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=5)
+
+
+def fail_once(server: FakeServer, directory: Path, how: Callable[[], dict[str, Any]]) -> None:
+    loads = server.loads
+    server.loads = lambda given: how() if given == str(directory) else loads(given)
+
+
+@pytest.mark.parametrize("weights", [{"error": "no such tensor"}, {"weights": CONTENT}], ids=["refused", "others"])
+def test_all_servers_or_none(tiny_model_dir: Path, other_dir: Path, weights: dict[str, str]) -> None:
+    """Where one cannot load the new policy, all serve the old one, of which they know the directory."""
+    with serve(tiny_model_dir) as good, serve(tiny_model_dir) as bad:
+        pool = ServerPool([good.url, bad.url], CFG)
+        refresh(pool, tiny_model_dir, "v0001")
+        before = good.version
+        fail_once(bad, other_dir, lambda: weights)
+        with pytest.raises(UserError, match=f"on {bad.url}|{bad.url} must do npd_load"):
+            refresh(pool, other_dir, "v0002")
+        assert good.version == bad.version == before
+        assert good.called[-1] == bad.called[-1] == "/resume" and not pool.lost
+        assert [call for call in good.called if call == "npd_load"] == ["npd_load"] * 3  # first, new, back
+        assert pool.check(version="v0001") == before
+        bad.loads = lambda given: {"weights": read_weights(given).content_hash()}
+        refresh(pool, other_dir, "v0002")
+        assert good.version == bad.version == tag("v0002", read_weights(other_dir).content_hash())
+
+
+def test_a_server_that_cannot_go_back_is_marked_and_left_out(tiny_model_dir: Path, other_dir: Path) -> None:
     with serve(tiny_model_dir) as good, serve(tiny_model_dir) as bad:
         bad.load_status = 500
         pool = ServerPool([good.url, bad.url], CFG)
         with pytest.raises(
             UserError, match=rf"(?s){bad.url} must accept /collective_rpc, got 500.*is tagged 'unusable'"
         ):
-            refresh(pool, tiny_model_dir, "v0001")
-        assert good.version.startswith("v0001-") and bad.version == UNUSABLE
+            refresh(pool, other_dir, "v0001")
+        assert good.version == tag("v0000", read_weights(tiny_model_dir).content_hash()) and bad.version == UNUSABLE
         assert good.called[-1] == bad.called[-1] == "/resume"
-        with pytest.raises(UserError, match=f"{bad.url} must serve policy v0001, got unusable"):
-            pool.check(version="v0001")
-        with pytest.raises(UserError, match=f"{bad.url} must hold whole weights"):
-            pool.check()
+        assert pool.urls == [good.url] and "may hold mixed weights" in str(pool.lost[bad.url])
+        pool.check(version="v0000")
         bad.load_status = 200
-        refresh(pool, tiny_model_dir, "v0001")
-        pool.check(version="v0001")
+        refresh(pool, other_dir, "v0001")  # loads the others' weights where it was left out
+        assert pool.check(version="v0001") == bad.version and sorted(pool.urls) == sorted([good.url, bad.url])
+
+
+def test_a_server_that_dies_in_a_refresh_does_not_stop_the_others(tiny_model_dir: Path, other_dir: Path) -> None:
+    with serve(tiny_model_dir) as good:
+        with serve(tiny_model_dir) as dying:
+            pool = ServerPool([good.url, dying.url], CFG)
+            pool.check()
+
+            def die() -> dict[str, Any]:
+                dying.dead = True
+                dying.socket.close()
+                raise ConnectionError
+
+            fail_once(dying, other_dir, die)
+            refresh(pool, other_dir, "v0001")
+        assert good.version == tag("v0001", read_weights(other_dir).content_hash())
+        assert pool.urls == [good.url] and list(pool.lost) == [dying.url]
 
 
 def test_a_prefix_cache_that_stays_is_a_failure(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,13 +128,12 @@ def test_a_prefix_cache_that_stays_is_a_failure(tiny_model_dir: Path, monkeypatc
 
 
 def test_one_server_of_another_model_stops_all_before_anything_is_loaded(tiny_model_dir: Path, tmp_path: Path) -> None:
-    from tests.helpers import make_tiny_model
-
     other = make_tiny_model(tmp_path / "other", num_hidden_layers=1)
     with serve(tiny_model_dir) as first, serve(other) as second:
+        before = first.version, second.version
         with pytest.raises(UserError, match=f"must match what {second.url} serves, got tensor model.layers.1"):
             refresh(ServerPool([first.url, second.url], CFG), tiny_model_dir, "v0001")
-        assert first.version == second.version == tag("v0000", CONTENT)
+        assert (first.version, second.version) == before
         assert set(first.called + second.called) == {"npd_describe"}
 
 
