@@ -41,7 +41,8 @@ _PATHS = ("run_dir", "teacher", "student", "prompts", "eval.prompts")
 _FREE = {
     "": "run_dir platform redo nnodes node_rank train_nodes nproc_per_node master_addr master_port server_host "
     "server_port attempt",
-    "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout max_quarantined",
+    "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout server_patience "
+    "max_quarantined",
     "annotate.": "urls token_file concurrency max_quarantined follow_seconds micro_batch_size "
     "tensor_model_parallel_size pipeline_model_parallel_size",
     "eval.": "teacher",
