@@ -15,7 +15,7 @@ from megatron_npd.log import run_main
 # In the order of a run; each is a file of ``cli/``.
 COMMANDS = (
     *("run", "prompts", "serve", "rollout", "annotate", "select", "pack", "train", "convert", "refresh", "evaluate"),
-    *("report", "verify", "show", "preprocess"),
+    *("status", "report", "verify", "show", "preprocess"),
 )
 
 

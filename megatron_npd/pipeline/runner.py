@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import UserError
-from megatron_npd.lock import kernel_lock
+from megatron_npd.lock import LOCK, kernel_lock
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.pipeline import work
@@ -226,7 +226,7 @@ def _note(ctx: Context, task: Task) -> None:
 
 @contextmanager
 def _run_lock(run: Path) -> Iterator[None]:
-    with open(run / ".lock", "a") as lock:
+    with open(run / LOCK, "a") as lock:
         if not kernel_lock(lock.fileno(), run):
             raise UserError(f"{run} must have one runner, got a second; wait for the first or stop it")
         yield
