@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_npd.config.run import NPDConfig
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.pipeline.environment import timed
 from megatron_npd.pipeline.nodes import POLL_SECONDS, Nodes
 from megatron_npd.run_dir import RunDir, version
 from megatron_npd.serving.access import keep_token
-from megatron_npd.serving.pool import ServerPool
+from megatron_npd.serving.pool import RESTARTS, ServerPool
 from megatron_npd.serving.refresh import refresh
-from megatron_npd.serving.server import VLLMServer, start_servers
+from megatron_npd.serving.server import ServerLost, VLLMServer, start_servers
 
 TEACHER = "teacher"  # policy version of responses that the teacher gave
 
@@ -78,7 +79,7 @@ def run_server_node(run: RunDir, cfg: NPDConfig, nodes: Nodes) -> None:
     """Serve the newest policy on this node until the run is done; the first node refreshes it.
 
     Raises:
-        UserError: A server could not be started, or died.
+        UserError: A server could not be started, or as for ``watch_servers``.
     """
     newest = max((index for index in range(1, cfg.updates + 2) if is_sealed(run.policy(index))), default=0)
     token, host = keep_token(nodes.token_file), cfg.host_name()
@@ -99,7 +100,24 @@ def run_server_node(run: RunDir, cfg: NPDConfig, nodes: Nodes) -> None:
             stack.callback(server.stop)
         start_servers(servers, version=version(newest))
         nodes.announce([server.url for server in servers])
-        while not nodes.done():
-            for server in servers:
+        watch_servers(servers, nodes.done)
+
+
+def watch_servers(servers: Sequence[VLLMServer], done: Callable[[], bool]) -> None:
+    """Start again what dies, until there is nothing left to serve; the first node gives it the policy of the others.
+
+    Raises:
+        UserError: One died more often than it is worth, or does not start again.
+    """
+    left = {server.url: RESTARTS for server in servers}
+    while not done():
+        for server in servers:
+            try:
                 server.check_alive()
-            time.sleep(POLL_SECONDS)
+            except ServerLost as error:
+                if not left[server.url]:
+                    raise
+                left[server.url] -= 1
+                get_logger().warning("%s", error)
+                server.restart()
+        time.sleep(POLL_SECONDS)

@@ -34,7 +34,7 @@ Asked = TypeVar("Asked")
 Read = TypeVar("Read")
 UNUSABLE = "unusable"  # the version of a server whose weights were left half loaded
 _HASH_DIGITS = 16
-_RESTARTS = 3  # of each server that was launched here: what dies more often is not worth the wait
+RESTARTS = 3  # of each server that was launched here: what dies more often is not worth the wait
 
 
 class ServerPool:
@@ -64,7 +64,7 @@ class ServerPool:
         self.lost: dict[str, UserError] = {}
         self.reload: Callable[[str], None] | None = None
         self.served = ""
-        self._restarts = dict.fromkeys(self.servers, _RESTARTS)
+        self._restarts = dict.fromkeys(self.servers, RESTARTS)
         self.token = token or (read_token(cfg.token_file) if cfg.token_file else "")
         self._vocab_size = 0
         self._tls = ssl.create_default_context()  # made once: it reads all certificates
@@ -187,7 +187,7 @@ class ServerPool:
         Raises:
             UserError: One of them does not, they differ, or all are lost and cannot be brought back.
         """
-        self._restarts = dict.fromkeys(self.servers, _RESTARTS)
+        self._restarts = dict.fromkeys(self.servers, RESTARTS)
         tags: dict[str, str] = {}
         for url in list(self.urls):
             try:

@@ -20,12 +20,13 @@ from megatron_npd.platform import get_platform
 
 get_platform("cpu")
 
-from megatron_npd.pipeline import nodes, runner  # noqa: E402
+from megatron_npd.pipeline import nodes, runner, servers  # noqa: E402
 from megatron_npd.pipeline.launch import Launcher  # noqa: E402
 from megatron_npd.pipeline.servers import Servers  # noqa: E402
 from megatron_npd.pipeline.stages import Stage  # noqa: E402
 from megatron_npd.pipeline.work import Context  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
+from megatron_npd.serving.server import ServerLost  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,3 +113,30 @@ def test_the_teachers_servers_are_asked_before_the_first_stage(tmp_path: Path, t
     with pytest.raises(UserError, match=r"server http://127\.0\.0\.1:9 must answer"):
         runner._run(ctx, lambda _: "")
     assert not run.prompts.exists()
+
+
+class Dying:
+    """A stand-in for a server: it dies so many times."""
+
+    url = "http://here:1"
+
+    def __init__(self, times: int) -> None:
+        self.times, self.restarted = times, 0
+
+    def check_alive(self) -> None:
+        if self.times > self.restarted:
+            raise ServerLost("it must be running, got an end")
+
+    def restart(self) -> None:
+        self.restarted += 1
+
+
+def test_a_node_of_servers_starts_again_what_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few times; the round goes on meanwhile on the other servers."""
+    monkeypatch.setattr(servers, "POLL_SECONDS", 0.0)
+    looks = iter([False] * 10 + [True])
+    server = Dying(2)
+    servers.watch_servers([cast(Any, server)], lambda: next(looks))
+    assert server.restarted == 2
+    with pytest.raises(ServerLost):
+        servers.watch_servers([cast(Any, Dying(100))], lambda: False)
