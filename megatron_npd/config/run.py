@@ -30,6 +30,7 @@ class EvalConfig:
     """Measure the teacher's accuracy too, once, on a server of its own that is started before the student's."""
 
     def __post_init__(self) -> None:
+        require(self.max_tokens > 0, "max_tokens", "at least 1", self.max_tokens, "256 is the default")
         require(self.held_out >= 0, "held_out", "at least 0", self.held_out, "0 measures nothing")
 
 

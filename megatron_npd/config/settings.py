@@ -6,6 +6,7 @@ Names are Megatron's where Megatron has the thing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 from megatron_npd.choices import DivergenceName, FilterName, Impl, Mode, ObjectiveName, PlatformName, RefreshRule
@@ -106,7 +107,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_not_negative(self, "lr_warmup_iters", "clip_grad")
-        require(self.lr > 0, "lr", "> 0", self.lr, "give a positive learning rate")
+        require(0 < self.lr < inf, "lr", "> 0 and finite", self.lr, "1e-4 is the default")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(
+                0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name), "0.9 and 0.95 are the defaults"
+            )
+        require(0 < self.adam_eps < inf, "adam_eps", "> 0 and finite", self.adam_eps, "1e-8 is the default")
+        require(
+            0 <= self.weight_decay < inf, "weight_decay", "at least 0 and finite", self.weight_decay, "0.01 is usual"
+        )
         require(0 <= self.min_lr <= self.lr, "min_lr", f"in [0, lr = {self.lr}]", self.min_lr, "lower it")
 
 
@@ -166,6 +175,8 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
         require_positive(self, "num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size")
         require_share("max_quarantined", self.max_quarantined)
+        for name in ("request_timeout", "start_timeout"):
+            require(getattr(self, name) > 0, name, "> 0 seconds", getattr(self, name), "600 is the default")
         require(self.server_patience >= 0, "server_patience", "at least 0", self.server_patience, "0 does not wait")
         own = {"model", "port", "served-model-name", "worker-extension-cls", "logprobs-mode", "load-format"}
         own |= {"max-model-len", "max-num-seqs", "dtype", "seed"}

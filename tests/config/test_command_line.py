@@ -46,6 +46,22 @@ def refusal(*argv: str, cls: type = NPDConfig) -> str:
             ["--train.kd-mode=tial"],
             "--train.kd_mode must be one of tail, truncated, renorm_teacher, ",
         ),
+        (["--train.lr", "-1e-3"], "lr must be > 0 and finite, got -0.001; "),
+        (["--train.lr=.inf"], "lr must be > 0 and finite, got inf; "),
+        (["--train.kd-skew=.nan"], "--train.kd_skew must be a number, got nan; "),
+        (["--train.adam-beta2=1"], "adam_beta2 must be in [0, 1), got 1.0; "),
+        (["--train.adam-eps=0"], "adam_eps must be > 0 and finite, got 0.0; "),
+        (["--train.weight-decay=-1"], "weight_decay must be at least 0 and finite, got -1.0; "),
+        (["--select.tau=foo"], "--select.tau must be a number or null, got foo; "),
+        (["--rollout.request-timeout=0"], "request_timeout must be > 0 seconds, got 0.0; "),
+        (["--eval.max-tokens=0"], "max_tokens must be at least 1, got 0; "),
+        (["--train={}"], "--train must be given by its fields (--train.NAME), got it whole; "),
+        (["--rollout.urls+=a"], "unknown option --rollout.urls+; did you mean --rollout.urls? ("),
+        (
+            ["--rollout.urls=a", "--rollout.urls", "b"],
+            "--rollout.urls must be given once, with all its items, got it 2",
+        ),
+        (["--rollout.urls", '["a"]', "b"], "--rollout.urls must be a list of texts, numbers in quotes, got ["),
         (["recipe.yaml"], "arguments must be flags with their values, got recipe.yaml; "),
         (["--config", "/nowhere.yaml"], "--config must be a YAML file, got /nowhere.yaml (["),
         (["--config", str(ROOT)], f"--config must be a YAML file, got {ROOT} (["),
@@ -63,6 +79,7 @@ def test_flags(argv: list[str], words: str) -> None:
         ["--input=a.jsonl", "b.parquet", "--out=x"],
         ["--input", "a.jsonl,", "b.parquet", "--out=x"],
         ["--out", "x", "--input", "[a.jsonl, b.parquet]"],
+        ["--out", "x", "--input", '["a.jsonl",', '"b.parquet"]'],
     ],
 )
 def test_a_list_is_written_apart_with_commas_or_in_brackets(argv: list[str]) -> None:
@@ -83,6 +100,16 @@ def test_lists_of_numbers_and_nested_lists_are_written_the_same_way() -> None:
     assert cfg == Lists(taus=(0.1, 0.2), rollout=RolloutConfig(urls=("http://a:1", "http://b:2")))
 
 
+def test_a_value_may_begin_with_a_dash() -> None:
+    cfg = parse_config(NPDConfig, ["--select.lower", "-1e-3", "--eval.answer-regex", r"-(\d+)", "--train.bf16"])
+    assert (cfg.select.lower, cfg.eval.answer_regex, cfg.train.bf16) == (-1e-3, r"-(\d+)", True)
+    assert parse_config(Lists, ["--taus", "-1e-3", "2"]).taus == (-1e-3, 2.0)
+
+
+def test_a_list_with_a_number_that_is_none() -> None:
+    assert refusal("--taus", "0.1", ".nan", cls=Lists).startswith("--taus must be a list of numbers, got nan; ")
+
+
 def test_a_flag_that_must_be_given() -> None:
     assert refusal("--out=x", cls=RolloutCommand).startswith("--prompts must be given, got no value; ")
 
@@ -99,6 +126,23 @@ def test_a_flag_that_must_be_given() -> None:
         ("updates: 1\nselect:\ntrain:\n  lr: 1.0\n", 2, "select must hold fields, indented below it, got none; "),
         ("updates: 1\ntrain:\n  lr: 1.0\nupdates: 2\n", 4, "updates must be given once, got it at "),
         ("train.lr: 1.0\ntrain:\n  lr: 2.0\n", 3, "train.lr must be given once, got it at "),
+        ("train:\n  bf16: true\n  lr:\n", 3, "train.lr must be a number, got null; "),
+        ("train:\n  kd_mode: ~\n", 2, "train.kd_mode must be one of tail, truncated, renorm_teacher, renorm_both, got"),
+        ("teacher:\nupdates: 1\n", 1, "teacher must be text, got null; "),
+        ("rollout:\n  urls: null\n", 2, "rollout.urls must be a list of texts, numbers in quotes, got null; "),
+        ("updates: 1\nselect:\n  tau: foo\n", 3, "select.tau must be a number or null, got foo; "),
+        ("train:\n  kd_skew: .nan\n", 2, "train.kd_skew must be a number, got nan; "),
+        ("teacher: a\nupdates: 1000\n", 2, "updates must be < train.train_iters (100), got 1000; "),
+        ("train: &t\n  lr: 1.0\nselect:\n  <<: *t\n", 4, "select.lr is unknown; did you mean train.lr?"),
+        ("train:\n  <<: {lr: foo}\n", 2, "train.lr must be a number, got foo; "),
+        ("<<: 3\n", 1, "must be YAML, got: << without fields to merge"),
+        ("updates: 1\n? [a, b]\n: 3\n", 2, "must be YAML, got: a name that is a list or has fields"),
+        ("teacher: a\nupdates: !foo 3\n", 2, "updates must be plain YAML, got !foo; "),
+        (
+            "updates: !!python/object/apply:os.getpid []\n",
+            1,
+            "updates must be plain YAML, got tag:yaml.org,2002:python",
+        ),
         ("updates: 1\na: b: c\n", 2, "must be YAML, got: mapping values are not allowed"),
         ("updates: 1\ntrain:\n  lr: [\n", 4, "must be YAML, got: expected the node content"),
     ],
@@ -111,9 +155,11 @@ def test_a_recipe(tmp_path: Path, text: str, line: int, words: str) -> None:
     assert refusal(f"--config={recipe}") == message
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "just text\n", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "just text\n", "\x00", "updates: " + "[" * 3000, "# \udce9\nupdates: 1\n"]
+)
 def test_a_recipe_without_fields(tmp_path: Path, text: str) -> None:
-    (recipe := tmp_path / "recipe.yaml").write_text(text)
+    (recipe := tmp_path / "recipe.yaml").write_bytes(text.encode(errors="surrogateescape"))
     assert str(recipe) in refusal("--config", str(recipe))
 
 
@@ -125,8 +171,11 @@ def test_a_flag_is_blamed_where_it_overrides_the_recipe(tmp_path: Path) -> None:
 
 
 def test_merged_fields_of_a_recipe_are_read(tmp_path: Path) -> None:
-    (recipe := tmp_path / "recipe.yaml").write_text("train: &t\n  lr: 1.0\n  <<: {kd_alpha: 0.5}\n")
-    assert parse_config(NPDConfig, ["--config", str(recipe)]).train.kd_alpha == 0.5
+    (recipe := tmp_path / "recipe.yaml").write_text("train:\n  lr: 1.0\n  <<: [{kd_alpha: 0.5, lr: 2.0}, {lr: 3.0}]\n")
+    train = parse_config(NPDConfig, ["--config", str(recipe)]).train
+    assert (train.kd_alpha, train.lr) == (0.5, 1.0)
+    recipe.write_text("select:\n  tau: null\n")
+    assert parse_config(NPDConfig, ["--config", str(recipe)]).select.tau is None
 
 
 def test_a_first_word_without_a_flag_is_the_commands_subject() -> None:
