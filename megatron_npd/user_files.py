@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,28 @@ def read_rows(
                 break
             done += len(batch)
             yield batch
+
+
+def plain_values(rows: pa.RecordBatch, plain: Callable[[Any], Any] = methodcaller("as_py")) -> Iterator[Any]:
+    """Each row as a dictionary of values without Arrow; a ``BadRecord`` in the place of one of which a value has none.
+
+    Such are strings that are no UTF-8, times finer than microseconds or beyond the year 9999, time zones that nobody
+    knows.
+
+    Args:
+        rows: Some rows.
+        plain: Gives a value without Arrow.
+    """
+    for index in range(rows.num_rows):
+        row: dict[str, Any] = {}
+        try:
+            for name, column in zip(rows.schema.names, rows.columns, strict=True):
+                row[name] = plain(column[index])
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            reason = "not_utf8" if isinstance(error, UnicodeDecodeError) else "wrong_type"
+            yield BadRecord(reason, f"{name} must hold a value that Python has, got: {error}; convert or drop it")
+        else:
+            yield row
 
 
 def _too_large(path: Path, file: pq.ParquetFile, group: int, done: int, most: str, error: BaseException) -> UserError:

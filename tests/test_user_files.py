@@ -59,6 +59,40 @@ def test_a_key_that_stands_twice_quarantines_its_record(tmp_path: Path, tokenize
     assert "'content' twice" in bad[1]["detail"] and "'name' twice" in bad[2]["detail"]
 
 
+def test_rows_of_which_python_has_no_value_are_quarantined(tmp_path: Path, tokenizer) -> None:
+    cut = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(bytes(4) + b"\1\0\0\0"), pa.py_buffer(b"\xff")])
+    prompts = pa.chunked_array([pa.array(["a"]), cut, pa.array(["c"])])
+    times = pa.array([0, 0, 1], pa.timestamp("ns"))  # a nanosecond after 1970
+    good = record(id="good")
+    for name, column, left in (("prompt", prompts, [1, 3]), ("when", times, [1, 2])):
+        columns = {"prompt": ["a", "b", "c"], "id": [1, 2, 3], name: column}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        rows, bad = prepare(tmp_path / f"{name}.parquet", tokenizer)
+        assert [row["prompt_id"] for row in rows] == [str(line) for line in left]
+        assert [line["line"] for line in bad] == [line for line in (1, 2, 3) if line not in left]
+        assert bad[0]["reason"] == ("not_utf8" if name == "prompt" else "wrong_type")
+        assert bad[0]["detail"].startswith(f"{name} must hold a value that Python has, got: ")
+
+        columns = {key: [value] * 3 for key, value in good.items()} | {"id": ["a", "b", "c"], name: column}
+        pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+        manifest = preprocess([tmp_path / "in.parquet"], tmp_path / f"out-{name}", **OPTIONS)
+        assert manifest.counts["quarantined"] == {bad[0]["reason"]: 1} and manifest.counts["kept"] == 2
+
+
+@pytest.mark.parametrize("levels", [200, 600, 900, 100_000])
+def test_a_record_of_too_many_levels_is_quarantined(tmp_path: Path, tokenizer, levels: int) -> None:
+    deep = "[" * levels + "]" * levels
+    lines = [
+        f'{{"messages": {deep}}}',
+        f'{{"messages": [{{"role": "user", "content": "a", "x": {deep}}}]}}',
+        f'{{"prompt": "a", "tools": [{{"name": "f", "parameters": {{"x": {deep}}}}}]}}',
+        '{"prompt": "good"}',
+    ]
+    rows, bad = prepare(write_lines(tmp_path / "in.jsonl", *(line.encode() for line in lines)), tokenizer)
+    assert levels == 200 or (len(rows), [line["reason"] for line in bad]) == (1, ["bad_json"] * 3)
+    assert len(rows) + len(bad) == 4
+
+
 def test_a_key_that_stands_twice_in_a_record_for_the_store(tmp_path: Path) -> None:
     good = record(id="good", note={"id": "elsewhere, once more"})
     line = json.dumps(record(seed=1)).replace('"response_ids"', '"response_ids": [1], "response_ids"')

@@ -99,5 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers=config.workers,
         max_quarantined=config.max_quarantined,
     )
-    select_or_pack = "select.py --out SELECTION" if config.top_k else "pack.py --out PACKS"
-    wrote(config.out, f"tools/{select_or_pack} --annotations {config.out}")
+    if config.top_k:
+        wrote(config.out, f"npd select --annotations {config.out} --out SELECTION")
+    else:
+        wrote(config.out, f"npd pack --annotations {config.out} --out PACKS")

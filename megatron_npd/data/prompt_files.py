@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megatron_npd.records import BadRecord
-from megatron_npd.user_files import open_parquet, parse_json, read_rows
+from megatron_npd.user_files import open_parquet, parse_json, plain_values, read_rows
 
 _BATCH = 1024  # records handed on together
 _BATCH_BYTES = 2**23  # of them, or one record; encoding them takes some 200 times as much
@@ -92,9 +92,20 @@ def _read_parquet(path: Path) -> Iterator[Source]:
                 size = _expanded_bytes(part) // max(part.num_rows, 1)
                 bad = BadRecord("row_too_large", f"{size} bytes, at most {_LONGEST} are read")
                 small = size <= _LONGEST
-                for value in part.to_pylist() if small else [None]:
+                for value in _values(part) if small else [bad]:
                     line += 1
-                    yield Source(line=line, byte_offset=None, size=size, value=value, bad=None if small else bad)
+                    if isinstance(value, BadRecord):
+                        yield Source(line=line, byte_offset=None, size=size, bad=value)
+                    else:
+                        yield Source(line=line, byte_offset=None, size=size, value=value)
+
+
+def _values(rows: pa.RecordBatch) -> Iterable[Any]:
+    """The rows as dictionaries; one by one, which takes longer, where not all of them are."""
+    try:
+        return rows.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError):
+        return plain_values(rows)
 
 
 def _expanded_bytes(values: pa.RecordBatch | pa.Array) -> int:

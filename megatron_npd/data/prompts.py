@@ -190,7 +190,10 @@ def _admit(source: Source, seen: Seen) -> _Prompt:
     """Check one record's types and its id against those ``seen``, which it joins."""
     if source.bad:
         raise source.bad
-    prompt = _parse(source)
+    try:
+        prompt = _parse(source)
+    except RecursionError as error:
+        raise BadRecord("bad_json", f"a record must have fewer levels of lists and objects: {error}") from error
     if first := seen.add(prompt.prompt_id, prompt.content_hash, source.line):
         same, line = first
         if not same:
@@ -357,6 +360,9 @@ def _tokenise(
                 good.append(prompt)
             except BadRecord as problem:
                 bad.append((prompt, problem))
+            except RecursionError as error:
+                detail = f"a record must have fewer levels of lists and objects: {error}"
+                bad.append((prompt, BadRecord("bad_json", detail)))
     yield from bad
     encoded = [side.prompt_ids(texts[number :: len(sides)], max_prompt_len) for number, side in enumerate(sides)]
     response_ids = iter(sides[0].encode([text for text in responses if text is not None], max_response_len))

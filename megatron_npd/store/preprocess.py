@@ -37,7 +37,7 @@ from megatron_npd.store.annotation_store import SHARD_KIND, STORE_KIND, StoreSha
 from megatron_npd.store.external import Sample, parse_sample
 from megatron_npd.store.repeats import find_repeated, sample_hashes
 from megatron_npd.store.teacher_records import count_in_top_k, warn_of_few_in_top_k
-from megatron_npd.user_files import open_parquet, parse_json, read_rows
+from megatron_npd.user_files import open_parquet, parse_json, plain_values, read_rows
 
 _LINE_BYTES = 2**30  # a longer line is no record: an answer for 32768 tokens with 10 alternatives has some 40 MB
 _PARQUET_ROWS = 16  # read at a time
@@ -333,19 +333,9 @@ def _read_rows(part: _Part) -> Iterator[tuple[int, Any]]:
         ]
         limits = {"most": _PARQUET_ROWS, "usual_bytes": _LINE_BYTES, "most_bytes": _GROWTH}
         batches = read_rows(part.source, file, row_groups=groups, **limits)
-        rows = (row for batch in batches for row in _rows(batch))
+        rows = (row for batch in batches for row in plain_values(batch, _plain))
         skipped = part.first - starts[groups[0]]
         yield from enumerate(islice(rows, skipped, skipped + part.count), start=part.first + 1)
-
-
-def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The rows of a batch, lists of numbers as arrays."""
-    columns = {
-        name: [_plain(value) for value in column]
-        for name, column in zip(batch.schema.names, batch.columns, strict=True)
-    }
-    for index in range(batch.num_rows):
-        yield {name: values[index] for name, values in columns.items()}
 
 
 def _plain(value: pa.Scalar) -> Any:

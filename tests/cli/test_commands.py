@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,16 @@ def test_the_list_of_commands(arguments: tuple[str, ...]) -> None:
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert tuple(listed) == COMMANDS
     assert all(len(line.split()) > 3 for line in done.stdout.splitlines() if line.startswith("  "))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_next_command_that_a_command_names_is_there(command: str) -> None:
+    """Each ``npd WORD --flag`` that a command ends with, and no script of an older name."""
+    source = (ROOT / "megatron_npd" / "cli" / f"{command}.py").read_text()
+    assert "tools/" not in source
+    for word, flags in re.findall(r'"npd (\w+)( --[^"]*)"', source):
+        help_text = npd(word, "--help").stdout
+        assert all(f"--{flag.replace('-', '_')} " in help_text for flag in re.findall(r"--([\w-]+)", flags)), flags
 
 
 @pytest.mark.parametrize("command", COMMANDS)
