@@ -15,6 +15,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.lifeline import end_with_starter, has_starter
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_DISK_ERRORS += (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)  # something in the way
 _DISK_ERRORS += (errno.ENOTSUP, errno.ENOSYS, errno.ENODEV, errno.ENOLCK, errno.ESTALE)  # what some file systems lack
 
 
@@ -65,7 +66,8 @@ def progress(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and exit: 0 when it finished, 2 after a user error, 130 after Ctrl-C.
 
-    A disk that is full, read-only, broken or closed to us is a user error too; other exceptions keep their traceback
+    A disk that is full, read-only, broken or closed to us, or has something else in the place of a file or directory
+    that we write, is a user error too; other exceptions keep their traceback
     (exit code 1). A command that another of our processes started ends with it.
     """
     end_with_starter()

@@ -126,7 +126,7 @@ def plain_values(rows: pa.RecordBatch, plain: Callable[[Any], Any] = methodcalle
         plain: Gives a value without Arrow.
     """
     for index in range(rows.num_rows):
-        row: dict[str, Any] = {}
+        row, name = dict[str, Any](), ""
         try:
             for name, column in zip(rows.schema.names, rows.columns, strict=True):
                 row[name] = plain(column[index])

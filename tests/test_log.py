@@ -26,6 +26,8 @@ def failing(error: BaseException):
     [
         (UserError("k must be 1, got 2; give 1"), 2, "error: k must be 1, got 2; give 1\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 2, "No space left on device' for /data/x; mend"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/data/x"), 2, "got 'Is a directory' for /data/x; mend"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/data/x"), 2, "got 'Not a directory' for /data/x; mend"),
         (OSError(errno.EFBIG, "File too large"), 2, "got 'File too large'; mend"),
         (PermissionError(errno.EACCES, "Permission denied", "/data"), 2, "Permission denied"),
         (OSError(errno.ENOTSUP, "Operation not supported", "/data"), 2, "for /data; mend that, or use another file s"),
@@ -63,9 +65,10 @@ def test_a_command_says_what_it_wrote_and_to_a_user_what_comes_next(
 
 @pytest.mark.parametrize("tool", sorted(ROOT.glob("megatron_npd/cli/[a-z]*.py")), ids=lambda path: path.name)
 def test_every_command_that_writes_says_so(tool: Path) -> None:
-    """serve.py prints its URLs, verify.py its table, run.py where policy and report are."""
+    """serve.py prints its URLs, verify.py and status.py their tables, run.py where policy and report are."""
     source = tool.read_text()
     ends = {"serve.py": "print(urls", "verify.py": "print(result.table())", "run.py": "results(cfg)"}
+    ends["status.py"] = "print(status("
     assert ends.get(tool.name, "wrote(") in source
 
 

@@ -23,6 +23,7 @@ ZONE_COLOURS = {"degenerate": ORANGE, "proximal": GREEN, "disconnect": RED, "und
 INK, MUTED, LINE = "#1b2431", "#5b6675", "#dfe4ea"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # names with a dollar are names
     "font.size": 9.5,
     "font.family": "DejaVu Sans",
     "text.color": INK,

@@ -34,7 +34,7 @@ _ESSENTIAL = (
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """The trainer's line of each step."""
-    return _json_lines(run.metrics)
+    return _json_lines(run.metrics, "round", "iteration")
 
 
 def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
         and ``written``.
     """
     config = read_json(run.config, {})
-    timed = _json_lines(run.seconds)
+    timed = _json_lines(run.seconds, "stage", "round", "seconds")
     seconds: dict[str, float] = {}
     for record in timed:
         seconds[record["stage"]] = round(seconds.get(record["stage"], 0.0) + record["seconds"], 3)
@@ -120,17 +120,23 @@ def headline(summary: Mapping[str, Any]) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, none where it is missing; a last line cut short by a kill is left out."""
+def _json_lines(path: Path, *names: str) -> list[dict[str, Any]]:
+    """The records of a JSONL file, which have these fields; a last line cut short by a kill is left out.
+
+    None where the file is missing.
+    """
     if not path.is_file():
         return []
     records = []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if not isinstance(record, dict) or not all(name in record for name in names):
+                raise ValueError(f"no object with {', '.join(names)}")
+            records.append(record)
         except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise UserError(f"{path}:{number} must hold JSON, got {error}; remove the line") from error
     return records

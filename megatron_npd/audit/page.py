@@ -179,10 +179,14 @@ def _percent(share: float | None) -> str:
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of HTML cells, whose columns without any are left out; a list of cards where it is narrow."""
+    """A table of HTML cells below names, which are text; a list of cards where it is narrow.
+
+    Columns without any cell are left out.
+    """
     filled = [column for column in range(len(header)) if any(row[column] for row in rows)]
-    head = "".join(f"<th>{header[column]}</th>" for column in filled)
-    lines = ("".join(f'<td data-label="{header[column]}">{row[column]}</td>' for column in filled) for row in rows)
+    names = {column: escape(header[column]) for column in filled}
+    head = "".join(f"<th>{name}</th>" for name in names.values())
+    lines = ("".join(f'<td data-label="{name}">{row[column]}</td>' for column, name in names.items()) for row in rows)
     return f'<table class="rows"><tr>{head}</tr>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 

@@ -45,7 +45,8 @@ def write_report(run_dir: str | Path) -> str:
         figure.savefig(buffer, format="png", facecolor="white")
         write_atomic(report / f"{name}.png", buffer.getvalue())
     write_atomic(report / "summary.json", json.dumps(summary, indent=1) + "\n")
-    write_atomic(report / "report.html", page(run, summary, {name: figures.svg(f, name) for name, f in drawn.items()}))
+    html = page(run, summary, {name: figures.svg(f, name) for name, f in drawn.items()})
+    write_atomic(report / "report.html", html.encode(errors="replace"))  # a path may be no UTF-8
     return text_table(summary)
 
 

@@ -29,15 +29,18 @@ _STARTED = datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def read_json(path: Path, missing: Any) -> Any:
-    """What a file of a report directory holds; ``missing`` where there is none.
+    """What a file of a report directory holds; ``missing``, which is of its type, where there is none.
 
     Raises:
-        UserError: It is not JSON.
+        UserError: It is not JSON, or of another type.
     """
     if not path.is_file():
         return missing
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if missing is not None and not isinstance(value, type(missing)):
+            raise ValueError(f"{type(value).__name__} in place of {type(missing).__name__}")
+        return value
     except ValueError as error:
         raise UserError(f"{path} must hold JSON, got {error}; remove it and run the stage again") from error
 

@@ -373,8 +373,34 @@ def test_the_environment_is_that_of_this_process(run: Path, monkeypatch: pytest.
     assert "No commit: the program does not run from a clone" in summary_of(run)["missing"][-1]
 
 
+@pytest.mark.parametrize("content", [b"{not json\n", b"\xff\n", b"3\n", b"null\n", b"[]{}\n"])
 @pytest.mark.parametrize("name", ["accuracy.json", "metrics.jsonl", "seconds.jsonl", "environment.json"])
-def test_a_file_that_is_not_json_is_named(run: Path, name: str) -> None:
-    (run / "report" / name).write_text("{not json\n")
-    with pytest.raises(UserError, match=name):
+def test_a_file_that_is_not_json_or_of_another_form_is_named(run: Path, name: str, content: bytes) -> None:
+    (run / "report" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.* must hold JSON, got "):
         write_report(run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "seconds.jsonl"])
+def test_a_line_without_its_fields_is_named(run: Path, name: str) -> None:
+    with open(run / "report" / name, "a") as stream:
+        stream.write("{}\n")
+    with pytest.raises(UserError, match=rf"{name}:\d+ must hold JSON, got no object with .*round"):
+        write_report(run)
+
+
+def test_names_of_others_are_text(run: Path) -> None:
+    """Of parts, stages, machine, versions, models and directories; a dollar begins no formula."""
+    name = "<script>alert(1)</script>\"'$x_{$"
+    root = run / "<i>run\udcff$"
+    root.mkdir()
+    for part in ("report", "policies", "rounds"):
+        (run / part).rename(root / part)
+    write_lines(root / "report" / "metrics.jsonl", [line | {name: 0.5} for line in metrics()])
+    write_lines(root / "report" / "seconds.jsonl", [{"stage": name, "round": 0, "seconds": 3.0}])
+    odd = {"machine": name, "commit": name, "devices": [name], "versions": {name: name}}
+    (root / "report" / "environment.json").write_text(json.dumps([ENVIRONMENT | odd]))
+    (root / "config.json").write_text(json.dumps({"teacher": name, "eval": {"prompts": name}}))
+    write_report(root)
+    html = (root / "report" / "report.html").read_text()
+    assert "<script" not in html and "<i>" not in html and html.count("&lt;script&gt;") > 6
