@@ -58,8 +58,8 @@ def generate_round(
     Responses are kept in their shard's journal as they arrive; a second call asks only for the missing ones.
     Quarantined, by reason, in a shard's ``quarantine.jsonl``: ``prompt_too_long`` (over max_model_len - 1),
     ``empty_prompt``, ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``,
-    ``undefined_logprob``, ``token_outside_vocabulary`` and ``request_failed``; a later call asks for the last five
-    again where their shard is not sealed yet. ``duplicate`` are responses that another one stands for
+    ``undefined_logprob``, ``token_outside_vocabulary``, ``request_failed`` and ``server_lost``; a later call asks for
+    the last six again where their shard is not sealed yet. ``duplicate`` are responses that another one stands for
     (``merge_identical``).
 
     Args:

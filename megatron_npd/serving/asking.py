@@ -24,7 +24,7 @@ CONTROL_TIMEOUT = 60.0  # seconds, of requests that generate at most one token
 _RETRY_DELAYS = (0.2, 1.0)  # seconds, after a connection broke, or an answer that another try may better
 _LONGEST_DELAY = 30.0  # seconds, of what a server may ask for in Retry-After
 _LOOK_SECONDS = 5.0  # between two looks for a lost server
-_MOST_LOST = 3  # servers that a request may see lost
+_MOST_LOST = 3  # servers that a request may see lost, the last one while it is alone there
 _REFUSALS = frozenset(range(400, 500)) - {408, 425, 429}  # what another try would not change
 
 
@@ -42,18 +42,21 @@ class Asking(Generic[Asked, Read]):
         self.vocab_size = pool.vocab_size()
         self.again: deque[Asked] = deque()  # had an undefined answer once; what has two is the model's
         self.returned: deque[tuple[Asked, int]] = deque()  # in flight on a server that was lost, and how often
+        self.suspects: deque[tuple[Asked, int]] = deque()  # so often that each is asked alone, at the end
 
     def run(self, requests: Iterable[Asked]) -> None:
         """Ask until every request has its result."""
-        waiting = iter(requests)
+        waiting, concurrency = iter(requests), self.pool.cfg.concurrency
         while True:
-            undefined = asyncio.run(self._work(waiting))
-            for url in {url for url, _ in undefined}:
+            undefined = asyncio.run(self._work(waiting, concurrency))
+            for url in {url for url, _ in undefined} & {*self.pool.urls}:
                 get_logger().warning("%s gave an undefined log-probability: its cache is cleared", url)
                 self._clear(url)
             self.again.extend(request for _, request in undefined)
             if not self.again and not self.returned:
-                return
+                if not self.suspects:
+                    return
+                self.returned, self.suspects, concurrency = self.suspects, deque(), 1
 
     def _clear(self, url: str) -> None:
         try:
@@ -62,7 +65,7 @@ class Asking(Generic[Asked, Read]):
         except ServerLost as error:
             self.pool.lose(url, error)
 
-    async def _work(self, requests: Iterator[Asked]) -> list[tuple[str, Asked]]:
+    async def _work(self, requests: Iterator[Asked], concurrency: int) -> list[tuple[str, Asked]]:
         """Ask until there is no request or no healthy server left; sick servers and what to ask again.
 
         Raises:
@@ -101,7 +104,7 @@ class Asking(Generic[Asked, Read]):
             """A server's workers, and again once it was lost and is found."""
             while url not in self.pool.lost or await self._found(url, busy):
                 busy.add(url)
-                workers = [asyncio.create_task(worker(url)) for _ in range(self.pool.cfg.concurrency)]
+                workers = [asyncio.create_task(worker(url)) for _ in range(concurrency)]
                 try:
                     await asyncio.gather(*workers)
                     return
@@ -111,7 +114,10 @@ class Asking(Generic[Asked, Read]):
                     busy.discard(url)
                     for task in workers:
                         task.cancel()
-                    await asyncio.gather(*workers, return_exceptions=True)
+                    ended = await asyncio.gather(*workers, return_exceptions=True)
+                for error in ended:
+                    if isinstance(error, Exception) and not isinstance(error, ServerLost):
+                        raise error  # of on_result, while they were cancelled
 
         timeout = httpx.Timeout(self.pool.cfg.request_timeout, connect=CONTROL_TIMEOUT)
         crews = [asyncio.create_task(crew(url)) for url in [*self.pool.urls, *self.pool.lost]]
@@ -128,7 +134,7 @@ class Asking(Generic[Asked, Read]):
     async def _found(self, url: str, busy: set[str]) -> bool:
         """Look for a lost server until it is there again, or there is nothing for it to do, or no hope."""
         alone = time.monotonic()  # since when no server is left
-        while not await asyncio.to_thread(self.pool.find, url):
+        while not await self._find(url):
             if self.pool.urls:
                 alone = time.monotonic()
                 if not busy:
@@ -138,10 +144,19 @@ class Asking(Generic[Asked, Read]):
             await asyncio.sleep(_LOOK_SECONDS if self.pool.urls else min(_LOOK_SECONDS, self.pool.cfg.server_patience))
         return True
 
+    async def _find(self, url: str) -> bool:
+        """``ServerPool.find`` in a thread; nobody waits for a server that starts when the round ends."""
+        try:
+            return await asyncio.to_thread(self.pool.find, url)
+        except asyncio.CancelledError:
+            if url in self.pool.servers and url in self.pool.lost:
+                self.pool.servers[url].stop()
+            raise
+
     def _give_back(self, request: Asked, lost: int) -> None:
         """Have what was in flight on a lost server answered by another, unless it may be what brings them down."""
         if lost < _MOST_LOST:
-            self.returned.append((request, lost))
+            (self.suspects if lost == _MOST_LOST - 1 else self.returned).append((request, lost))
         else:
             self.on_result(request, Failure(reason="server_lost", detail=f"in flight on {lost} servers that were lost"))
 

@@ -236,7 +236,8 @@ class ServerPool:
     def lose(self, url: str, error: UserError) -> None:
         """Ask a server for nothing more until it is found again."""
         get_logger().warning("%s", error)
-        self.urls.remove(url)
+        if url in self.urls:
+            self.urls.remove(url)
         self.lost[url] = error
 
     def find(self, url: str) -> bool:
@@ -262,7 +263,8 @@ class ServerPool:
             if server is not None:  # the other's first trouble says more
                 self.lost[url] = error
             return False
-        if self.served and marks != self.served:
+        self.served = self.served or marks
+        if marks != self.served:
             what = f"the server {url} must serve {self.served}, got {marks}; load that policy on it"
             self.lost[url] = UserError(what)
             return False

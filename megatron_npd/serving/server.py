@@ -240,7 +240,8 @@ class VLLMServer:
         start_servers([self], version=self.version)
 
     def failure(self, what: str) -> ServerLost:
-        """The error for a server in trouble: ``what``, the log file and its last lines."""
+        """The error for a server in trouble: ``what``, the log file, which stays, and its last lines."""
+        self._private_logs = False
         return ServerLost(f"the vLLM server {self.url} {what}; its log {self.log_path} ends:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 12) -> str:

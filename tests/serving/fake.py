@@ -19,6 +19,8 @@ import pyarrow.parquet as pq
 
 from megatron_npd.manifest import seal, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE
+from megatron_npd.serving.server import ServerLost, VLLMServer, tag
+from megatron_npd.weights import read_weights
 
 EOS = 2
 CONTENT = "0123456789abcdef"  # hash of the weights that a new server holds
@@ -99,6 +101,30 @@ class FakeServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Broken pipes are part of the tests."""
+
+
+class Launched(VLLMServer):
+    """A stand-in that counts as launched by this process.
+
+    Attributes:
+        starts: How often it was started again, which takes ``seconds`` unless it is stopped meanwhile.
+    """
+
+    def __init__(self, fake: FakeServer, seconds: float = 0.0) -> None:
+        self.fake, self.url, self.seconds, self.starts = fake, fake.url, seconds, 0
+        self.stopped = threading.Event()
+
+    def failure(self, what: str) -> ServerLost:
+        return ServerLost(f"the stand-in {self.url} {what}")
+
+    def restart(self) -> None:
+        self.starts += 1
+        if self.stopped.wait(self.seconds):
+            raise self.failure("must start, got a stop")
+        self.fake.dead, self.fake.version = False, tag(self.version, read_weights(self.model_dir).content_hash())
+
+    def stop(self) -> None:
+        self.stopped.set()
 
 
 class _Handler(BaseHTTPRequestHandler):

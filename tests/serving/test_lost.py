@@ -20,7 +20,7 @@ from megatron_npd.serving.protocol import Failure, Request, Response
 from megatron_npd.serving.refresh import refresh
 from megatron_npd.serving.server import tag
 from megatron_npd.weights import read_weights
-from tests.serving.fake import CONTENT, EOS, FakeServer, Trouble, die_after
+from tests.serving.fake import CONTENT, EOS, FakeServer, Launched, Trouble, die_after
 from tests.serving.test_refresh import serve
 
 CFG = RolloutConfig(max_model_len=64, max_tokens=20, concurrency=4, request_timeout=60.0, server_patience=0.0)
@@ -101,13 +101,13 @@ def hold(until: Callable[[], bool]) -> Trouble:
     return trouble
 
 
-def come_back(server: FakeServer, pool: ServerPool, version: str = "") -> None:
+def come_back(server: FakeServer, pool: ServerPool, version: str = "", trouble: Trouble = lambda _: None) -> None:
     """Let it answer again once the pool has lost it."""
 
     def later() -> None:
         while server.url not in pool.lost:
             time.sleep(0.01)
-        server.trouble, server.version = lambda _: None, version or server.version
+        server.trouble, server.version = trouble, version or server.version
         server.dead = False
 
     threading.Thread(target=later, daemon=True).start()
@@ -165,3 +165,81 @@ def test_what_brings_servers_down_fails_alone() -> None:
     failed = {key: result for key, result in results.items() if isinstance(result, Failure)}
     assert len(results) == len(REQUESTS) and failed.keys() == {20}
     assert failed[20] == Failure(reason="server_lost", detail="in flight on 3 servers that were lost")
+
+
+def test_the_innocent_that_were_in_flight_with_it_are_asked_alone(expected: Results) -> None:
+    """One server, which comes back each time: the same requests would be in flight together until all are lost."""
+    deaths = 0
+    with FakeServer() as server:
+        pool = ServerPool([server.url], dataclasses.replace(CFG, server_patience=30.0))
+
+        def deadly(body: dict[str, Any]) -> None:
+            nonlocal deaths
+            if body["token_ids"] != REQUESTS[1].token_ids:
+                time.sleep(0.02)  # in flight with it
+            elif not server.dead:
+                deaths, server.dead = deaths + 1, True
+                come_back(server, pool, trouble=deadly)
+
+        server.trouble = deadly
+        results = ask(pool)
+    assert results.keys() == expected.keys() and deaths > 2
+    assert {key for key, result in results.items() if result != expected[key]} == {1}
+    assert results[1] == Failure(reason="server_lost", detail="in flight on 3 servers that were lost")
+
+
+def test_a_server_with_nan_that_dies_as_well_is_lost(expected: Results) -> None:
+    with FakeServer() as first, FakeServer() as second:
+
+        def trouble(body: dict[str, Any]) -> Any:
+            if body["token_ids"] == REQUESTS[0].token_ids:
+                return {"token_ids": [3], "finish_reason": "length", "logprobs": {"content": [{"logprob": None}]}}
+            if body["sampling_params"]["max_tokens"] > 1 and first.answered:
+                time.sleep(0.1)
+                first.dead = True
+                first.socket.close()
+            return None
+
+        pool = ServerPool([first.url, second.url], CFG)
+        pool.check()
+        first.trouble, second.trouble = trouble, hold(lambda: first.answered > 0)
+        assert ask(pool) == expected
+        assert list(pool.lost) == [first.url]
+
+
+def test_an_error_of_the_caller_is_not_lost_with_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_MOST_LOST", 1)
+    with FakeServer() as first, FakeServer() as second:
+        pool = ServerPool([first.url, second.url], dataclasses.replace(CFG, concurrency=2))
+
+        def trouble(body: dict[str, Any]) -> None:
+            first.dead = first.dead or body["token_ids"] == REQUESTS[1].token_ids
+            while body["token_ids"] == REQUESTS[0].token_ids and first.url not in pool.lost:
+                time.sleep(0.01)
+
+        def on_result(request: Request, result: Response | Failure) -> None:
+            if request.key == 0:
+                raise UserError("every problem must be answered")
+
+        first.trouble = trouble
+        with pytest.raises(UserError, match="every problem must be answered"):
+            pool.run(REQUESTS, on_result)
+
+
+def test_nobody_waits_for_a_server_that_starts_when_the_round_ends() -> None:
+    """Neither after an error nor after Ctrl-C, which cancel alike; a start takes minutes."""
+    with FakeServer() as first, FakeServer() as second:
+        starting = Launched(first, seconds=60.0)
+        pool = ServerPool([first.url, second.url], CFG, [starting, Launched(second)])
+        first.trouble = die_after(first, 0)
+
+        def on_result(request: Request, result: Response | Failure) -> None:
+            if starting.starts:
+                raise UserError("enough")
+            time.sleep(0.05)
+
+        start = time.monotonic()
+        with pytest.raises(UserError, match="enough"):
+            pool.run(REQUESTS, on_result)
+        assert starting.starts == 1 and time.monotonic() - start < 30.0
+        assert pool.urls == [second.url]

@@ -135,6 +135,19 @@ def test_logs_of_no_directory_lie_in_a_private_one(tiny_model_dir: Path) -> None
         assert not server.log_path.parent.exists()
 
 
+def test_the_log_that_an_error_names_stays(tiny_model_dir: Path) -> None:
+    """Of a server that hangs, too, which is alive when it is stopped."""
+    server = VLLMServer(tiny_model_dir, RolloutConfig())
+    server.process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    server._started, server._ready = time.monotonic(), True
+    try:
+        said = str(server.failure("must generate"))
+    finally:
+        server.stop()
+    assert server.log_path.exists() and str(server.log_path) in said
+    shutil.rmtree(server.log_path.parent)
+
+
 def test_undefined_weights_are_refused_at_the_start(tiny_model_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
