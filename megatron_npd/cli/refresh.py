@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         megatron_to_hf(command.checkpoint, command.hf_model, command.policy)
     cfg = RolloutConfig(token_file=command.token_file, request_timeout=command.request_timeout)
-    refresh(ServerPool(command.urls, cfg), command.policy, command.version)
+    pool = ServerPool(command.urls, cfg)
+    refresh(pool, command.policy, command.version)
+    if pool.lost:
+        why = "; ".join(map(str, pool.lost.values()))
+        raise UserError(f"all servers must take {command.policy}, got {len(pool.urls)} of {len(command.urls)}; {why}")
     urls = ",".join(command.urls)
     door = f" --token-file {command.token_file}" if command.token_file else ""
     wrote(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> None:
     The directory is checked before anything is loaded: hashes where it is sealed, whole files, finite numbers, and the
     names, shapes and types of the tensors and the configuration that each server was started with. Answers that are
     being generated are finished with the old weights; none of the servers goes on before all have loaded the new ones.
-    Every worker hashes what it loads; the tag names that hash. A server that is lost meanwhile is brought back later,
-    with the new policy.
+    Every worker hashes what it loads; the tag names that hash. A server that is lost meanwhile is brought back, at
+    once or later, with the new policy.
 
     Args:
         pool: The servers.
@@ -34,7 +33,7 @@ def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> None:
 
     Raises:
         UserError: The directory is bad, or a server cannot load it: all serve what they did before. One that cannot
-            load that back is tagged as unusable, and lost to the pool.
+            load that back is tagged as unusable, and lost to the pool. Or no server is left.
     """
     directory = Path(policy_dir).resolve()
     if not version or version == UNUSABLE:
@@ -53,20 +52,18 @@ def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> None:
 
     if refused := _on_all(pool, pool.urls, look):
         raise refused[0]
-    pool.served = pool.served or pool.tag(pool.urls[0])
 
-    paused: list[str] = []
+    urls, loading = list(pool.urls), False
     errors: list[UserError] = []
-    loading = loaded = False
     try:
-        errors += _on_all(pool, pool.urls, partial(_pause, pool, paused))
+        errors += _on_all(pool, urls, lambda url: _pause(pool, url))
         if loading := not errors:
-            errors += _on_all(pool, paused, lambda url: policy.load_on(pool, url))
-            loaded = not errors
-    finally:  # however it ends: none may go on with the weights of one policy under the name of another
-        for url in paused if loading and not loaded else []:
-            errors += _load_back(pool, url, old[url])
-        errors += _on_all(pool, [url for url in paused if url in pool.urls], lambda url: pool.control(url, "/resume"))
+            errors += _on_all(pool, pool.urls, lambda url: policy.load_on(pool, url))
+            loading = bool(errors)
+    finally:  # however it ends: all hold the old policy, or all the new one; none stays paused, nor a lost one
+        if loading:
+            errors += _on_all(pool, pool.urls, lambda url: _load_back(pool, url, old[url]))
+        errors += _on_all(pool, urls, lambda url: pool.control(url, "/resume"))
     if errors:
         raise UserError("; ".join(map(str, errors))) from errors[0]
     for server in pool.servers.values():
@@ -92,11 +89,12 @@ class _Policy:
         return cls(Path(directory), version, content) if directory and version else None
 
     def load_on(self, pool: ServerPool, url: str) -> None:
-        """Load into a paused server, and tag its answers.
+        """Load into a paused server, and tag its answers, until then as unusable: whatever happens, none lies.
 
         Raises:
             UserError: It refuses, or loaded other weights.
         """
+        pool.control(url, "/update_weight_version", body={"new_version": UNUSABLE})
         patience = max(600.0, pool.cfg.request_timeout)
         loaded = pool.call_worker(url, "npd_load", str(self.directory), timeout=patience).get("weights")
         if loaded != self.content:
@@ -110,6 +108,8 @@ class _Policy:
 
 def _on_all(pool: ServerPool, urls: list[str], step: Callable[[str], Any]) -> list[UserError]:
     """Take a step on servers at the same time; the errors of those that refuse it. Lost ones leave the pool."""
+    if not urls:
+        return []
 
     def attempt(url: str) -> UserError | None:
         try:
@@ -118,41 +118,32 @@ def _on_all(pool: ServerPool, urls: list[str], step: Callable[[str], Any]) -> li
             return error
         return None
 
-    if not urls:
-        return []
+    urls = list(urls)  # steps change the pool's
     with ThreadPoolExecutor(len(urls)) as threads:
-        results = dict(zip(list(urls), list(threads.map(attempt, urls)), strict=True))
-    for url, error in results.items():
-        if isinstance(error, ServerLost):
+        errors = list(zip(urls, threads.map(attempt, urls), strict=True))
+    for url, error in errors:
+        if isinstance(error, ServerLost) and url in pool.urls:
             pool.lose(url, error)
-    errors = [error for error in results.values() if error is not None]
-    return errors if len(errors) == len(results) else [error for error in errors if not isinstance(error, ServerLost)]
+    return [error for _, error in errors if error is not None and not isinstance(error, ServerLost)]
 
 
-def _pause(pool: ServerPool, paused: list[str], url: str) -> None:
+def _pause(pool: ServerPool, url: str) -> None:
     pool.control(url, "/pause", params={"mode": "wait"}, timeout=max(600.0, pool.cfg.request_timeout))
-    paused.append(url)
 
 
-def _load_back(pool: ServerPool, url: str, old: _Policy | None) -> list[UserError]:
-    """Load what a paused server served before; where that fails it is tagged as unusable, and lost."""
-    if url not in pool.urls:
-        return []
+def _load_back(pool: ServerPool, url: str, old: _Policy | None) -> None:
+    """Load what a paused server served before; where it refuses that, it is left tagged as unusable, and lost."""
     try:
         if old is None:
             raise UserError(f"the server {url} must say what it served before, got nothing")
         old.load_on(pool, url)
+    except ServerLost:
+        raise
     except UserError as error:
-        words = f"{url} may hold mixed weights ({error})"
-        try:
-            pool.control(url, "/update_weight_version", body={"new_version": UNUSABLE})
-            pool.control(url, "/resume")
-            words += f" and is tagged {UNUSABLE!r}; refresh it with a good policy or restart it"
-        except UserError:
-            words += " and cannot be told so; restart it"
-        pool.lose(url, UserError(words))
-        return [UserError(words)]
-    return []
+        words = f"{url} may hold mixed weights ({error}) and is tagged {UNUSABLE!r}"
+        lost = UserError(f"{words}; refresh it with a good policy or restart it")
+        pool.lose(url, lost)
+        raise lost from error
 
 
 def _reload(pool: ServerPool, url: str, policy: _Policy) -> None:
@@ -160,13 +151,11 @@ def _reload(pool: ServerPool, url: str, policy: _Policy) -> None:
     _check_same_model(
         policy.directory, read_weights(policy.directory).describe(), pool.call_worker(url, "npd_describe"), url
     )
-    paused: list[str] = []
     try:
-        _pause(pool, paused, url)
+        _pause(pool, url)
         policy.load_on(pool, url)
     finally:
-        if paused:
-            pool.control(url, "/resume")
+        pool.control(url, "/resume")
 
 
 def _check_same_model(directory: Path, policy: dict[str, Any], served: dict[str, Any], url: str) -> None:

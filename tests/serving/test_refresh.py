@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
+from megatron_npd.cli.refresh import main
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.serving.pool import UNUSABLE, ServerPool
 from megatron_npd.serving.refresh import refresh
-from megatron_npd.serving.server import tag
+from megatron_npd.serving.server import ServerLost, tag
 from megatron_npd.weights import read_weights
 from tests.helpers import make_tiny_model
-from tests.serving.fake import CONTENT, FakeServer
+from tests.serving.fake import CONTENT, FakeServer, Launched
 
 CFG = RolloutConfig(max_model_len=64)
 
@@ -41,6 +42,7 @@ def test_order_of_calls(tiny_model_dir: Path) -> None:
             "npd_describe",
             "npd_describe",
             "/pause?mode=wait",
+            "/update_weight_version",  # as unusable
             "npd_load",
             "/reset_prefix_cache",
             "/update_weight_version",
@@ -110,6 +112,66 @@ def test_a_server_that_dies_in_a_refresh_does_not_stop_the_others(tiny_model_dir
             refresh(pool, other_dir, "v0001")
         assert good.version == tag("v0001", read_weights(other_dir).content_hash())
         assert pool.urls == [good.url] and list(pool.lost) == [dying.url]
+
+
+def break_off() -> dict[str, Any]:
+    raise ConnectionError
+
+
+def test_the_only_server_is_started_again_with_the_new_policy(tiny_model_dir: Path, other_dir: Path) -> None:
+    with serve(tiny_model_dir) as fake:
+        server = Launched(fake)
+        pool = ServerPool([fake.url], CFG, [server])
+        fail_once(fake, other_dir, break_off)
+        refresh(pool, other_dir, "v0001")
+        assert pool.urls == [fake.url] and not pool.lost
+        assert fake.version == pool.served == tag("v0001", read_weights(other_dir).content_hash())
+
+
+def test_no_server_lies_while_it_loads(tiny_model_dir: Path, other_dir: Path) -> None:
+    """What ends there, ours or the server's process, leaves no new weights under the name of the old ones."""
+    with serve(tiny_model_dir) as server:
+        loads, seen = server.loads, []
+        server.loads = lambda directory: seen.append(server.version) or loads(directory)
+        refresh(ServerPool([server.url], CFG), other_dir, "v0001")
+        assert seen == [UNUSABLE]
+
+
+def test_a_server_found_again_that_cannot_take_the_weights_does_not_lie(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as first, serve(tiny_model_dir) as second:
+        pool = ServerPool([first.url, second.url], CFG)
+        refresh(pool, tiny_model_dir, "v0001")
+        pool.lose(second.url, ServerLost("as the test wants it"))
+        second.version, second.load_status = f"v0000-{CONTENT}", 500
+        assert not pool.find(second.url)
+        assert second.version == UNUSABLE and second.called[-1] == "/resume"
+
+
+def test_a_server_that_is_late_to_pause_does_not_stay_so(
+    tiny_model_dir: Path, other_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(tiny_model_dir) as good, serve(tiny_model_dir) as late:
+        pool = ServerPool([good.url, late.url], CFG)
+        control = pool.control
+
+        def answer(url: str, path: str, **arguments: Any) -> Any:
+            result = control(url, path, **arguments)
+            if (url, path) == (late.url, "/pause") and not pool.lost:
+                raise ServerLost("late")
+            return result
+
+        monkeypatch.setattr(pool, "control", answer)
+        good.load_status = 500
+        with pytest.raises(UserError, match="got 500"):
+            refresh(pool, other_dir, "v0001")
+        assert late.url in pool.lost and late.called[-1] == "/resume"
+
+
+def test_the_command_tells_of_servers_that_took_nothing(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as server:
+        urls = f"{server.url},http://127.0.0.1:1"
+        with pytest.raises(UserError, match=r"(?s)all servers must take .*, got 1 of 2; .*127\.0\.0\.1:1 must answer"):
+            main(["--urls", urls, "--policy", str(tiny_model_dir), "--version", "v0001"])
 
 
 def test_a_prefix_cache_that_stays_is_a_failure(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
