@@ -47,6 +47,8 @@ class ShowCommand:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the sample, or write the file."""
     cfg = parse_config(ShowCommand, argv)
+    if not Path(cfg.run).is_dir():  # before anything heavy is imported
+        raise UserError(f"--run must be the directory of a run, got no directory at {cfg.run!r}; check the path")
     get_platform(cfg.platform)
     if cfg.export:
         from megatron_npd.store.export import export_store, find_annotations

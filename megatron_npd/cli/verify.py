@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from megatron_npd.choices import PlatformName
 from megatron_npd.config.command_line import parse_config
+from megatron_npd.errors import UserError
 from megatron_npd.platform import get_platform
 
 
@@ -30,6 +32,8 @@ class VerifyCommand:
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify, and print the table."""
     cfg = parse_config(VerifyCommand, argv)
+    if not Path(cfg.run).is_dir():  # before anything heavy is imported
+        raise UserError(f"--run must be the directory of a run, got no directory at {cfg.run!r}; check the path")
     get_platform(cfg.platform)
     from megatron_npd.audit.verify import verify_run  # after the platform is chosen
 

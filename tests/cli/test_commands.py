@@ -60,6 +60,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (("rollouts",), "the first word must be a command, got rollouts; did you mean npd rollout? ("),
         (("xyzzy",), "the first word must be a command, got xyzzy (npd --help lists all)"),
         (("--version1",), "the first word must be a command, got --version1"),
+        (("verify", "/nowhere"), "--run must be the directory of a run, got no directory at '/nowhere'; "),
+        (("show", "/nowhere", "--sample=a"), "--run must be the directory of a run, got no directory at '/nowhere'; "),
         (("select", "--tau_off", "a"), "unknown option --tau_off; did you mean --tau_of? (npd select --help"),
     ],
 )
