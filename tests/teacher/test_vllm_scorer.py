@@ -72,11 +72,14 @@ def test_servers_leave_the_records_of_megatron_core(
         "token-file": token_file,
         "platform": "cpu",
     }
-    arguments = [f"--{name}={value}" for name, value in flags.items()]
+
+    def arguments(**changed: str) -> list[str]:
+        return [f"--{name}={value}" for name, value in (flags | changed).items()]
+
     monkeypatch.delitem(FAMILIES, "Qwen2ForCausalLM")
     with pytest.raises(UserError, match="must be one of LlamaForCausalLM"):
-        command([*arguments, "--backend=megatron", "--urls=[]"])
-    command(arguments)
+        command(arguments(backend="megatron", urls="[]"))
+    command(arguments())
 
     core, served = AnnotationStore(tmp_path / "core"), AnnotationStore(tmp_path / "served")
     assert read_manifest(tmp_path / "served").counts == read_manifest(tmp_path / "core").counts
