@@ -16,7 +16,7 @@ from megatron_npd.config.run import EvalConfig
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import wrote
-from megatron_npd.manifest import is_sealed
+from megatron_npd.manifest import is_sealed, read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not is_sealed(prompts):
             prompts = Path(scratch) / "prompts"
             prepare_prompts(cfg.prompts, prompts, model=model, max_prompt_len=cfg.max_model_len - 1)
+        read_manifest(prompts, kind="prompts")  # refused before a server is started
         log_dir = cfg.log_dir or (Path(cfg.out).parent / "logs" if cfg.out else None)
         with ServerPool.open(cfg.model, cfg, version="evaluated", log_dir=log_dir) as pool:
             result = exact_match(

@@ -44,6 +44,7 @@ class RolloutCommand(RolloutConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the configuration and generate."""
     cfg = parse_config(RolloutCommand, argv)
+    from megatron_npd.manifest import read_manifest
     from megatron_npd.rollout.generate import finished_round, generate_round
     from megatron_npd.serving.pool import ServerPool
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if finished_round(cfg.prompts, cfg.out, **this_round) is not None:
         get_logger().info("%s is finished already", cfg.out)  # without starting a server
         return
+    read_manifest(cfg.prompts, kind="prompts")  # refused before a server is started
     log_dir = cfg.log_dir or Path(cfg.out).parent / "logs"
     with ServerPool.open(cfg.model, cfg, version=cfg.policy_version, log_dir=log_dir) as pool:
         generate_round(cfg.prompts, cfg.out, pool=pool, **this_round)

@@ -49,6 +49,21 @@ def test_rollout_needs_a_model_or_urls(tmp_path: Path, flags: list[str]) -> None
     assert result.returncode == 2 and "--model or from running servers (--urls)" in result.stderr
 
 
+@pytest.mark.parametrize("command", [("rollout", "--out", "out"), ("evaluate",)])
+@pytest.mark.parametrize("manifest", ["{", "[]", '{"kind": "packs"}'])
+def test_damaged_prompts_are_refused_before_a_server_is_started(
+    tiny_model_dir: Path, tmp_path: Path, command: tuple[str, ...], manifest: str
+) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "manifest.json").write_text(manifest)
+    tool, *flags = command
+    flags = [str(tmp_path / flag) if flag == "out" else flag for flag in flags]
+    result = call(tool, "--prompts", tmp_path / "prompts", "--model", tiny_model_dir, *flags)
+    assert result.returncode == 2 and str(tmp_path / "prompts") in result.stderr and "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "starting vLLM" not in result.stderr
+
+
 @pytest.mark.server
 def test_refresh_and_evaluate_a_real_server(
     served_pool: ServerPool, token_file: Path, tiny_model_dir: Path, tmp_path: Path
