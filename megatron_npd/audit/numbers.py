@@ -34,7 +34,7 @@ _ESSENTIAL = (
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
     """The trainer's line of each step."""
-    return _json_lines(run.metrics, "round", "iteration")
+    return json_lines(run.metrics, "round", "iteration")
 
 
 def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
         and ``written``.
     """
     config = read_json(run.config, {})
-    timed = _json_lines(run.seconds, "stage", "round", "seconds")
+    timed = json_lines(run.seconds, "stage", "round", "seconds")
     seconds: dict[str, float] = {}
     for record in timed:
         seconds[record["stage"]] = round(seconds.get(record["stage"], 0.0) + record["seconds"], 3)
@@ -120,7 +120,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def _json_lines(path: Path, *names: str) -> list[dict[str, Any]]:
+def json_lines(path: Path, *names: str) -> list[dict[str, Any]]:
     """The records of a JSONL file, which have these fields; a last line cut short by a kill is left out.
 
     None where the file is missing.

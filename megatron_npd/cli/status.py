@@ -26,6 +26,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     cfg = parse_config(StatusCommand, argv)
     get_platform("cpu")
-    from megatron_npd.pipeline.status import status  # after the platform is chosen
+    from megatron_npd.audit.status import status  # after the platform is chosen
 
     print(status(cfg.run))

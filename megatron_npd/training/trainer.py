@@ -94,11 +94,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     if state["iteration"] >= stop:
         get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
         return _result(cfg, state)
-    if state.get("seed", cfg.seed) != cfg.seed:  # converted weights have none
-        raise UserError(
-            f"seed must be {state['seed']}, with which {checkpoint} was trained, got {cfg.seed}: another one would "
-            "repeat some rows and leave others out; give the old seed"
-        )
+    _check_seed(cfg, state, checkpoint)
     spec = load_spec(cfg.hf_model)
     own = state if checkpoint is not None and checkpoint.parent == Path(cfg.save) else {}  # not another run's rounds
     rounds, refresh = Rounds(cfg), RefreshSchedule(cfg, own.get("refresh"))
@@ -168,6 +164,14 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
                 state |= {"refresh": refresh.state(), "schedule": rounds.state(feed.rows_consumed)}
                 saver.save(step, state | ({"policy": refresh.progress.policies} if marked else {}))
     return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
+
+
+def _check_seed(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path | None) -> None:
+    if state.get("seed", cfg.seed) != cfg.seed:  # converted weights have none
+        raise UserError(
+            f"seed must be {state['seed']}, with which {checkpoint} was trained, got {cfg.seed}: another one would "
+            "repeat some rows and leave others out; give the old seed"
+        )
 
 
 def _result(cfg: TrainConfig, state: Mapping[str, Any]) -> TrainResult:

@@ -3,6 +3,7 @@
 Stages run as users run them but for the engines: answers come from the stand-in server, scores from a stand-in scorer.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -12,21 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd.config.settings import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig, TrainConfig
+from megatron_npd.config.settings import AnnotateConfig, PackConfig, SelectConfig, TrainConfig
 from megatron_npd.manifest import MANIFEST, is_sealed
 from megatron_npd.training.metrics import METRICS_FILE
 from tests.helpers import VOCAB_SIZE, make_tiny_model
+from tests.serving.fake import ROUND
 from tests.store.make_store import make_records
 
-ROLLOUT = RolloutConfig(
-    max_model_len=64,
-    max_tokens=20,
-    shard_size=16,
-    concurrency=4,
-    sampled_paths=2,
-    request_timeout=20.0,
-    server_patience=0.0,
-)
+ROLLOUT = dataclasses.replace(ROUND, request_timeout=20.0)
 SERVER, INPUTS = "NPD_FAULTS_SERVER", "NPD_FAULTS_INPUTS"  # environment of the process that runs a stage
 PROMPTS = 14
 STEPS, SAVE_EVERY = 3, 2  # of the training: checkpoints after steps 2 and 3

@@ -28,17 +28,9 @@ from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.serving import asking
 from megatron_npd.serving.pool import ServerPool
-from tests.serving.fake import CONTENT, EOS, VOCAB_SIZE, FakeServer, die_after, fake_answer, write_prompts
+from tests.serving.fake import CONTENT, EOS, ROUND, VOCAB_SIZE, FakeServer, die_after, fake_answer, write_prompts
 
-CFG = RolloutConfig(
-    max_model_len=64,
-    max_tokens=20,
-    shard_size=16,
-    concurrency=4,
-    sampled_paths=2,
-    request_timeout=5.0,
-    server_patience=0.0,
-)
+CFG = dataclasses.replace(ROUND, request_timeout=5.0)
 FIRST_JOURNAL = "responses-00000.journal"
 PROMPTS = 12  # with three paths: 36 samples, in shards of 15, 15 and 6
 

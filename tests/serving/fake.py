@@ -17,12 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.manifest import seal, writing
 from megatron_npd.records import PROMPT_SCHEMA, PROMPTS_FILE
 from megatron_npd.serving.server import ServerLost, VLLMServer, tag
 from megatron_npd.weights import read_weights
 
 EOS = 2
+# Of a small round: with 12 prompts 36 samples, in shards of 15, 15 and 6.
+ROUND = RolloutConfig(
+    max_model_len=64, max_tokens=20, shard_size=16, concurrency=4, sampled_paths=2, server_patience=0.0
+)
 CONTENT = "0123456789abcdef"  # hash of the weights that a new server holds
 VOCAB_SIZE = 304
 Trouble = Callable[[dict[str, Any]], Any]

@@ -17,8 +17,8 @@ from megatron_npd.run_dir import RunDir
 
 get_platform("cpu")
 
+from megatron_npd.audit.status import status  # noqa: E402
 from megatron_npd.pipeline.runner import _run_lock  # noqa: E402
-from megatron_npd.pipeline.status import status  # noqa: E402
 
 
 def seal_with(path: Path, kept: int) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from megatron_npd.audit.numbers import json_lines, read_metrics
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import UserError
@@ -33,7 +31,7 @@ def status(run_dir: str | Path) -> str:
     cfg = parse_config(NPDConfig, ["--config", str(run.config), f"--run_dir={run.root}"])
     ctx = Context(run=run, cfg=cfg, servers=Servers(run, cfg), launcher=Launcher(cfg))
     seconds: Counter[tuple[str, int | None]] = Counter()
-    for record in _lines(run.seconds):
+    for record in json_lines(run.seconds, "stage", "round", "seconds"):
         seconds[record["stage"], record["round"]] += record["seconds"]
     lines = [f"{run.root}: {'running' if _is_held(run.root / LOCK) else 'no runner on this machine'}"]
     for task in tasks(cfg.updates + 1):
@@ -53,25 +51,13 @@ def _progress(ctx: Context, stage: str, index: int) -> str:
         )
         sealed = [path for path in run.rollouts(index).glob("shard-*") if is_sealed(path)]
         there = sum(read_manifest(path, verify=False).counts["in"] for path in sealed)
-        there += sum(max(len(list(_lines(path))) - 1, 0) for path in run.rollouts(index).glob("*.journal"))
+        there += sum(max(path.read_bytes().count(b"\n") - 1, 0) for path in run.rollouts(index).glob("*.journal"))
         return f"{there} of {wanted} responses"
-    if stage == "train" and (steps := list(_lines(run.metrics))) and steps[-1]["round"] == index:
+    if stage == "train" and (steps := read_metrics(run)) and steps[-1]["round"] == index:
         last = steps[-1]
         lag = f", policy lag {last['lag_k3']:.3f} (bound {cfg.train.refresh_lag:g})" if last.get("lag_k3") else ""
         return f"step {last['iteration']} of {cfg.train.train_iters}, loss {last['loss']:.4f}{lag}"
     return ""
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    """The records of a file of lines that may be growing; what is no JSON counts as itself."""
-    if path.is_file():
-        with open(path, errors="replace") as stream:
-            for line in stream:
-                if line.endswith("\n"):
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        yield line
 
 
 def _is_held(path: Path) -> bool:
