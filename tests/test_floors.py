@@ -75,6 +75,16 @@ def test_torch_cuda_stays_in_the_platform_layer(file: Path) -> None:
             assert getattr(node.value, "id", "") != "torch", f"{file}:{node.lineno} names torch.cuda"
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= 400, f"{file} has more than 400 lines; part it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 80, f"{file}:{node.lineno} {node.name} has more than 80 lines"
+
+
 def test_the_map_is_that_of_the_docstrings() -> None:
     made = subprocess.run([sys.executable, ROOT / "docs" / "make_map.py"], capture_output=True, text=True, check=True)
     assert (ROOT / "docs" / "map.md").read_text() == made.stdout, "write it anew: python docs/make_map.py > docs/map.md"
