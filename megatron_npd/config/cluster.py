@@ -24,7 +24,7 @@ class ClusterConfig:
     master_addr: str = "localhost"
     """First node's name or address, as the others reach it."""
     master_port: int = 29500
-    """Port of the first torchrun on the first node; each later one takes the next."""
+    """Port of the first torchrun on the first node; each later one, and one that is taken, goes to the next."""
     server_host: str = ""
     """Name or address on which this node's servers listen; empty: the node's own name."""
     server_port: int = 8100

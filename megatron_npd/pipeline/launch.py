@@ -14,14 +14,14 @@ from megatron_npd.lifeline import child_environment
 from megatron_npd.pipeline.nodes import Nodes
 
 
-def command_line(cfg: ClusterConfig, command: str, fields: Mapping[str, Any], call: int = 0) -> list[str]:
+def command_line(cfg: ClusterConfig, command: str, fields: Mapping[str, Any], port: int = 0) -> list[str]:
     """What this node starts for one of our commands; every training node starts its own part.
 
     Args:
         cfg: The nodes.
         command: Of ``python -m megatron_npd``.
         fields: Its configuration, flat.
-        call: Number of the command in this start: each has a port of its own to meet at.
+        port: Of the first node, where the nodes meet for this command; 0: its ``master_port``.
     """
     program = ["-m", "megatron_npd", command, *command_flags(fields)]
     if cfg.world_size == 1:
@@ -30,7 +30,7 @@ def command_line(cfg: ClusterConfig, command: str, fields: Mapping[str, Any], ca
         where = ["--standalone"]
     else:
         where = ["--nnodes", str(cfg.training_nodes), "--node-rank", str(cfg.node_rank)]
-        where += ["--master-addr", cfg.master_addr, "--master-port", str(cfg.master_port + call)]
+        where += ["--master-addr", cfg.master_addr, "--master-port", str(port or cfg.master_port)]
     torchrun = [sys.executable, "-m", "megatron_npd.torchrun", *where, "--nproc-per-node", str(cfg.nproc_per_node)]
     return [*torchrun, *program]
 
@@ -88,8 +88,8 @@ class Launcher:
 
     def start(self, command: str, fields: Mapping[str, Any]) -> Job:
         """Start a command on all training nodes; the other nodes follow (``follow``)."""
-        call = self.nodes.call(command, fields) if self.nodes else 0
-        self._jobs.append(job := Job(command, command_line(self.cfg, command, fields, call)))
+        port = self.nodes.call(command, fields) if self.nodes else 0
+        self._jobs.append(job := Job(command, command_line(self.cfg, command, fields, port)))
         return job
 
     def follow(self) -> None:
@@ -101,8 +101,8 @@ class Launcher:
         assert self.nodes is not None
         for call in self.nodes.calls():
             if call is not None:
-                number, command, fields = call
-                self._jobs.append(Job(command, command_line(self.cfg, command, fields, number)))
+                port, command, fields = call
+                self._jobs.append(Job(command, command_line(self.cfg, command, fields, port)))
             self._jobs = [job for job in self._jobs if job.running()]
         for job in self._jobs:
             job.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,19 @@ def _text(path: Path) -> str:
         return ""
 
 
+def free_port(port: int) -> int:
+    """The first port from this one on that nothing on this machine uses, not even to connect to others.
+
+    Raises:
+        UserError: There is none.
+    """
+    for candidate in range(port, 2**16):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", candidate))
+            return candidate
+    raise UserError(f"master_port must have a free port from it on, got {port}; give a lower one")
+
+
 class Nodes:
     """One node's part in a start of the run; a context, which tells the others when this node fails.
 
@@ -44,6 +58,7 @@ class Nodes:
     def __init__(self, run: RunDir, cfg: ClusterConfig) -> None:
         self.cfg, self.state = cfg, run.attempts / cfg.attempt
         self._failed, self._done, self._calls = self.state / "failed", self.state / "done", 0
+        self._port = cfg.master_port
         self._alive, self._silent = self.state / "alive", False
         self._closed = threading.Event()
 
@@ -85,22 +100,23 @@ class Nodes:
         return tuple(url for file in files for url in json.loads(file.read_text()))
 
     def call(self, command: str, fields: Mapping[str, Any]) -> int:
-        """Have all training nodes start a command; its number."""
-        number, self._calls = self._calls, self._calls + 1
-        path = self.state / "calls" / f"{number:04d}.json"
+        """Have all training nodes start a command; the first node's port at which they meet, another for each."""
+        port = free_port(self._port)
+        path = self.state / "calls" / f"{self._calls:04d}.json"
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps({"command": command, "fields": dict(fields)}, default=str))
-        return number
+        write_atomic(path, json.dumps({"command": command, "port": port, "fields": dict(fields)}, default=str))
+        self._calls, self._port = self._calls + 1, port + 1
+        return port
 
     def calls(self) -> Iterator[tuple[int, str, dict[str, Any]] | None]:
-        """The commands that the first node has started, as they come; None where there is none yet; ends with it."""
+        """The commands that the first node has started, each with its port; None: none yet; ends with that node."""
         while True:
             done = self._done.exists()  # asked first: no call comes after it
             path = self.state / "calls" / f"{self._calls:04d}.json"
             if path.exists():
                 call = json.loads(path.read_text())
                 lists = {name: tuple(value) for name, value in call["fields"].items() if isinstance(value, list)}
-                yield self._calls, call["command"], {**call["fields"], **lists}
+                yield call["port"], call["command"], {**call["fields"], **lists}
                 self._calls += 1
             elif done:
                 return

@@ -17,6 +17,7 @@ from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.pipeline.nodes import free_port
 from megatron_npd.platform import get_platform
 from tests.helpers import make_tiny_model
 
@@ -38,12 +39,6 @@ pack: {seq_length: 256}
 train: {tensor_model_parallel_size: 2, global_batch_size: 1, train_iters: 4, lr_warmup_iters: 1, lr: 1.0e-3}
 eval: {held_out: 2}
 """
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -177,6 +172,8 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
         "".join(json.dumps({"prompt": f"{n} + 1?", "response": f"#### {n + 1}"}) + "\n" for n in range(3))
     )
     run = tmp_path / "run"
+    below = 5000 + os.getpid() % 4000  # ports that the kernel gives no connection
+    taken = socket.create_server(("", free_port(below)))
     environment = os.environ | {
         "RUN": str(run),
         "TEACHER": str(teacher),
@@ -185,8 +182,8 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
         "RECIPE": str(tmp_path / "recipe.yaml"),
         "PYTHON": sys.executable,
         "MASTER_ADDR": "127.0.0.2",  # loopback too, by an address that several nodes could share
-        "MASTER_PORT": free_port(),
-        "SERVER_PORT": free_port(),
+        "MASTER_PORT": str(taken.getsockname()[1]),  # the next will do
+        "SERVER_PORT": str(free_port(below + 100)),
         "SERVER_HOST": "127.0.0.1",
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
@@ -204,11 +201,12 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
     codes = start_nodes(
         environment | {"SLURM_RESTART_COUNT": "1"}, logs, f"--eval.prompts={problems}", "--eval.max-tokens=8"
     )
-    printed = "\n".join(path.read_text() for path in logs)
-    assert codes == [0, 0, 0], printed[-6000:]
+    taken.close()
+    printed = "\n\n".join(path.read_text()[-6000:] for path in logs)
+    assert codes == [0, 0, 0], printed
     with socket.socket() as probe:  # the servers end with the run
         assert probe.connect_ex(("127.0.0.1", int(environment["SERVER_PORT"]))) != 0
-    assert is_sealed(run / "policies" / "v0002"), printed[-6000:]
+    assert is_sealed(run / "policies" / "v0002"), printed
     assert read_manifest(run / "rounds" / "0001" / "rollouts").provenance["policy_version"] == "v0001"
     for index in (0, 1):
         read_manifest(run / "rounds" / f"{index:04d}" / "annotations", kind="annotations")
