@@ -38,16 +38,17 @@ class WorkerExtension(_Worker):
             directory: Empty: the checkpoint that the server was started with, read once, by the first load.
 
         Returns:
-            ``tensors`` and ``config`` (``Weights.describe``), the served model's ``vocab_size``, the ``directory`` that
-            is loaded and its ``fingerprint``, or ``{"error": words}``.
+            ``tensors`` and ``config`` (``Weights.describe``), the served model's ``vocab_size`` and ``dtype``, the
+            ``directory`` that is loaded and its ``fingerprint``, or ``{"error": words}``.
         """
         try:
             found = read_weights(directory).describe() if directory else self._npd_first()
         except UserError as error:
             return {"error": str(error)}
-        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        model = self.vllm_config.model_config
+        served = {"vocab_size": model.get_vocab_size(), "dtype": str(model.dtype)}
         loaded = {"directory": self._npd_directory, "fingerprint": self._npd_fingerprint}
-        return {**found, **loaded, "vocab_size": vocab_size}
+        return {**found, **loaded, **served}
 
     def npd_load(self, directory: str) -> dict[str, Any]:
         """Put the weights of a checkpoint in the place of the served ones, and clear the cache of the old.

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,18 +34,6 @@ from tests.helpers import CHAT_TEMPLATE, make_tiny_model, make_tiny_tokenizer
 from tests.serving.fake import write_prompts
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture
-def restored_pool(served_pool: ServerPool, tiny_model_dir: Path) -> Iterator[ServerPool]:
-    """The shared server for a test that refreshes it."""
-    yield served_pool
-    refresh(served_pool, tiny_model_dir, "v0000")
-
-
-@pytest.fixture(scope="module")
-def other_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=1)
 
 
 def make_requests(count: int, temperature: float = 0.0) -> list[Request]:
@@ -289,6 +276,7 @@ def test_what_overflows_is_set_aside_and_leaves_nothing_behind(
         if "v_proj.weight" in name or "o_proj" in name or "down_proj" in name:
             tensors[name] *= 1e38
     save_file(tensors, policy / SINGLE_FILE)
+    (url,) = restored_pool.urls
     requests = [Request(key=i, token_ids=[3 + i] * 240, max_tokens=2, stop_ids=[2]) for i in range(60)]
     cleared: list[str] = []
 
@@ -300,7 +288,13 @@ def test_what_overflows_is_set_aside_and_leaves_nothing_behind(
             pool.run(requests, lambda _, result: found.append(result))
         return found
 
-    refresh(restored_pool, policy, "v0001")
+    with pytest.raises(UserError, match=r"v0001-\w+ must give the log-probabilities of 16 given tokens, got .*Out of"):
+        refresh(restored_pool, policy, "v0001")
+    assert restored_pool.version(url) == "v0000"
+    assert_equal_to_transformers(tiny_model_dir, ask(restored_pool), greedy=True)
+    # As what overflows on some prompts only:
+    weights = restored_pool.call_worker(url, "npd_load", str(policy))["weights"]
+    restored_pool.control(url, "/update_weight_version", body={"new_version": tag("v0001", weights)})
     with pytest.raises(UserError, match=r"must give defined log-probabilities, got NaN with the weights v0001-\w+ for"):
         results(restored_pool)
     assert cleared == 2 * restored_pool.urls  # for what was undefined, and for the trivial request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_npd.serving.refresh import refresh
 from megatron_npd.serving.server import ServerLost, tag
 from megatron_npd.weights import read_weights
 from tests.helpers import make_tiny_model
-from tests.serving.fake import CONTENT, FakeServer, Launched
+from tests.serving.fake import CONTENT, FakeServer, Launched, fake_answer, fake_prompt_logprobs
 
 CFG = RolloutConfig(max_model_len=64)
 
@@ -197,6 +198,99 @@ def test_one_server_of_another_model_stops_all_before_anything_is_loaded(tiny_mo
             refresh(ServerPool([first.url, second.url], CFG), tiny_model_dir, "v0001")
         assert (first.version, second.version) == before
         assert set(first.called + second.called) == {"npd_describe"}
+
+
+def answer_otherwise(server: FakeServer, when: Callable[[], bool], shift: float | None) -> None:
+    """Give the log-probabilities of prompts changed by ``shift`` nats; None: undefined."""
+
+    def trouble(body: dict[str, Any]) -> bytes | None:
+        positions = fake_prompt_logprobs(body)
+        if positions is None or not when():
+            return None
+        for entry in (entry for position in positions[1:] for entry in (position or {}).values()):
+            entry["logprob"] = None if shift is None else entry["logprob"] - shift
+        return json.dumps({"choices": [fake_answer(body, "")], "prompt_logprobs": positions}).encode()
+
+    server.trouble = trouble
+
+
+@pytest.mark.parametrize(
+    ("shift", "message"), [(0.6, r"got 0\.6 nats apart, over 0\.5"), (None, "NaN or infinity among ")]
+)
+def test_a_server_that_computes_otherwise_is_as_one_that_refuses(
+    tiny_model_dir: Path, other_dir: Path, shift: float | None, message: str
+) -> None:
+    with serve(tiny_model_dir) as good, serve(tiny_model_dir) as bad:
+        pool = ServerPool([good.url, bad.url], CFG)
+        refresh(pool, tiny_model_dir, "v0001")
+        before = good.version
+        answer_otherwise(bad, lambda: bad.version.startswith("v0002"), shift)
+        good.called.clear()
+        with pytest.raises(UserError, match=rf"{bad.url} with the weights v0002-\w+ must give .*{message}"):
+            refresh(pool, other_dir, "v0002")
+        assert good.version == bad.version == before and not pool.lost
+        assert pool.check(version="v0001") == before
+        order = [call for call in good.called if call in ("npd_load", "/resume") or "pause" in call]
+        assert order == 2 * ["/pause?mode=wait", "npd_load", "/resume"]  # nothing is loaded where requests run
+        answer_otherwise(bad, lambda: True, 0.4)  # as kernels may differ whose type is not known
+        refresh(pool, other_dir, "v0002")
+        assert good.version == bad.version != before
+
+
+def test_what_float32_may_differ_by_is_less(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as good, serve(tiny_model_dir) as bad:
+        for server in (good, bad):
+            described = server.headers_of
+            server.headers_of = lambda directory, d=described: d(directory) | {"dtype": "torch.float32"}
+        pool = ServerPool([good.url, bad.url], CFG)
+        answer_otherwise(bad, lambda: True, 0.02)
+        with pytest.raises(UserError, match=r"got 0\.02 nats apart, over 0\.01"):
+            refresh(pool, tiny_model_dir, "v0001")
+        answer_otherwise(bad, lambda: True, 0.005)
+        refresh(pool, tiny_model_dir, "v0001")
+
+
+def test_the_same_weights_give_what_they_gave_before(tiny_model_dir: Path, other_dir: Path) -> None:
+    """Also where there is no other server to compare with; not where the old weights gave nothing of use."""
+    with serve(tiny_model_dir) as server:
+        pool = ServerPool([server.url], CFG)
+        refresh(pool, tiny_model_dir, "v0001")
+        before = server.version
+        answer_otherwise(server, lambda: server.version.startswith("v0002"), 1.0)
+        with pytest.raises(UserError, match=f"v0002-.* must give .* of {server.url} with the weights {before}, got 1 "):
+            refresh(pool, tiny_model_dir, "v0002")
+        assert server.version == before and not pool.lost
+        refresh(pool, other_dir, "v0002")  # of other weights nothing is known
+        answer_otherwise(server, lambda: server.version.startswith("v0002"), None)
+        refresh(pool, tiny_model_dir, "v0003")
+        assert server.version == tag("v0003", read_weights(tiny_model_dir).content_hash())
+
+
+def test_a_server_that_goes_back_and_computes_otherwise_is_marked_and_left_out(
+    tiny_model_dir: Path, other_dir: Path
+) -> None:
+    with serve(tiny_model_dir) as good, serve(tiny_model_dir) as bad:
+        pool = ServerPool([good.url, bad.url], CFG)
+        refresh(pool, tiny_model_dir, "v0001")
+        before = good.version
+        answer_otherwise(bad, lambda: bad.called.count("npd_load") > 1, 1.0)
+        with pytest.raises(UserError, match=rf"(?s)v0002-.*{bad.url} computes otherwise than before.*is tagged 'unus"):
+            refresh(pool, other_dir, "v0002")
+        assert (good.version, bad.version) == (before, UNUSABLE)
+        assert pool.urls == [good.url] and list(pool.lost) == [bad.url]
+
+
+def test_a_server_found_again_must_compute_as_the_others(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as first, serve(tiny_model_dir) as second:
+        pool = ServerPool([first.url, second.url], CFG)
+        refresh(pool, tiny_model_dir, "v0001")
+        pool.lose(second.url, ServerLost("as the test wants it"))
+        second.version = f"v0000-{CONTENT}"
+        answer_otherwise(second, lambda: True, 1.0)
+        for _ in range(2):  # not by its tag alone either
+            assert not pool.find(second.url) and second.version == UNUSABLE
+        answer_otherwise(second, lambda: False, 1.0)
+        assert pool.find(second.url) and second.version == first.version
 
 
 def test_versions_that_mean_something_else_are_refused(tiny_model_dir: Path) -> None:
