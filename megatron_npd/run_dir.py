@@ -89,6 +89,11 @@ class RunDir:
         return self.report / "seconds.jsonl"
 
     @property
+    def servers(self) -> Path:
+        """Which rollout servers are asked, and with what on them."""
+        return self.report / "servers.json"
+
+    @property
     def environment(self) -> Path:
         return self.report / "environment.json"
 

@@ -6,11 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_npd.audit.numbers import ZONES, accuracy_rows, duration
 from megatron_npd.run_dir import RunDir
 
+if TYPE_CHECKING:
+    from megatron_npd.audit.status import Status  # which imports the runner
+
+REFRESH_SECONDS = 5  # of the live page
 _LONGEST = 700  # characters of a prompt or response that are shown
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2431; --muted: #5b6675; --line: #dfe4ea; --page: #f6f7f9; --card: #fff;
@@ -73,18 +77,60 @@ _CAPTIONS = {
 }
 
 
-def page(run: RunDir, summary: Mapping[str, Any], svgs: Mapping[str, str]) -> str:
+def page(
+    run: RunDir, summary: Mapping[str, Any], svgs: Mapping[str, str], status: Status | None = None, notice: str = ""
+) -> str:
     """The page.
 
     Args:
         run: The run; links are relative to its ``report/``.
         summary: As ``numbers.summarise`` makes it.
         svgs: Figures by name.
+        status: What the run is doing, for a live page: it reads itself anew, shows that first, and has no links, as
+            nothing else is served. Before there are any results it shows that alone.
+        notice: A sentence above all else, of a live page.
     """
     name = escape(run.root.resolve().name)
-    sections = [
+    if status is not None:
+        return _frame(name, _live(run, summary, svgs, status, notice), refresh=True)
+    body = _over(name, summary) + _sections(_results(summary, svgs))
+    return _frame(
+        name,
+        body + '<footer>All numbers: <a href="summary.json">summary.json</a>, each step: '
+        '<a href="metrics.jsonl">metrics.jsonl</a>.</footer>',
+    )
+
+
+def notice_page(run: RunDir, notice: str) -> str:
+    """A live page of a run that cannot be read."""
+    return _frame(escape(run.root.resolve().name), _notice(notice), refresh=True)
+
+
+def _frame(name: str, body: str, *, refresh: bool = False) -> str:
+    again = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if refresh else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">{again}'
+        f"<title>{name}: near-policy distillation</title><style>{_STYLE}</style></head><body><main>{body}"
+        "</main></body></html>\n"
+    )
+
+
+def _over(name: str, summary: Mapping[str, Any]) -> str:
+    return (
+        f'<p class="over">Run {name} &middot; {_day(summary["written"])}</p>'
+        f"<h1>{_unbroken(escape(summary['headline']))}</h1>"
+    )
+
+
+def _sections(sections: Sequence[tuple[str, str]]) -> str:
+    return "".join((f"<h2>{title}</h2>" if title else "") + content for title, content in sections if content)
+
+
+def _results(summary: Mapping[str, Any], svgs: Mapping[str, str], *, links: bool = True) -> list[tuple[str, str]]:
+    return [
         ("", _tiles(summary) + _verdicts(summary)),
-        ("Results", _policies(summary) + _figures(svgs, "accuracy", "distance")),
+        ("Results", _policies(summary, links=links) + _figures(svgs, "accuracy", "distance")),
         ("Responses before and after", _samples(summary["samples"])),
         ("Training", _training(summary) + _figures(svgs, "loss", "lag")),
         ("Selection", _selection(summary["zones"]) + _figures(svgs, *(key for key in svgs if key.startswith("zones")))),
@@ -92,16 +138,41 @@ def page(run: RunDir, summary: Mapping[str, Any], svgs: Mapping[str, str]) -> st
         ("Settings", _facts(summary["config"].items())),
         ("Not in this report", "".join(f"<p>{escape(sentence)}</p>" for sentence in summary["missing"])),
     ]
-    body = "".join((f"<h2>{title}</h2>" if title else "") + content for title, content in sections if content)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{name}: near-policy distillation</title><style>{_STYLE}</style></head><body><main>"
-        f'<p class="over">Run {name} &middot; {_day(summary["written"])}</p>'
-        f"<h1>{_unbroken(escape(summary['headline']))}</h1>{body}"
-        '<footer>All numbers: <a href="summary.json">summary.json</a>, each step: '
-        '<a href="metrics.jsonl">metrics.jsonl</a>.</footer></main></body></html>\n'
-    )
+
+
+def _live(run: RunDir, summary: Mapping[str, Any], svgs: Mapping[str, str], status: Status, notice: str) -> str:
+    name = escape(run.root.resolve().name)
+    now = [("Now", _facts(_doing(status))), ("Stages", _stages(status))]
+    parts = ("accuracy", "measures", "training", "zones")
+    there = any(accuracy_rows(summary[part]) if part == "accuracy" else summary[part] for part in parts)
+    if not there:
+        return _notice(notice) + f'<p class="over">Run {name}</p>' + _sections([("", _facts(_doing(status))), *now[1:]])
+    return _notice(notice) + _over(name, summary) + _sections(now + _results(summary, svgs, links=False))
+
+
+def _notice(words: str) -> str:
+    return f'<ul class="verdicts"><li>{escape(words)}</li></ul>' if words else ""
+
+
+def _doing(status: Status) -> list[tuple[str, str]]:
+    facts = [("runner", "running" if status.running else "none on this machine")]
+    facts += [("time left", f"about {duration(status.left)}")] if status.left else []
+    facts += [("policy lag", f"{status.lag} nats per token")] if status.lag else []
+    return facts + [("servers", words) for words in status.servers]
+
+
+def _stages(status: Status) -> str:
+    rows = [
+        [
+            escape(f"{entry.place}: {entry.stage}"),
+            escape(entry.state),
+            escape(entry.rate),
+            duration(entry.seconds) if entry.seconds else "",
+            f"about {duration(entry.left)}" if entry.left else "",
+        ]
+        for entry in status.stages
+    ]
+    return _rows(["stage", "state", "rate", "time", "left"], rows)
 
 
 def _unbroken(text: str) -> str:
@@ -138,7 +209,7 @@ def _verdicts(summary: Mapping[str, Any]) -> str:
     return f'<ul class="verdicts">{items}</ul>' if items else ""
 
 
-def _policies(summary: Mapping[str, Any]) -> str:
+def _policies(summary: Mapping[str, Any], *, links: bool = True) -> str:
     """One row a policy with all that was measured of it, then what it is compared with."""
     accuracy, start = summary["accuracy"], summary["accuracy"]["start"]
     reached = dict(accuracy_rows(accuracy))
@@ -153,7 +224,7 @@ def _policies(summary: Mapping[str, Any]) -> str:
             continue
         kl = "-" * bool(entry) if entry.get("kl") is None else f"{entry['kl']:.3f} ± {entry['kl_error']:.3f}"
         policy = f"v{index:04d}" if index else ""
-        link = f' (<a href="../policies/{policy}/">{policy}</a>)' if policy in summary["policies"] else ""
+        link = f' (<a href="../policies/{policy}/">{policy}</a>)' if links and policy in summary["policies"] else ""
         rows.append(
             [
                 f"after {label}{link}" if index else label,

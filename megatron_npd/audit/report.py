@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from megatron_npd.audit import figures
 from megatron_npd.audit.numbers import ZONES, accuracy_rows, duration, read_metrics, summarise
 from megatron_npd.audit.page import page
@@ -32,11 +34,9 @@ def write_report(run_dir: str | Path) -> str:
         UserError: One of these files cannot be read.
     """
     run = RunDir(Path(run_dir))
-    metrics = read_metrics(run)
-    summary = summarise(run, metrics)
+    summary, drawn = draw(run)
     report = run.report
     report.mkdir(parents=True, exist_ok=True)
-    drawn = figures.draw_all(summary, metrics)
     for file in report.glob("*.png"):  # a figure of an earlier report must not outlive its data
         if file.stem not in drawn:
             file.unlink()
@@ -45,9 +45,21 @@ def write_report(run_dir: str | Path) -> str:
         figure.savefig(buffer, format="png", facecolor="white")
         write_atomic(report / f"{name}.png", buffer.getvalue())
     write_atomic(report / "summary.json", json.dumps(summary, indent=1) + "\n")
-    html = page(run, summary, {name: figures.svg(f, name) for name, f in drawn.items()})
+    html = page(run, summary, svgs(drawn))
     write_atomic(report / "report.html", html.encode(errors="replace"))  # a path may be no UTF-8
     return text_table(summary)
+
+
+def draw(run: RunDir) -> tuple[dict[str, Any], dict[str, Figure]]:
+    """The numbers of a run's report, and its figures by name; errors as for ``write_report``."""
+    metrics = read_metrics(run)
+    summary = summarise(run, metrics)
+    return summary, figures.draw_all(summary, metrics)
+
+
+def svgs(drawn: Mapping[str, Figure]) -> dict[str, str]:
+    """The figures as elements of the page."""
+    return {name: figures.svg(figure, name) for name, figure in drawn.items()}
 
 
 def text_table(summary: Mapping[str, Any]) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 
 from megatron_npd.config.run import NPDConfig
+from megatron_npd.durable import write_atomic
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.pipeline.environment import timed
@@ -42,6 +46,7 @@ class Servers:
             self.rollout = replace(cfg.rollout, urls=given[0], token_file=str(given[1]))
         self._pool: ServerPool | None = None
         self._served: int | None = None  # number of the policy on the servers
+        self._noting = Lock()  # a server may be found in another thread
 
     def serve(self, index: int) -> ServerPool:
         """The pool, with policy ``index`` on it."""
@@ -49,13 +54,30 @@ class Servers:
         if self._pool is None:
             with timed(self.run, "server start", index):
                 self._pool = ServerPool.open(policy, self.rollout, version=version(index), log_dir=self.run.logs)
+            self._pool.changed = self._note
             if not self.rollout.urls:  # given servers may hold another run's weights under the same version
                 self._served = index
         if self._served != index:
             with timed(self.run, "refresh", index):
                 refresh(self._pool, policy, version(index))
             self._served = index
+        self._note()
         return self._pool
+
+    def _note(self) -> None:
+        """Keep which servers are asked, and for what, in ``report/servers.json``, for those who look at the run.
+
+        ``policy`` (version), ``asked`` (URLs), ``lost`` (URLs with the reason's first line) and ``written``. There is
+        no such file while nothing is served.
+        """
+        assert self._pool is not None
+        lost = {url: str(error).partition("\n")[0] for url, error in self._pool.lost.items()}
+        policy = None if self._served is None else version(self._served)
+        state = {"policy": policy, "asked": sorted(self._pool.urls), "lost": lost}
+        state["written"] = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._noting, suppress(OSError):  # a run does not end because nobody can look at it
+            self.run.report.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.run.servers, json.dumps(state, indent=1) + "\n")
 
     @contextmanager
     def of_teacher(self) -> Iterator[ServerPool]:
@@ -73,6 +95,8 @@ class Servers:
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.close()
+            with suppress(OSError):
+                self.run.servers.unlink(missing_ok=True)
 
 
 def run_server_node(run: RunDir, cfg: NPDConfig, nodes: Nodes) -> None:

@@ -51,6 +51,7 @@ class ServerPool:
         lost: Those that died, hang or make no sense, and why; ``find`` brings one back.
         served: What all of them marked their answers with when they were last compared or refreshed.
         reload: Loads what the others serve into a server that was given by URL and lost; None: not known.
+        changed: Called when a server was lost or found.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ServerPool:
         self.servers = {server.url: server for server in servers}
         self.lost: dict[str, UserError] = {}
         self.reload: Callable[[str], None] | None = None
+        self.changed: Callable[[], None] = lambda: None
         self.served = ""
         self._restarts = dict.fromkeys(self.servers, RESTARTS)
         self.token = token or (read_token(cfg.token_file) if cfg.token_file else "")
@@ -239,6 +241,7 @@ class ServerPool:
         if url in self.urls:
             self.urls.remove(url)
         self.lost[url] = error
+        self.changed()
 
     def find(self, url: str) -> bool:
         """Bring a lost server back, with what the others serve: one that was launched here is started again.
@@ -271,6 +274,7 @@ class ServerPool:
         del self.lost[url]
         self.urls.append(url)
         get_logger().info("%s is asked again", url)
+        self.changed()
         return True
 
     def find_all(self) -> None:
