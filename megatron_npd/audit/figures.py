@@ -65,7 +65,7 @@ def draw_all(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
         drawn["loss"] = _draw(_losses, metrics, height=3.0)
     if summary["lag"]:
         drawn["lag"] = _draw(_lag, metrics, height=3.0)
-    for entry in summary["zones"]:
+    for entry in (entry for entry in summary["zones"] if entry["tau"] is not None):
         drawn[f"zones-{entry['round']:04d}"] = _draw(_zones, entry, height=2.8)
     if by_stage := summary["seconds"]:
         drawn["seconds"] = _draw(_seconds, by_stage, height=0.9 + 0.25 * len(by_stage))

@@ -328,7 +328,7 @@ def _selection(rounds: Sequence[Mapping[str, Any]]) -> str:
             escape(entry["filter"]),
             str(entry["in"]),
             *(f"{entry['zones'][zone]['count']} ({100 * entry['zones'][zone]['share']:.1f} %)" for zone in ZONES),
-            f"{entry['tau']:.4g}",
+            "-" if entry["tau"] is None else f"{entry['tau']:.4g}",
             f"{entry['kept']} ({100 * entry['kept_share']:.1f} %)",
         ]
         for entry in rounds

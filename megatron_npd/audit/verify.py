@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from megatron_npd.audit.books import RECOUNTS, Books, check_rollouts, check_store_shard, set_aside
 from megatron_npd.data.packed_dataset import PackedRows, Streams
+from megatron_npd.data.prompt_rows import rows_of_round
 from megatron_npd.data.row_schedule import PACKS_KIND, load_schedule
 from megatron_npd.errors import UserError
 from megatron_npd.links import link_in_words, links_of
@@ -231,7 +232,9 @@ class _Audit:
                 return None
             about = settings.provenance
             paths = range(about["greedy_paths"] + about["sampled_paths"])
-            expected = [sample_id(prompt, about["round"], number) for prompt in before.kept for number in paths]
+            rows = rows_of_round(len(before.kept), about.get("prompts_per_round", 0), about["round"])
+            asked = before.kept[rows.start :: rows.step]
+            expected = [sample_id(prompt, about["round"], number) for prompt in asked for number in paths]
         lost, foreign = set(expected) - found, found - set(expected)
         for identity in sorted(foreign)[:1]:
             self.problem(f"{path} must hold samples of {source}, got {identity} and {len(foreign) - 1} more of none")

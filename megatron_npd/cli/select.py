@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             counts = "{degenerate:>12} {proximal:>9} {disconnect:>10} {undefined:>10}".format(
                 **{zone: entry["count"] for zone, entry in row["zones"].items()}
             )
-            print(f"{row['tau']:>10.4g} {counts} {row['kept']:>9} {100 * row['kept_share']:>7.2f} %", end="")
+            print(
+                f"{_number(row['tau'], '.4g'):>10} {counts} {row['kept']:>9} {100 * row['kept_share']:>7.2f} %", end=""
+            )
             print(f" {row['tokens']:>12}")
         return
     taus = frozen_taus(config.tau_of) if config.tau_of else None
@@ -64,9 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for reason, number in counts["quarantined"].items():
         print(f"dropped as {reason}: {number}")
     print(f"cut by length: {counts['cut']}")
-    print(f"measure {counts['measure']}, lower {counts['lower']:g}, tau {counts['tau']:.9g}", end="")
+    print(f"measure {counts['measure']}, lower {counts['lower']:g}, tau {_number(counts['tau'], '.9g')}", end="")
     print(f" (later rounds take it with --tau-of {config.out})")
     for domain, tau in counts["taus"].items():
         if domain:
             print(f"tau of {domain}: {tau:.9g}")
     wrote(config.out, f"npd pack --annotations {config.annotations} --selection {config.out} --out PACKS")
+
+
+def _number(tau: float | None, form: str) -> str:
+    return "-" if tau is None else format(tau, form)

@@ -91,6 +91,13 @@ class NPDConfig(ClusterConfig):
             "distillation needs the teacher's scores",
         )
         require(
+            self.annotate.unconditional or not scored or self.select.filter == "none",
+            "annotate.unconditional",
+            f"true with select.filter {self.select.filter}, which selects by IFD",
+            self.annotate.unconditional,
+            "or take filter none",
+        )
+        require(
             self.responses == "student" or self.updates == 0,
             "updates",
             "0 with responses teacher",

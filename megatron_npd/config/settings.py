@@ -133,6 +133,8 @@ class RolloutConfig:
     """Greedy responses per prompt (0 or 1)."""
     sampled_paths: int = 1
     """Sampled responses per prompt; the policy-lag meter needs at least one, at temperature 1 and top_p 1."""
+    prompts_per_round: int = 0
+    """Most prompts that a round asks: rounds take turns with the prompts; 0: each round asks all of them."""
     temperature: float = 1.0
     """Sampling temperature of the sampled paths."""
     top_p: float = 1.0
@@ -174,6 +176,7 @@ class RolloutConfig:
         require(self.temperature > 0, "temperature", "> 0", self.temperature, "use greedy_paths for greedy responses")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
         require_positive(self, "num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size")
+        require_not_negative(self, "prompts_per_round")
         require_share("max_quarantined", self.max_quarantined)
         for name in ("request_timeout", "start_timeout"):
             require(getattr(self, name) > 0, name, "> 0 seconds", getattr(self, name), "600 is the default")
@@ -199,6 +202,9 @@ class AnnotateConfig(LayoutConfig):
     """Teacher logits kept per response token."""
     seq_length: int = 2048
     """Tokens of a packed prefill row."""
+    unconditional: bool = True
+    """Score responses without their prompts too, by both models: two more passes, for the IFD that all filters but none
+    select by."""
     max_quarantined: float = 0.1
     """Share of the samples that may be quarantined before the stage stops."""
     follow_seconds: float = 0.0
@@ -231,7 +237,7 @@ class SelectConfig:
     filter: FilterName = "delta_ifd"
     """delta_ifd: keep lower <= Delta-IFD <= tau, _lower and _upper: one bound alone; student_ifd, teacher_ifd: the same
     bounds on one model's IFD; perplexity: keep all with a defined IFD, weighted by 1 / the teacher's perplexity; none:
-    keep all with a defined IFD."""
+    keep all."""
     lower: float = 0.0
     """Lower bound of the proximal zone."""
     tau: float | None = None
@@ -259,13 +265,13 @@ class PackConfig:
 
     seq_length: int = 2048
     """Tokens of a training row."""
-    segment_align: int = 16
+    segment_align: int = 1
     """Segments start at multiples of this many tokens; 2 x context-parallel size must divide it."""
     too_long: Literal["drop", "truncate"] = "drop"
     """What becomes of samples longer than a row: dropped, or cut at its end where the response has begun by then."""
 
     def __post_init__(self) -> None:
-        require(self.segment_align > 0, "segment_align", "at least 1", self.segment_align, "16 is the default")
+        require(self.segment_align > 0, "segment_align", "at least 1", self.segment_align, "1 is the default")
         require(
             self.seq_length > 0 and self.seq_length % self.segment_align == 0,
             "seq_length",

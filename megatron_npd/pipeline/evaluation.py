@@ -122,7 +122,14 @@ def prepare_measure(run: RunDir, cfg: NPDConfig) -> None:
 def measure_settings(cfg: RolloutConfig) -> RolloutConfig:
     """The run's rollout settings with the paths that the measure needs; its few samples must not stop a run."""
     return dataclasses.replace(
-        cfg, greedy_paths=1, sampled_paths=1, temperature=1.0, top_p=1.0, merge_identical=False, max_quarantined=1.0
+        cfg,
+        greedy_paths=1,
+        sampled_paths=1,
+        prompts_per_round=0,
+        temperature=1.0,
+        top_p=1.0,
+        merge_identical=False,
+        max_quarantined=1.0,
     )
 
 

@@ -86,7 +86,8 @@ def generate_round(
         return _read_sealed(out_dir, settings)
     settings["weights"] = pool.check(version=policy_version).rpartition("-")[2]
     with writing(out_dir, resume=True):
-        _Round(PromptRows(prompts_dir), out_dir, pool, cfg, settings).run()
+        prompts = PromptRows(prompts_dir, cfg.prompts_per_round, round_index)
+        _Round(prompts, out_dir, pool, cfg, settings).run()
         return _seal_round(out_dir, settings)
 
 
@@ -212,13 +213,18 @@ def _settings(
     """Everything that the round's files depend on."""
     assert source in SOURCES, source
     prompts = read_manifest(prompts_dir, kind="prompts")
-    return {name: getattr(cfg, name) for name in _SETTINGS} | {
-        "stop_ids": prompts.provenance["stop_ids"],
-        "round": round_index,
-        "source": source,
-        "policy_version": policy_version,
-        "prompts": file_sha256(prompts_dir / MANIFEST),
-    }
+    turns = {"prompts_per_round": cfg.prompts_per_round} if cfg.prompts_per_round else {}
+    return (
+        {name: getattr(cfg, name) for name in _SETTINGS}
+        | turns
+        | {
+            "stop_ids": prompts.provenance["stop_ids"],
+            "round": round_index,
+            "source": source,
+            "policy_version": policy_version,
+            "prompts": file_sha256(prompts_dir / MANIFEST),
+        }
+    )
 
 
 def _seal_round(out_dir: Path, settings: dict[str, Any]) -> Manifest:

@@ -38,16 +38,18 @@ class Filter(NamedTuple):
         lower: Whether the lower bound is in force.
         upper: Whether tau is.
         by_perplexity: Whether a sample weighs 1 / (the teacher's perplexity of it), exp(-L(y|x)).
+        undefined: Whether samples train whose measure is not defined.
     """
 
     measure: str
     lower: bool = False
     upper: bool = False
     by_perplexity: bool = False
+    undefined: bool = False
 
     def keeps(self, zones_N: Zones) -> npt.NDArray[np.bool_]:
         """Which samples train, by zone."""
-        kept_N = zones_N != UNDEFINED
+        kept_N = (zones_N != UNDEFINED) | self.undefined
         if self.lower:
             kept_N &= zones_N != DEGENERATE
         if self.upper:
@@ -62,7 +64,7 @@ FILTERS: Mapping[FilterName, Filter] = {
     "student_ifd": Filter("ifd_student", lower=True, upper=True),
     "teacher_ifd": Filter("ifd_teacher", lower=True, upper=True),
     "perplexity": Filter("delta", by_perplexity=True),
-    "none": Filter("delta"),
+    "none": Filter("delta", undefined=True),
 }
 
 

@@ -6,6 +6,7 @@ Legend: N samples.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,9 +79,11 @@ class _Samples:
         measure_N = self.measures[FILTERS[cfg.filter].measure].astype(np.float64)
         defined_N = ~np.isnan(measure_N)
         if not defined_N.any():
+            if FILTERS[cfg.filter].undefined and len(self.store):
+                return {"": math.inf}
             raise UserError(
-                f"{self.store.path} must hold a sample with a defined IFD, got none of {len(self.store)}; see its "
-                "losses"
+                f"{self.store.path} must hold a sample with a defined IFD, got none of {len(self.store)}; annotate it "
+                "with unconditional true, or take filter none"
             )
         taus = {"": float(np.quantile(measure_N[defined_N], cfg.tau_quantile))}
         for place, domain in enumerate(self.domains):
@@ -146,8 +149,9 @@ def select_round(
         prompts_dir: Sealed prompts that hold ``cfg.domain_column``; needed with it.
 
     Returns:
-        The manifest. Counts: the books (every dropped sample under its reason), ``tau``, ``taus``, ``kept_share``,
-        ``cut`` (responses cut by length, kept or not), ``zones`` (``{"count", "share"}`` each) and ``histogram``.
+        The manifest. Counts: the books (every dropped sample under its reason), ``tau`` and ``taus`` (null and empty
+        where no sample has a defined measure and the filter asks for none), ``kept_share``, ``cut`` (responses cut by
+        length, kept or not), ``zones`` (``{"count", "share"}`` each) and ``histogram``.
 
     Raises:
         UserError: The store is empty or has no defined measure, a prompt lacks its domain, or ``out_dir`` is sealed
@@ -187,9 +191,9 @@ def select_round(
     return manifest
 
 
-def frozen_taus(selection_dir: str | Path) -> dict[str, float]:
-    """The taus of the first round's selection, for the rounds after it (METHOD section 3)."""
-    return read_manifest(selection_dir, kind=SELECTION_KIND).counts["taus"]
+def frozen_taus(selection_dir: str | Path) -> dict[str, float] | None:
+    """The taus of the first round's selection, for the rounds after it (METHOD section 3); None where it has none."""
+    return read_manifest(selection_dir, kind=SELECTION_KIND).counts["taus"] or None
 
 
 def dry_run(
@@ -274,8 +278,8 @@ def _counts(
         "kept_share": float(kept_N.mean()),
         "cut": int(samples.cut_N.sum()),
         "measure": FILTERS[cfg.filter].measure,
-        "tau": taus[""],
-        "taus": dict(taus),
+        "tau": None if math.isinf(taus[""]) else taus[""],
+        "taus": {} if math.isinf(taus[""]) else dict(taus),
         "lower": cfg.lower,
         "zones": {zone: {"count": count, "share": count / total} for zone, count in in_zone.items()},
         "histogram": histogram(samples.measures[FILTERS[cfg.filter].measure], cfg.lower, taus[""]),
@@ -318,13 +322,11 @@ def _words(places_N: npt.NDArray[np.int8], words: Sequence[str]) -> pa.Array:
 def _report(manifest: Manifest, cfg: SelectConfig) -> None:
     counts = manifest.counts
     get_logger().info(
-        "%d of %d samples kept (filter %s, %g <= %s <= %g%s)",
+        "%d of %d samples kept (filter %s, %s%s)",
         counts["kept"],
         counts["in"],
         cfg.filter,
-        cfg.lower,
-        counts["measure"],
-        counts["tau"],
+        _bounds(counts),
         f", {counts['cut']} cut by length" if counts["cut"] else "",
     )
     if counts["kept_share"] < LEAST_KEPT_SHARE:
@@ -339,12 +341,18 @@ def _report(manifest: Manifest, cfg: SelectConfig) -> None:
 def _found(counts: Mapping[str, Any]) -> str:
     """How many samples each zone holds, and the bounds."""
     found = ", ".join(f"{counts['zones'][zone]['count']} {zone}" for zone in ZONES)
-    return f"{counts['lower']:g} <= {counts['measure']} <= {counts['tau']:g}: {found}; {counts['cut']} cut by length"
+    return f"{_bounds(counts)}: {found}; {counts['cut']} cut by length"
+
+
+def _bounds(counts: Mapping[str, Any]) -> str:
+    if counts["tau"] is None:
+        return f"{counts['measure']} undefined"
+    return f"{counts['lower']:g} <= {counts['measure']} <= {counts['tau']:g}"
 
 
 def _advice(counts: Mapping[str, Any]) -> str:
     """What to change, by the reason that most samples are dropped for."""
-    lower, tau, measure = f"{counts['lower']:g}", f"{counts['tau']:g}", counts["measure"]
+    lower, tau, measure = f"{counts['lower']:g}", f"{counts['tau'] or 0:g}", counts["measure"]
     dropped = counts["quarantined"]
     return {
         "degenerate": f"most of the dropped are below the lower bound {lower}. Where the teacher is near certain and "

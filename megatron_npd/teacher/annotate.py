@@ -1,7 +1,8 @@
 """The annotation stage: a round of rollouts in, the annotation store out (``store/annotation_store.py``).
 
 A sample has four losses from three forwards: student without the prompt, then teacher with and without it; the
-student's loss with the prompt is the mean of the generator's own log-probabilities. One model is resident at a time,
+student's loss with the prompt is the mean of the generator's own log-probabilities. Where nothing selects by IFD, the
+teacher's forward with the prompt is enough (``AnnotateConfig.unconditional``). One model is resident at a time,
 the student first, for memory and for layout: a 72B teacher runs on 8 tensor-parallel ranks, by which the 28 heads of a
 7B student cannot be divided. Only the student's losses, one number per sample, are carried over, in memory.
 
@@ -141,7 +142,7 @@ def _models(teacher_dir: str | Path, setting: ScoringContext) -> dict[str, Any]:
         "vocab_size": setting.student.vocab_size,
         "bf16": setting.cfg.bf16,
         "seq_length": setting.cfg.seq_length,
-    }
+    } | ({} if setting.cfg.unconditional else {"unconditional": False})
 
 
 class _Meter:
@@ -166,11 +167,12 @@ def _annotate_wave(
     rollouts_dir: Path, out_dir: Path, wave: Wave, load_teacher: Callable[[], TokenScorer], setting: ScoringContext
 ) -> None:
     """Score the shards of a wave on all ranks and seal each; the teacher is loaded once the student is gone."""
-    student_losses = _student_losses(rollouts_dir, wave, setting)
+    unconditional = setting.cfg.unconditional
+    student_losses = _student_losses(rollouts_dir, wave, setting) if unconditional else {}
     initialize_distributed(**_layout(setting.cfg))
     teacher = load_teacher()
     own, reasons = _own(wave), Counter[str]()
-    meter = _Meter("teacher", 2 * _response_tokens(rollouts_dir, own))
+    meter = _Meter("teacher", (1 + unconditional) * _response_tokens(rollouts_dir, own))
     with meter.bar:
         for name in own:
             started = time.monotonic()
@@ -178,16 +180,18 @@ def _annotate_wave(
             prompted = teacher.score(
                 samples.teacher_prompts, samples.responses, top_k=setting.cfg.top_k, on_forward=meter
             )
-            alone = teacher.score(samples.teacher_openings, samples.responses, on_forward=meter)
+            alone = None
+            if unconditional:
+                alone = teacher.score(samples.teacher_openings, samples.responses, on_forward=meter)
             if not _writes():
                 continue
-            assert prompted is not None and alone is not None
+            assert prompted is not None
             counts = write_shard(
                 out_dir / name,
                 samples,
                 teacher=prompted,
                 teacher_alone=alone,
-                student_loss_unconditional=student_losses[name],
+                student_loss_unconditional=student_losses.get(name),
                 vocab_size=setting.student.vocab_size,
                 provenance=wave.shards[name],
             ).counts

@@ -29,8 +29,8 @@ def write_shard(
     samples: Samples,
     *,
     teacher: Scores,
-    teacher_alone: Scores,
-    student_loss_unconditional: npt.NDArray[np.float32],
+    teacher_alone: Scores | None,
+    student_loss_unconditional: npt.NDArray[np.float32] | None,
     vocab_size: int,
     provenance: Mapping[str, Any],
 ) -> Manifest:
@@ -40,8 +40,8 @@ def write_shard(
         out: Directory to seal.
         samples: What was scored, and what was quarantined before.
         teacher: The teacher's scores of each response after its prompt, with the top-k.
-        teacher_alone: The same after the generation prompt alone.
-        student_loss_unconditional: L(y) of the student, nats per token, float32 [N].
+        teacher_alone: The same after the generation prompt alone; None: not scored, its losses are NaN.
+        student_loss_unconditional: L(y) of the student, nats per token, float32 [N]; None as well.
         vocab_size: V*.
         provenance: What made it.
 
@@ -49,13 +49,14 @@ def write_shard(
         Its manifest (counts: ``in`` = ``kept`` + sum of ``quarantined``, ``response_tokens``, and how many of
         these are ``in_top_k``).
     """
-    assert len(student_loss_unconditional) == len(samples.responses)
+    nan_N = np.full(len(samples.responses), np.nan, np.float32)
     losses = {
         "teacher_loss": teacher.losses(),
-        "teacher_loss_unconditional": teacher_alone.losses(),
+        "teacher_loss_unconditional": nan_N if teacher_alone is None else teacher_alone.losses(),
         "student_loss": mean_loss(_joined(samples.generator_logprobs, np.float32), teacher.starts_N),
-        "student_loss_unconditional": student_loss_unconditional,
+        "student_loss_unconditional": nan_N if student_loss_unconditional is None else student_loss_unconditional,
     }
+    assert all(len(loss_N) == len(nan_N) for loss_N in losses.values())
     records_R = _records(teacher)
     kept, refused = _checked(samples, teacher, records_R, vocab_size)
     quarantine = samples.quarantine + refused

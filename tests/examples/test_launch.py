@@ -32,8 +32,8 @@ SCRIPT = ROOT / "examples" / "launch" / "npd_72b_to_7b.sh"
 
 RECIPE = """
 platform: cpu
-rollout: {dtype: float32, max_tokens: 12, max_model_len: 128}
-annotate: {tensor_model_parallel_size: 2, top_k: 4, seq_length: 256, follow_seconds: 600}
+rollout: {dtype: float32, max_tokens: 12, max_model_len: 128, prompts_per_round: 4}
+annotate: {tensor_model_parallel_size: 2, top_k: 4, seq_length: 256, follow_seconds: 600, unconditional: false}
 select: {filter: none}
 pack: {seq_length: 256}
 train: {tensor_model_parallel_size: 2, global_batch_size: 1, train_iters: 4, lr_warmup_iters: 1, lr: 1.0e-3}

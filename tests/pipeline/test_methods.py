@@ -77,6 +77,10 @@ def test_seqkd_trains_on_the_teachers_responses_without_its_scores(
         ({"train.objective": "distill"}, "objective must be sft with annotate.backend none, got distill"),
         ({"updates": 1}, "updates must be 0 with responses teacher, got 1"),
         ({"annotate.follow_seconds": 5}, "follow_seconds must be 0 with backend none"),
+        (
+            {"annotate.backend": "megatron", "annotate.unconditional": False},
+            "unconditional must be true with select.filter delta_ifd",
+        ),
     ],
 )
 def test_parts_of_a_method_that_do_not_go_together_are_refused(flags: dict[str, Any], match: str) -> None:

@@ -60,6 +60,30 @@ def reference(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return content(out)
 
 
+def test_rounds_take_turns_with_the_prompts(prompts: Path, tmp_path: Path) -> None:
+    """Five at most of twelve prompts: three turns of four, each with prompts from the whole file."""
+    cfg = dataclasses.replace(CFG, prompts_per_round=5)
+    given = pq.read_table(prompts / PROMPTS_FILE).to_pydict()
+    ids, asked = given["prompt_id"], []
+    prompt_of = dict(zip(ids, given["prompt_ids"], strict=True))
+    with FakeServer() as server:
+        pool = ServerPool([server.url], cfg)
+        for index in range(4):
+            out = tmp_path / str(index)
+            manifest = generate_round(prompts, out, pool=pool, cfg=cfg, round_index=index, policy_version="v0000")
+            assert manifest.counts["in"] == 4 * 3 and manifest.provenance["prompts_per_round"] == 5
+            tables = [pq.read_table(shard / ROLLOUTS_FILE) for shard in sorted(out.glob("shard-*"))]
+            rows = pa.concat_tables(tables).to_pylist()
+            asked.append([row["prompt_id"] for row in rows[::3]])
+            for row in rows:
+                assert row["prompt_ids"] == prompt_of[row["prompt_id"]]
+                assert row["sample_id"] == sample_id(row["prompt_id"], index, row["path"])
+        with pytest.raises(UserError, match=r"prompts_per_round must be what .* was made with"):
+            other = dataclasses.replace(cfg, prompts_per_round=6)
+            generate_round(prompts, tmp_path / "0", pool=pool, cfg=other, round_index=0, policy_version="v0000")
+    assert asked == [ids[0::3], ids[1::3], ids[2::3], ids[0::3]]
+
+
 def test_samples_order_seeds_and_books(prompts: Path, tmp_path: Path) -> None:
     with FakeServer() as server:
         manifest = generate(prompts, tmp_path / "out", server)

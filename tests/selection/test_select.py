@@ -71,10 +71,24 @@ def test_every_sample_has_its_zone_and_every_dropped_one_its_reason(tmp_path: Pa
     assert sum(counts["histogram"]["counts"]) == 5
 
 
-def test_no_filter_keeps_all_that_is_defined(tmp_path: Path) -> None:
+def test_no_filter_keeps_all(tmp_path: Path) -> None:
     manifest = select_round(store_of(tmp_path / "a", DELTAS), tmp_path / "s", SelectConfig(filter="none", tau=0.3))
-    assert manifest.counts["kept"] == 5 and manifest.counts["quarantined"] == {"ifd_undefined": 1}
+    assert manifest.counts["kept"] == 6 and manifest.counts["quarantined"] == {}
     assert manifest.counts["zones"]["degenerate"]["count"] == 1  # the zones are told all the same
+    assert manifest.counts["zones"]["undefined"]["count"] == 1
+
+
+def test_what_was_scored_with_prompts_alone_trains_without_a_filter(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", [None] * 4)
+    manifest = select_round(store, tmp_path / "s", SelectConfig(filter="none"))
+    assert manifest.counts["kept"] == 4 and manifest.counts["tau"] is None
+    assert frozen_taus(tmp_path / "s") is None
+    again = select_round(store, tmp_path / "s2", SelectConfig(filter="none"), frozen_taus(tmp_path / "s"))
+    assert again.counts == manifest.counts
+    with pytest.raises(
+        UserError, match="must hold a sample with a defined IFD, got none of 4; annotate it with uncond"
+    ):
+        select_round(store, tmp_path / "s3", SelectConfig(filter="perplexity"))
 
 
 def test_tau_is_a_quantile_of_the_first_round_and_then_frozen(tmp_path: Path) -> None:
@@ -220,7 +234,7 @@ def test_each_domain_has_its_tau(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "s" / SELECTION_FILE).to_pydict()
     assert table["kept"] == [True, True, False, True, True, False]
 
-    taus = frozen_taus(tmp_path / "s")
+    taus = frozen_taus(tmp_path / "s") or {}
     del taus["prose"]  # a domain that the first round did not have takes the tau of all
     later = select_round(store, tmp_path / "s1", cfg, taus, prompts_dir=prompts)
     assert pq.read_table(tmp_path / "s1" / SELECTION_FILE)["kept"].to_pylist() == [True, True, False] + [False] * 3

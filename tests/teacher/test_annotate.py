@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -113,6 +114,20 @@ def test_the_store_holds_what_transformers_says(tmp_path: Path, models: dict[str
         for name in ("sample_id", "prompt_id", "path", "finish_reason", "policy_version"):
             assert sample[name] == rollout[name]
         assert (sample["prompt_len"], sample["response_len"]) == LENGTHS[index]
+
+
+def test_prompts_alone_give_the_same_records(tmp_path: Path, models: dict[str, Path]) -> None:
+    make_rollouts(tmp_path / "rollouts", LENGTHS)
+    annotate(tmp_path / "rollouts", tmp_path / "whole", models)
+    cfg = dataclasses.replace(CFG, unconditional=False)
+    manifest = annotate(tmp_path / "rollouts", tmp_path / "out", models, cfg)
+    assert manifest.provenance["unconditional"] is False
+    whole, found = contents(tmp_path / "whole"), contents(tmp_path / "out")
+    streams = [name for name in whole if name.endswith((".bin", ".idx"))]
+    assert streams and all(whole[name] == found[name] for name in streams)
+    for sample, other in zip(samples(tmp_path / "out"), samples(tmp_path / "whole"), strict=True):
+        for name, value in sample.items():
+            assert math.isnan(value) if name.endswith("_unconditional") else value == other[name], name
 
 
 def test_the_teacher_reads_its_own_prompt(tmp_path: Path, models: dict[str, Path]) -> None:
