@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ _RACY_SECONDS = 0.1  # a file changed this shortly before it was hashed may chan
 _FILE_TYPES = {"sha256": str, "bytes": int}
 _known: dict[str, list[Any]] = {}  # file -> size, mtime_ns, ctime_ns, inode, sha256 at its last full hash
 _known_read = 0  # bytes of the process tree's file that _known holds
+_known_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +221,7 @@ def _known_sha256(file: Path) -> str | None:
     global _known_read
     key, state = str(file.resolve()), _state(file)
     if _known.get(key, [])[:4] != state and _KNOWN_FILE in os.environ:
-        with suppress(OSError), _shared("rb") as stream:
+        with _known_lock, suppress(OSError), _shared("rb") as stream:
             stream.seek(_known_read)
             for line in stream:
                 if not line.endswith(b"\n"):
@@ -241,12 +243,13 @@ def _remember(file: Path, state: list[int], digest: str) -> None:
         return
     key = str(file.resolve())
     _known[key] = [*state, digest]
-    if _KNOWN_FILE not in os.environ:
-        if not hasattr(os, "memfd_create"):  # Python as some distributors ship it: each process hashes for itself
-            return
-        os.environ[_KNOWN_FILE] = f"/proc/{os.getpid()}/fd/{os.memfd_create(_MEMFD)}"
-    with suppress(OSError), _shared("ab") as stream:
-        stream.write(json.dumps([key, *state, digest]).encode() + b"\n")
+    with _known_lock, suppress(OSError):
+        if _KNOWN_FILE not in os.environ:
+            if not hasattr(os, "memfd_create"):  # Python as some distributors ship it: each process hashes for itself
+                return
+            os.environ[_KNOWN_FILE] = f"/proc/{os.getpid()}/fd/{os.memfd_create(_MEMFD)}"
+        with _shared("ab") as stream:
+            stream.write(json.dumps([key, *state, digest]).encode() + b"\n")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ FLOORS = {
         ("choices", "platform", "config", "errors", "lifeline", "limits", "links", "lock", "log", "manifest"), 0
     ),
     **dict.fromkeys(("durable", "paths", "quarantine", "records", "run_dir", "torchrun"), 0),
-    **dict.fromkeys(("user_files", "weights"), 0),
+    **dict.fromkeys(("stoppable", "user_files", "weights"), 0),
     **dict.fromkeys(("store", "ops", "models"), 1),
     **dict.fromkeys(("data", "serving"), 2),
     **dict.fromkeys(("rollout", "teacher", "selection", "training"), 3),

@@ -6,7 +6,7 @@ import asyncio
 import email.utils
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import httpx
@@ -14,6 +14,7 @@ import httpx
 from megatron_npd.log import get_logger
 from megatron_npd.serving.protocol import UNDEFINED, Failure, Malformed, check_ids, field, first_of, json_of
 from megatron_npd.serving.server import GENERATE, PROBE, ServerLost
+from megatron_npd.stoppable import stopping
 
 if TYPE_CHECKING:
     from megatron_npd.serving.pool import ServerPool
@@ -24,6 +25,7 @@ CONTROL_TIMEOUT = 60.0  # seconds, of requests that generate at most one token
 _RETRY_DELAYS = (0.2, 1.0)  # seconds, after a connection broke, or an answer that another try may better
 _LONGEST_DELAY = 30.0  # seconds, of what a server may ask for in Retry-After
 _LOOK_SECONDS = 5.0  # between two looks for a lost server
+_STOP_SECONDS = 0.2  # between two looks whether this thread was asked to stop
 _MOST_LOST = 3  # servers that a request may see lost, the last one while it is alone there
 _REFUSALS = frozenset(range(400, 500)) - {408, 425, 429}  # what another try would not change
 
@@ -121,12 +123,13 @@ class Asking(Generic[Asked, Read]):
 
         timeout = httpx.Timeout(self.pool.cfg.request_timeout, connect=CONTROL_TIMEOUT)
         crews = [asyncio.create_task(crew(url)) for url in [*self.pool.urls, *self.pool.lost]]
+        watch = asyncio.create_task(_cancel_when_stopping(crews))
         try:
             await asyncio.gather(*crews)
         finally:
-            for task in crews:
+            for task in (*crews, watch):
                 task.cancel()
-            await asyncio.gather(*crews, return_exceptions=True)
+            await asyncio.gather(*crews, watch, return_exceptions=True)
         if not self.pool.urls:
             raise next(iter(self.pool.lost.values()))
         return undefined
@@ -208,6 +211,13 @@ class Asking(Generic[Asked, Read]):
             ) from error
         except (httpx.HTTPError, Malformed) as error:
             raise self.pool.dead(url, f"must generate, {trouble}, then {words(error)}") from error
+
+
+async def _cancel_when_stopping(tasks: Sequence[asyncio.Task[None]]) -> None:
+    while not stopping():
+        await asyncio.sleep(_STOP_SECONDS)
+    for task in tasks:
+        task.cancel()
 
 
 def words(error: Exception) -> str:

@@ -26,6 +26,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.serving.access import SECRET_VARIABLE, TOKEN_VARIABLE, bearer, make_token, proves_secret
 from megatron_npd.serving.interface import listen_on, reach
+from megatron_npd.stoppable import check_stop
 from megatron_npd.weights import language_config, read_config, read_weights
 
 GENERATE = "/inference/v1/generate"
@@ -192,6 +193,7 @@ class VLLMServer:
         try:
             timeout, headers = self.cfg.start_timeout, bearer(self.token)
             while not self._answers():
+                check_stop()
                 self.check_alive()
                 if time.monotonic() - self._started > timeout:
                     raise self.failure(f"must answer within start_timeout ({timeout:.0f} s)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.serving import asking
 from megatron_npd.serving.pool import ServerPool
+from megatron_npd.stoppable import Worker
 from tests.serving.fake import CONTENT, EOS, ROUND, VOCAB_SIZE, FakeServer, die_after, fake_answer, write_prompts
 
 CFG = dataclasses.replace(ROUND, request_timeout=5.0)
@@ -616,3 +619,29 @@ def test_a_context_shorter_than_asked_is_refused(prompts: Path, tmp_path: Path) 
         server.max_model_len = 32
         with pytest.raises(UserError, match=r"at least max_model_len \(64\), got 32"):
             generate(prompts, tmp_path / "out", server)
+
+
+def test_a_thread_is_stopped_while_requests_are_in_flight(
+    prompts: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
+    """What had arrived is kept; another call asks for the rest alone."""
+    hanging, ended = threading.Event(), threading.Event()
+
+    def trouble(body: dict[str, Any]) -> None:
+        if len(server.asked) > 20:
+            hanging.set()
+            ended.wait(60)
+
+    with FakeServer() as server:
+        server.trouble = trouble
+        worker = Worker(lambda: generate(prompts, tmp_path, server), ended)
+        assert hanging.wait(60)
+        worker.stop = True
+        worker.join(30)
+        assert isinstance(worker.error, asyncio.CancelledError)
+        assert not is_sealed(tmp_path) and server.answered < 36
+        server.trouble = lambda body: None
+        server.asked.clear()
+        generate(prompts, tmp_path, server)
+        assert len(server.asked) <= 36 - 20 + CFG.concurrency
+    assert content(tmp_path) == reference
