@@ -56,7 +56,8 @@ class NPDConfig(ClusterConfig):
     """Where settings were changed: remove the results that depend on them, and make these anew; else they are named,
     and the run is refused."""
     max_lead: int = 0
-    """Rounds that may be ahead of the trainer: so much older is the policy that generates a round; 0: the newest."""
+    """Rounds that may be ahead of the trainer: so much older is the policy that generates a round, and stages run
+    beside one another; 0: the newest policy, and one stage after another."""
     platform: PlatformName = "auto"
     """Device platform; auto: cuda, npu or cpu, the first that is there."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

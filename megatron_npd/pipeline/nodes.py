@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.run_dir import RunDir
 
+END = "end"  # in the place of a command: what an earlier call started is to end
 POLL_SECONDS = 0.5
 SILENT_SECONDS = 120.0  # a shared file system may show a node's file late
 
@@ -47,6 +49,23 @@ def free_port(port: int) -> int:
     raise UserError(f"master_port must have a free port from it on, got {port}; give a lower one")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A command that all training nodes start together, or (``END``) end.
+
+    Attributes:
+        number: In the order of a start's calls.
+        command: Of ``python -m megatron_npd``, or ``END``.
+        port: Of the first node, where they meet.
+        fields: Its configuration, flat; of ``END``: the ``number`` of the call that is ended.
+    """
+
+    number: int
+    command: str
+    port: int
+    fields: dict[str, Any]
+
+
 class Nodes:
     """One node's part in a start of the run; a context, which tells the others when this node fails.
 
@@ -58,7 +77,7 @@ class Nodes:
     def __init__(self, run: RunDir, cfg: ClusterConfig) -> None:
         self.cfg, self.state = cfg, run.attempts / cfg.attempt
         self._failed, self._done, self._calls = self.state / "failed", self.state / "done", 0
-        self._port = cfg.master_port
+        self._port, self._calling = cfg.master_port, threading.Lock()
         self._alive, self._silent = self.state / "alive", False
         self._closed = threading.Event()
 
@@ -99,24 +118,39 @@ class Nodes:
             time.sleep(POLL_SECONDS)
         return tuple(url for file in files for url in json.loads(file.read_text()))
 
-    def call(self, command: str, fields: Mapping[str, Any]) -> int:
-        """Have all training nodes start a command; the first node's port at which they meet, another for each."""
-        port = free_port(self._port)
-        path = self.state / "calls" / f"{self._calls:04d}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps({"command": command, "port": port, "fields": dict(fields)}, default=str))
-        self._calls, self._port = self._calls + 1, port + 1
-        return port
+    def call(self, command: str, fields: Mapping[str, Any]) -> Call:
+        """Have all training nodes start a command; they meet at another port of the first node for each."""
+        with self._calling:
+            call = Call(number=self._calls, command=command, port=free_port(self._port), fields=dict(fields))
+            path = self.state / "calls" / f"{call.number:04d}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, json.dumps(asdict(call), default=str))
+            self._calls, self._port = call.number + 1, call.port + 1
+        return call
 
-    def calls(self) -> Iterator[tuple[int, str, dict[str, Any]] | None]:
-        """The commands that the first node has started, each with its port; None: none yet; ends with that node."""
+    def end(self, call: Call) -> None:
+        """Have the other training nodes end what they started for a call, and wait until all have, if they live."""
+        order, until = self.call(END, {"number": call.number}), time.monotonic() + SILENT_SECONDS
+        marks = [self._ended(order, rank) for rank in range(1, self.cfg.training_nodes)]
+        while not all(mark.exists() for mark in marks) and not self._failed.exists() and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+
+    def ended(self, order: Call) -> None:
+        """Tell the first node that this one did what ``end`` asked for."""
+        write_atomic(self._ended(order, self.cfg.node_rank), "\n")
+
+    def _ended(self, order: Call, rank: int) -> Path:
+        return self.state / "calls" / f"{order.number:04d}.node-{rank}"
+
+    def calls(self) -> Iterator[Call | None]:
+        """The commands that the first node has started; None: none yet; ends with that node."""
         while True:
             done = self._done.exists()  # asked first: no call comes after it
             path = self.state / "calls" / f"{self._calls:04d}.json"
             if path.exists():
-                call = json.loads(path.read_text())
-                lists = {name: tuple(value) for name, value in call["fields"].items() if isinstance(value, list)}
-                yield call["port"], call["command"], {**call["fields"], **lists}
+                call = Call(**json.loads(path.read_text()))
+                lists = {name: tuple(value) for name, value in call.fields.items() if isinstance(value, list)}
+                yield replace(call, fields=call.fields | lists)
                 self._calls += 1
             elif done:
                 return

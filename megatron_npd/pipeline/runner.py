@@ -2,19 +2,28 @@
 
 A stage whose output is sealed is skipped, so the runner may be stopped anywhere and started again. The trainer is a
 command of its own that lives through the rounds; ``max_lead`` bounds how many of them may be ahead of it.
+
+With ``max_lead`` 0 one stage is at work at a time, here in the main thread. Else each has a thread of its own, one at a
+time on the servers, one on the ranks, and one of each stage on the host: while round 1 is generated, round 0 is
+annotated, selected, packed and trained on. What needs a model's ranks, or converts one, is then a command, so that
+these threads share no state of megatron-core; the main thread starts them, writes the reports, and ends all when one of
+them fails.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_npd.config.run import NPDConfig
+from megatron_npd.data.row_schedule import load_schedule
 from megatron_npd.errors import UserError
 from megatron_npd.lock import LOCK, kernel_lock
 from megatron_npd.log import get_logger
@@ -29,6 +38,7 @@ from megatron_npd.pipeline.servers import Servers, run_server_node
 from megatron_npd.pipeline.stages import STAGES, Stage
 from megatron_npd.pipeline.work import Context
 from megatron_npd.run_dir import RunDir, version
+from megatron_npd.stoppable import Worker, check_stop
 
 _POLL_SECONDS = 0.2
 
@@ -89,7 +99,7 @@ def plan(cfg: NPDConfig) -> str:
         ("annotate", work.annotate_settings(ctx, 0, run, cfg.annotate)),
         ("train", work.trainer_settings(run, cfg)),
     ):
-        if not ctx.launcher.alone or command == "train":
+        if not ctx.launcher.alone or ctx.overlaps or command == "train":
             lines.append(shlex.join(command_line(cfg, command, fields)))
     return "\n".join(lines)
 
@@ -107,12 +117,19 @@ class Task:
     Attributes:
         stage: Of the table.
         index: Number of the policy or round; 0 where the stage is there once in a run.
-        started: When it was started, where that does not finish it, until its seconds are noted; monotonic clock.
+        started: When the trainer began with it, until its seconds are noted; monotonic clock.
+        worker: The thread that does it, where stages overlap, until its end is seen.
     """
 
     stage: Stage
     index: int
     started: float | None = None
+    worker: Worker | None = None
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it was begun and its end was not seen."""
+        return self.started is not None or self.worker is not None
 
     @property
     def place(self) -> str:
@@ -146,33 +163,53 @@ def tasks(rounds: int) -> list[Task]:
 
 def _run(ctx: Context, report: Report) -> None:
     pending = tasks(ctx.cfg.updates + 1)
+    if ctx.overlaps:  # rollouts may need an older policy than what is measured beside them: none comes back
+        pending.sort(key=partial(_order, ctx))
     if any(task.stage.name == "annotate" and not task.done(ctx) for task in pending):
         work.check_teacher_servers(ctx)
     if pending[0].done(ctx):
         work.prompts(ctx, 0)  # they must still come from the same file
     else:
-        _start(ctx, pending[0])
+        _start(ctx, pending[0], threading.Event())
     try:
         _work_off(ctx, pending, report)
-    finally:  # what the trainer did not finish took its time too
-        for task in pending:
+    finally:
+        _stop(pending)
+        for task in pending:  # what the trainer did not finish took its time too
             if task.started is not None:
                 _note(ctx, task)
 
 
+def _order(ctx: Context, task: Task) -> int:
+    """Which comes first of tasks that need the same; those of equal numbers stay in the order of the table."""
+    policy = task.stage.policy(ctx, task.index) if task.stage.policy is not None else None
+    return task.index if policy is None else policy
+
+
 def _work_off(ctx: Context, pending: list[Task], report: Report) -> None:
+    ended = threading.Event()  # a thread has
     while True:
         training = ctx.trainer is not None and ctx.trainer.running()  # asked first: it seals before it ends
         rounds = rounds_of(ctx.run, ctx.cfg)
-        pending = [task for task in pending if task.index < rounds + (task.stage.per == "policy")]
-        pending = [task for task in pending if not _finished(ctx, task)]
-        ready = next((task for task in pending if task.started is None and task.ready(ctx)), None)
+        unused = _unused(ctx)
+        superfluous = [
+            task
+            for task in pending
+            if task.index >= rounds + (task.stage.per == "policy")
+            or (task.index in unused and task.stage.per == "round" and task.stage.kind not in ("checkpoint", "policy"))
+        ]
+        _stop(superfluous)
+        pending = [task for task in pending if task not in superfluous and not _finished(ctx, task)]
+        busy = {task.stage.occupies for task in pending if task.at_work}
+        able = (task for task in pending if not task.at_work and task.stage.occupies not in busy)
+        ready = next((task for task in able if task.ready(ctx)), None)
         if ready is not None:
             if ready.stage.name == "rollout" and ready.index:
                 report(ctx.run.root)  # what the rounds before left
-            _start(ctx, ready)
-        elif training:
-            time.sleep(_POLL_SECONDS)
+            _start(ctx, ready, ended)
+        elif training or any(task.worker is not None for task in pending):
+            ended.wait(_POLL_SECONDS)
+            ended.clear()
         elif pending:
             raise UserError(
                 f"{pending[0].place}: {pending[0].stage.name} must get its inputs, got none, and nothing that makes "
@@ -180,6 +217,23 @@ def _work_off(ctx: Context, pending: list[Task], report: Report) -> None:
             )
         else:
             return
+
+
+def _unused(ctx: Context) -> Collection[int]:
+    """Rounds that nobody will train on: with a lead the trainer may be through before they are packed."""
+    through = is_sealed(ctx.run.checkpoint_at(ctx.cfg.train.train_iters)) and ctx.run.schedule.exists()
+    if not ctx.overlaps or not through:
+        return ()
+    return set(range(ctx.cfg.updates + 1)) - {entry.round for entry in load_schedule(ctx.run.schedule)}
+
+
+def _stop(tasks: Iterable[Task]) -> None:
+    """End the threads that do tasks: those that can be stopped soon, the others when they are through."""
+    workers = [task.worker for task in tasks if task.worker is not None]
+    for worker in workers:
+        worker.stop = True
+    for worker in workers:
+        worker.join()
 
 
 def rounds_of(run: RunDir, cfg: NPDConfig) -> int:
@@ -191,26 +245,42 @@ def rounds_of(run: RunDir, cfg: NPDConfig) -> int:
     return cfg.updates + 1
 
 
-def _start(ctx: Context, task: Task) -> None:
-    """Do a task, or begin what the trainer does."""
+def _start(ctx: Context, task: Task, ended: threading.Event) -> None:
+    """Do a task, or begin what the trainer or a thread does, which sets ``ended`` at its end."""
     stage, index = task.stage, task.index
     get_logger().info("%s: %s", task.place, stage.name)
     if (output := stage.output(ctx.run, index)) is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-    policy = stage.policy(ctx, index) if stage.policy is not None else None
-    if policy is not None:  # before the stage's clock starts: a server's start and refresh have their own
-        ctx.servers.serve(policy)
     if stage.background:
         task.started = time.monotonic()
         stage.function(ctx, index)
-        return
+    elif ctx.overlaps and stage.per != "run":
+        task.worker = Worker(partial(_do, ctx, task), ended)
+    else:
+        _do(ctx, task)
+
+
+def _do(ctx: Context, task: Task) -> None:
+    stage, index = task.stage, task.index
+    policy = stage.policy(ctx, index) if stage.policy is not None else None
+    if policy is not None:  # before the stage's clock starts: a server's start and refresh have their own
+        ctx.servers.serve(policy)
+        check_stop()
     with timed(ctx.run, stage.name, None if stage.per == "run" else index):
         stage.function(ctx, index)
     if not task.done(ctx):
+        output = stage.output(ctx.run, index)
         raise UserError(f"{task.place}: {stage.name} must leave a sealed {output}, got none; see the messages above")
 
 
 def _finished(ctx: Context, task: Task) -> bool:
+    """Whether nothing is left to do; raises what ended the task's thread."""
+    if task.worker is not None:
+        if not task.worker.done:
+            return False
+        if task.worker.error is not None:
+            raise task.worker.error
+        task.worker = None
     if not task.done(ctx):
         return False
     if task.started is not None:

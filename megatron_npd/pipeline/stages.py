@@ -30,7 +30,7 @@ class Stage:
             manifest holds the hash of the input's manifest.
         needs: What it computes with.
         policy: Number of the policy that must be on the rollout servers before; None: it does not ask them.
-        background: Whether ``function`` only sees to it that the trainer is at work.
+        background: Whether ``function`` only sees to it that the trainer is at work, which waits for nothing else.
         function: Does it, or sees to it that a command of ours does it in the background.
         ready: Whether it may start, where sealed ``inputs`` do not tell.
         done: Whether there is nothing left to do, where ``output`` being sealed does not tell.
@@ -49,6 +49,13 @@ class Stage:
     ready: Callable[[Context, int], bool] | None = None
     done: Callable[[Context, int], bool] | None = None
     settings: str = ""
+
+    @property
+    def occupies(self) -> str:
+        """What one task at a time works with, where stages overlap; on the host there may be one of each stage."""
+        if self.background:
+            return "trainer"
+        return self.name if self.needs == "host" else self.needs
 
 
 STAGES = {
@@ -80,14 +87,25 @@ STAGES = {
             done=work.is_evaluated,
         ),
         Stage(
+            name="held-out rollout",
+            per="policy",
+            kind="rollouts",
+            output=lambda run, index: run.held_out.rollouts(index),
+            inputs={"../../../prompts": "prompts"},
+            needs="servers",
+            policy=work.own_policy,
+            function=work.answer_held_out,
+            ready=work.policy_is_there,
+            done=work.held_out_is_answered,
+        ),
+        Stage(
             name="measure",
             per="policy",
             kind="annotations",
             output=lambda run, index: run.held_out.annotations(index),
+            inputs={"../rollouts": "rollouts_sha256"},
             needs="ranks",
-            policy=work.own_policy,
             function=work.measure,
-            ready=work.policy_is_there,
             done=work.is_measured,
         ),
         Stage(
@@ -110,6 +128,7 @@ STAGES = {
             inputs={"../rollouts": "rollouts_sha256"},
             needs="ranks",
             function=work.annotate,
+            ready=work.rollouts_can_be_read,
             done=work.is_annotated,
             settings="annotate",
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,7 +45,8 @@ class Context:
         servers: Its rollout servers.
         launcher: Starts commands on the training nodes.
         trainer: The trainer, once it was started; it lives through the rounds.
-        followers: Annotators of rounds that are being generated.
+        followers: Annotators of rounds that are being generated, where stages do not overlap.
+        generating: The round that is being generated; None: none is.
     """
 
     run: RunDir
@@ -52,6 +55,12 @@ class Context:
     launcher: Launcher
     trainer: Job | None = None
     followers: dict[int, Job] = field(default_factory=dict)
+    generating: int | None = None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether stages run beside one another: models are then used in commands of their own alone."""
+        return self.cfg.max_lead > 0
 
 
 def check_teacher_servers(ctx: Context) -> None:
@@ -113,13 +122,10 @@ def is_evaluated(ctx: Context, index: int) -> bool:
     return not Accuracies(ctx.run, ctx.cfg).lack(index)
 
 
-def measure(ctx: Context, index: int) -> None:
-    """Measure a policy's distance from the teacher, from a small round of rollouts with its annotations.
-
-    Where all of these few samples are quarantined, that is its result; it must not stop a run.
-    """
+def answer_held_out(ctx: Context, index: int) -> None:
+    """Have a policy answer the prompts that it is measured on."""
     held_out = ctx.run.held_out
-    try:
+    with _may_keep_nothing(ctx, index):
         generate_round(
             held_out.prompts,
             held_out.rollouts(index),
@@ -128,10 +134,31 @@ def measure(ctx: Context, index: int) -> None:
             round_index=index,
             policy_version=version(index),
         )
-        _annotate(ctx, index, held_out, dataclasses.replace(ctx.cfg.annotate, max_quarantined=1.0))
+
+
+def held_out_is_answered(ctx: Context, index: int) -> bool:
+    return is_sealed(ctx.run.held_out.rollouts(index)) or is_measured(ctx, index)
+
+
+def measure(ctx: Context, index: int) -> None:
+    """Measure a policy's distance from the teacher: annotate its responses to held-out prompts."""
+    with _may_keep_nothing(ctx, index):
+        _annotate(ctx, index, ctx.run.held_out, dataclasses.replace(ctx.cfg.annotate, max_quarantined=1.0))
+        _log_measure(ctx, index)
+
+
+@contextmanager
+def _may_keep_nothing(ctx: Context, index: int) -> Iterator[None]:
+    """Where all of these few samples are quarantined, that is a policy's result; it must not stop a run."""
+    try:
+        yield
     except UserError:
-        if nothing_measured(held_out.round(index)) is None:
+        if nothing_measured(ctx.run.held_out.round(index)) is None:
             raise
+        _log_measure(ctx, index)
+
+
+def _log_measure(ctx: Context, index: int) -> None:
     entry = next(entry for entry in read_measures(ctx.run) if entry["policy"] == index)
     get_logger().log(logging.INFO if entry["reason"] is None else logging.WARNING, "%s", measure_line(entry))
 
@@ -174,8 +201,16 @@ def policy_is_due(ctx: Context, index: int) -> bool:
 
 def rollout(ctx: Context, index: int) -> None:
     """Generate a round of responses; with ``annotate.follow_seconds`` another command annotates them meanwhile."""
-    if ctx.cfg.annotate.follow_seconds:
+    if ctx.cfg.annotate.follow_seconds and not ctx.overlaps:
         ctx.followers[index] = ctx.launcher.start("annotate", annotate_settings(ctx, index, ctx.run, ctx.cfg.annotate))
+    ctx.generating = index
+    try:
+        _generate(ctx, index)
+    finally:
+        ctx.generating = None
+
+
+def _generate(ctx: Context, index: int) -> None:
     generate = partial(generate_round, ctx.run.prompts, ctx.run.rollouts(index), cfg=ctx.cfg.rollout, round_index=index)
     if ctx.cfg.responses == "teacher":
         with ctx.servers.of_teacher() as pool:
@@ -183,6 +218,12 @@ def rollout(ctx: Context, index: int) -> None:
         return
     policy = generating_policy(ctx, index)
     generate(pool=ctx.servers.serve(policy), policy_version=version(policy))
+
+
+def rollouts_can_be_read(ctx: Context, index: int) -> bool:
+    """They are there, or on their way to an annotator that follows them."""
+    follows = ctx.overlaps and ctx.cfg.annotate.follow_seconds and ctx.generating == index
+    return bool(follows) or is_sealed(ctx.run.rollouts(index))
 
 
 def annotate(ctx: Context, index: int) -> None:
@@ -228,7 +269,8 @@ def pack(ctx: Context, index: int) -> None:
 
 
 def packs_are_there(ctx: Context, index: int) -> bool:
-    return is_sealed(ctx.run.packs(index))
+    """Those without which the trainer makes no step towards policy ``index + 1`` (``training/rounds.py``)."""
+    return is_sealed(ctx.run.packs(max(0, index - ctx.cfg.max_lead)))
 
 
 def train(ctx: Context, _: int) -> None:
@@ -261,18 +303,22 @@ def checkpoint_is_there(ctx: Context, index: int) -> bool:
 
 def export(ctx: Context, index: int) -> None:
     """Convert a marked checkpoint into the next policy."""
+    checkpoint, policy = ctx.run.checkpoint(index + 1), ctx.run.policy(index + 1)
+    assert checkpoint is not None, "ready, as checkpoint_is_there says"
+    if ctx.overlaps:
+        paths = {"checkpoint": checkpoint, "hf_model": ctx.cfg.student, "out": policy}
+        ctx.launcher.start_here("convert", {"direction": "megatron-to-hf", **paths}).wait()
+        return
     from megatron_npd.models.convert import megatron_to_hf  # after the platform is chosen
 
-    checkpoint = ctx.run.checkpoint(index + 1)
-    assert checkpoint is not None, "ready, as checkpoint_is_there says"
-    megatron_to_hf(checkpoint, ctx.cfg.student, ctx.run.policy(index + 1))
+    megatron_to_hf(checkpoint, ctx.cfg.student, policy)
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
 
 
 def _annotate(ctx: Context, index: int, run: RunDir, cfg: AnnotateConfig) -> None:
-    if not ctx.launcher.alone or cfg.backend == "vllm":
+    if not ctx.launcher.alone or ctx.overlaps or cfg.backend == "vllm":
         ctx.launcher.start("annotate", annotate_settings(ctx, index, run, cfg)).wait()
         return
     from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen

@@ -91,11 +91,12 @@ def test_a_measure_without_a_kept_response_does_not_stop_the_run(tmp_path: Path)
         run = RunDir(tmp_path)
         ctx = work.Context(run=run, cfg=cfg, servers=Servers(run, cfg), launcher=Launcher(cfg))
         ctx.servers._pool, ctx.servers._served = ServerPool([server.url], cfg.rollout), 0
-        work.measure(ctx, 0)
-        assert work.is_measured(ctx, 0) and not work.is_measured(ctx, 1)
+        work.answer_held_out(ctx, 0)
+        assert work.held_out_is_answered(ctx, 0) and work.is_measured(ctx, 0)
+        assert not work.held_out_is_answered(ctx, 1) and not work.is_measured(ctx, 1)
         ctx.servers._served = 1
         with pytest.raises(UserError, match="must serve policy v0001"):
-            work.measure(ctx, 1)
+            work.answer_held_out(ctx, 1)
     why = "no response was kept (quarantined: 6 request_failed)"
     (entry,) = read_measures(RunDir(tmp_path))
     assert entry["reason"] == why and entry["kl"] is None
