@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from megatron_npd.audit.numbers import LAG_BOUND, accuracy_rows
+from megatron_npd.pipeline.stages import STAGES
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3b76c4", "#d9822b", "#2f9e6e", "#d1495b", "#8a94a3"
 ZONE_COLOURS = {"degenerate": ORANGE, "proximal": GREEN, "disconnect": RED, "undefined": GREY}
@@ -51,6 +52,7 @@ STYLE: dict[Any, Any] = {
 }
 _POINTS = 60  # of a curve, each with its range
 _LEAST_LAG = 1e-4  # nats per token; less is drawn there
+WORKERS = {"servers": ("servers", BLUE), "ranks": ("annotator", ORANGE), "trainer": ("trainer", GREEN)}
 MEASURES = {"delta": "Delta-IFD", "ifd_student": "IFD of the student", "ifd_teacher": "IFD of the teacher"}
 
 
@@ -69,6 +71,9 @@ def draw_all(summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -
         drawn[f"zones-{entry['round']:04d}"] = _draw(_zones, entry, height=2.8)
     if by_stage := summary["seconds"]:
         drawn["seconds"] = _draw(_seconds, by_stage, height=0.9 + 0.25 * len(by_stage))
+    if timeline := summary["timeline"]:
+        rows = len({entry["stage"] for entry in timeline})
+        drawn["timeline"] = _draw(_timeline, timeline, height=1.3 + 0.25 * rows)
     return drawn
 
 
@@ -218,3 +223,19 @@ def _seconds(ax: Axes, by_stage: Mapping[str, float]) -> None:
     ax.set_xlim(0, 1.15 * max(max(by_stage.values()), 1e-3))
     ax.set_title("Seconds by stage")
     ax.grid(visible=False, axis="y")
+
+
+def _timeline(ax: Axes, timeline: Sequence[Mapping[str, Any]]) -> None:
+    """A bar for each time that a stage was at work, a row for each stage, coloured by what it worked with."""
+    stages = list(dict.fromkeys(entry["stage"] for entry in timeline))
+    for entry in timeline:
+        what = STAGES[entry["stage"]].occupies if entry["stage"] in STAGES else ""
+        colour, seconds = WORKERS.get(what, ("", GREY))[1], entry["end"] - entry["start"]
+        light = 0.55 if (entry["round"] or 0) % 2 else 1.0
+        ax.barh(stages.index(entry["stage"]), seconds, left=entry["start"], color=colour, alpha=light, height=0.62)
+    ax.set_yticks(range(len(stages)), stages)
+    ax.invert_yaxis()
+    ax.set_xlabel("seconds")
+    ax.set_title("Stages over time")
+    ax.grid(visible=False, axis="y")
+    _legend_below(ax, [Patch(color=colour, label=name) for name, colour in WORKERS.values()])

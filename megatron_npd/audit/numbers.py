@@ -6,7 +6,7 @@ Nothing is measured here. What a run does not have is left out, and said in word
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.pipeline.environment import read_json
 from megatron_npd.pipeline.evaluation import read_measures, read_samples
+from megatron_npd.pipeline.stages import STAGES
 from megatron_npd.run_dir import RunDir
 
 ZONES = ("degenerate", "proximal", "disconnect", "undefined")
@@ -45,8 +46,8 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
         ``rounds``, in percent; the number of ``problems``, and of those that train too); ``measures`` and ``samples``
         (``pipeline/evaluation.py``); ``zones``, ``lag`` and ``training`` (one entry per round; lag in nats per token);
         ``policies`` (names of finished ones); ``seconds`` by stage, ``distillation_seconds`` (what belongs to a round)
-        and ``total_seconds``; ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned)
-        and ``written``.
+        and ``total_seconds``, in which stages that overlapped count once; ``timeline`` and ``busy`` (as below);
+        ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned) and ``written``.
     """
     config = read_json(run.config, {})
     timed = json_lines(run.seconds, "stage", "round", "seconds")
@@ -64,8 +65,10 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
         "training": [_training(index, lines) for index, lines in by_round],
         "policies": [path.name for path in sorted(run.policies.glob("v*")) if is_sealed(path)],
         "seconds": seconds,
-        "distillation_seconds": sum(line["seconds"] for line in timed if line["round"] is not None),
-        "total_seconds": sum(line["seconds"] for line in timed),
+        "distillation_seconds": _wall([line for line in timed if line["round"] is not None]),
+        "total_seconds": _wall(timed),
+        "timeline": (timeline := timeline_of(timed)),
+        "busy": busy_shares(timeline),
         "environment": read_json(run.environment, []),
         "config": _essentials(config),
         "rounds": config["updates"] + 1 if "updates" in config else None,
@@ -73,6 +76,48 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
     }
     summary |= {"verdicts": list(verdicts(summary)), "missing": list(_missing(summary))}
     return {"headline": headline(summary)} | summary
+
+
+def timeline_of(timed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What was at work when, in the order of beginning: ``stage``, ``round``, ``start`` and ``end``.
+
+    In seconds since the first began; times in which nothing was at work, as between two calls, are left out.
+    """
+    entries, idle, ended = [], 0.0, 0.0
+    for record in sorted((record for record in timed if "at" in record), key=lambda record: record["at"]):
+        start, end = record["at"], record["at"] + record["seconds"]
+        idle += max(0.0, start - ended)
+        ended = max(ended, end)
+        place = {"start": round(start - idle, 3), "end": round(end - idle, 3)}
+        entries.append({"stage": record["stage"], "round": record["round"]} | place)
+    return entries
+
+
+def busy_shares(timeline: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Which share of a timeline something of the run was at work on servers, with the annotator, with the trainer."""
+    whole = max((entry["end"] for entry in timeline), default=0.0)
+    shares = {}
+    for name, what in (("servers", "servers"), ("annotator", "ranks"), ("trainer", "trainer")):
+        stages = {stage.name for stage in STAGES.values() if stage.occupies == what}
+        if seconds := _covered(entry for entry in timeline if entry["stage"] in stages):
+            shares[name] = seconds / whole
+    return shares
+
+
+def _covered(timeline: Iterable[Mapping[str, Any]]) -> float:
+    """Seconds in which one or more of the entries were at work."""
+    seconds, ended = 0.0, 0.0
+    for entry in timeline:
+        seconds += max(0.0, entry["end"] - max(entry["start"], ended))
+        ended = max(ended, entry["end"])
+    return seconds
+
+
+def _wall(timed: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of records, those in which several were at work counted once."""
+    timeline = timeline_of(timed)
+    overlap = sum(entry["end"] - entry["start"] for entry in timeline) - _covered(timeline)
+    return round(sum(record["seconds"] for record in timed) - overlap, 3)
 
 
 def accuracy_rows(accuracy: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -90,6 +135,12 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {unit} {whole % size // smaller} {name}"
     return f"{whole} s" if seconds >= 1 or not seconds else f"{seconds:.1f} s"
+
+
+def busy_words(summary: Mapping[str, Any]) -> str:
+    """``servers 83 %, annotator 20 %, trainer 55 % of 3 min 7 s``."""
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in summary["busy"].items())
+    return f"{shares} of {duration(max(entry['end'] for entry in summary['timeline']))}"
 
 
 def headline(summary: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from megatron_npd.audit.numbers import ZONES, accuracy_rows, duration
+from megatron_npd.audit.numbers import ZONES, accuracy_rows, busy_words, duration
 from megatron_npd.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ _CAPTIONS = {
     "bands: lowest and highest of neighbouring steps.",
     "zones": "Responses by the filter's measure; those beyond the edges stand in the end bins.",
     "seconds": "Wall time of all calls together, interrupted ones included.",
+    "timeline": "Each stage's rounds or policies, light and dark by turns; times in which nothing ran are left out.",
 }
 
 
@@ -134,7 +135,7 @@ def _results(summary: Mapping[str, Any], svgs: Mapping[str, str], *, links: bool
         ("Responses before and after", _samples(summary["samples"])),
         ("Training", _training(summary) + _figures(svgs, "loss", "lag")),
         ("Selection", _selection(summary["zones"]) + _figures(svgs, *(key for key in svgs if key.startswith("zones")))),
-        ("Time and machine", _machine(summary) + _figures(svgs, "seconds")),
+        ("Time and machine", _machine(summary) + _figures(svgs, "seconds", "timeline")),
         ("Settings", _facts(summary["config"].items())),
         ("Not in this report", "".join(f"<p>{escape(sentence)}</p>" for sentence in summary["missing"])),
     ]
@@ -342,6 +343,8 @@ def _machine(summary: Mapping[str, Any]) -> str:
     if summary["seconds"]:
         facts.append(("time in all stages", duration(summary["total_seconds"])))
         facts.append(("of which distillation", duration(summary["distillation_seconds"])))
+    if summary["busy"]:
+        facts.append(("at work", busy_words(summary)))
     calls = summary["environment"]
     if calls:
         last = calls[-1]

@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megatron_npd.audit import figures
-from megatron_npd.audit.numbers import ZONES, accuracy_rows, duration, read_metrics, summarise
+from megatron_npd.audit.numbers import ZONES, accuracy_rows, busy_words, duration, read_metrics, summarise
 from megatron_npd.audit.page import page
 from megatron_npd.durable import write_atomic
 from megatron_npd.run_dir import RunDir
@@ -94,6 +94,8 @@ def text_table(summary: Mapping[str, Any]) -> str:
     if summary["seconds"]:
         lines += ["", f"seconds by stage ({duration(summary['total_seconds'])} in all)"]
         lines += [f"  {stage:<22}{value:8.1f}" for stage, value in summary["seconds"].items()]
+    if summary["busy"]:
+        lines += [f"at work: {busy_words(summary)}"]
     if summary["missing"]:
         lines += ["", *summary["missing"]]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.patches import Rectangle
 
 from megatron_npd.audit.figures import draw_all
 from megatron_npd.audit.numbers import duration, headline, summarise, verdicts
@@ -196,6 +197,34 @@ def test_page_is_self_contained_and_begins_with_the_outcome(run: Path) -> None:
     for name in names:
         image = (run / "report" / f"{name}.png").read_bytes()
         assert image.startswith(PNG) and len(image) > 5000
+
+
+def test_stages_that_overlapped_are_drawn_and_count_once(run: Path) -> None:
+    """Round 1 is generated while round 0 is annotated and trained on; an hour later the run went on."""
+    times = [
+        ("rollout", 0, 0.0, 40.0),
+        ("rollout", 1, 40.0, 40.0),
+        ("annotate", 0, 40.0, 20.0),
+        ("train", 0, 60.0, 30.0),
+        ("train", 1, 3700.0, 30.0),
+    ]
+    records = [{"stage": name, "round": n, "at": 1e9 + at, "seconds": seconds} for name, n, at, seconds in times]
+    records = [records[1], records[0], *records[2:]]  # written in the order of their ends
+    write_lines(run / "report" / "seconds.jsonl", records)
+    table = write_report(run)
+    summary = summary_of(run)
+    places = [(entry["stage"], entry["round"], entry["start"], entry["end"]) for entry in summary["timeline"]]
+    assert places[:4] == [(name, n, at, at + seconds) for name, n, at, seconds in times[:4]]
+    assert places[4] == ("train", 1, 90.0, 120.0)
+    assert summary["seconds"]["rollout"] == 80.0 and summary["total_seconds"] == summary["distillation_seconds"] == 120
+    assert summary["busy"] == pytest.approx({"servers": 80 / 120, "annotator": 20 / 120, "trainer": 60 / 120})
+    words = "at work: servers 67 %, annotator 17 %, trainer 50 % of 2 min 0 s"
+    assert words in table and words.partition(": ")[2] in (run / "report" / "report.html").read_text()
+    (ax,) = draw_all(summary, metrics())["timeline"].axes
+    bars = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    assert [(bar.get_x(), bar.get_width()) for bar in bars] == [(0, 40), (40, 40), (40, 20), (60, 30), (90, 30)]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["rollout", "annotate", "train"]
+    assert (run / "report" / "timeline.png").read_bytes().startswith(PNG)
 
 
 def test_text_table(run: Path) -> None:
