@@ -74,6 +74,13 @@ def check_run(cfg: NPDConfig) -> None:
     if not cfg.rollout.urls:
         check_servable(cfg.student)
     _check_lengths(cfg, setting.student.max_position_embeddings, setting.longest)
+    if 0 < cfg.updates <= cfg.max_lead:
+        get_logger().warning(
+            "max_lead %d with updates %d has the trainer wait for the first round alone: later ones train only where "
+            "they are packed before its last step; give more updates than max_lead to have it wait for more",
+            cfg.max_lead,
+            cfg.updates,
+        )
     if cfg.train.lr * setting.student.hidden_size > HIGH_LR_TIMES_WIDTH:
         get_logger().warning(
             "train.lr %g is high for a trained model %d wide: above %.1g such models tend to get worse; see "

@@ -186,6 +186,8 @@ def test_a_domain_that_prompts_lack_is_refused_before_any_server_starts(inputs: 
     [
         (["--train.lr=2e-3", "--annotate.top-k=4"], ""),  # 64 wide
         (["--train.lr=6e-3"], "train.lr 0.006 is high for a trained model 64 wide: above 0.005"),
+        (["--updates=2", "--max-lead=1"], ""),
+        (["--updates=1", "--max-lead=1"], "max_lead 1 with updates 1 has the trainer wait for the first round alone"),
         (["--annotate.seq-length=64"], "samples of more than 64 tokens, the smaller one of annotate.seq_length"),
         (["--pack.seq-length=64"], "samples of more than 64 tokens (pack.seq_length) do not train"),
         (["--pack.seq-length=64", "--pack.too-long=truncate"], ""),
