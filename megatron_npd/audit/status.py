@@ -16,7 +16,7 @@ from megatron_npd.lock import LOCK
 from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest
 from megatron_npd.pipeline.environment import read_json
 from megatron_npd.pipeline.launch import Launcher
-from megatron_npd.pipeline.runner import tasks
+from megatron_npd.pipeline.runner import needless, tasks
 from megatron_npd.pipeline.servers import Servers
 from megatron_npd.pipeline.work import Context
 from megatron_npd.run_dir import RunDir
@@ -126,18 +126,20 @@ def read_status(run_dir: str | Path) -> Status:
     stages: list[StageStatus] = []
     waiting: list[float | None] = []  # of all but training
     known: dict[str, float] = {}
-    for task in tasks(cfg.updates + 1):
+    every = tasks(cfg.updates + 1)
+    left_out = needless(ctx, every)
+    for task in every:
         name, index = task.stage.name, task.index
         took, done = reader.seconds.get((name, None if task.stage.per == "run" else index), 0.0), task.done(ctx)
         pace = _pace(reader, name, index, took, done)
-        left = 0.0 if done else pace.left
+        left = 0.0 if done or task in left_out else pace.left
         if left is None and name in known:
             left = (1 - pace.share) * known[name]
         if name != "train":  # what needs nothing but the host is short beside the others
             waiting.append(0.0 if left is None and task.stage.needs == "host" else left)
         if done and took:
             known[name] = took
-        state = "done" if done else pace.words or "to do"
+        state = "done" if done else "not needed" if task in left_out else pace.words or "to do"
         stages.append(StageStatus(place=task.place, stage=name, seconds=took, state=state, rate=pace.rate, left=left))
     return Status(
         root=run.root,
@@ -145,7 +147,9 @@ def read_status(run_dir: str | Path) -> Status:
         stages=stages,
         servers=_servers(run),
         lag=_lag(reader),
-        left=_left(reader, waiting, all(entry.state == "done" for entry in stages if entry.stage == "train")),
+        left=_left(
+            reader, waiting, all(entry.state in ("done", "not needed") for entry in stages if entry.stage == "train")
+        ),
     )
 
 

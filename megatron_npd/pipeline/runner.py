@@ -16,7 +16,7 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -190,16 +190,9 @@ def _work_off(ctx: Context, pending: list[Task], report: Report) -> None:
     ended = threading.Event()  # a thread has
     while True:
         training = ctx.trainer is not None and ctx.trainer.running()  # asked first: it seals before it ends
-        rounds = rounds_of(ctx.run, ctx.cfg)
-        unused = _unused(ctx)
-        superfluous = [
-            task
-            for task in pending
-            if task.index >= rounds + (task.stage.per == "policy")
-            or (task.index in unused and task.stage.per == "round" and task.stage.kind not in ("checkpoint", "policy"))
-        ]
-        _stop(superfluous)
-        pending = [task for task in pending if task not in superfluous and not _finished(ctx, task)]
+        left = needless(ctx, pending)
+        _stop(left)
+        pending = [task for task in pending if task not in left and not _finished(ctx, task)]
         busy = {task.stage.occupies for task in pending if task.at_work}
         able = (task for task in pending if not task.at_work and task.stage.occupies not in busy)
         ready = next((task for task in able if task.ready(ctx)), None)
@@ -219,12 +212,18 @@ def _work_off(ctx: Context, pending: list[Task], report: Report) -> None:
             return
 
 
-def _unused(ctx: Context) -> Collection[int]:
-    """Rounds that nobody will train on: with a lead the trainer may be through before they are packed."""
-    through = is_sealed(ctx.run.checkpoint_at(ctx.cfg.train.train_iters)) and ctx.run.schedule.exists()
-    if not ctx.overlaps or not through:
-        return ()
-    return set(range(ctx.cfg.updates + 1)) - {entry.round for entry in load_schedule(ctx.run.schedule)}
+def needless(ctx: Context, pending: Sequence[Task]) -> list[Task]:
+    """Tasks of rounds that nobody trains on: the trainer ended after fewer refreshes, or before they were packed."""
+    run, cfg = ctx.run, ctx.cfg
+    rounds, unused = rounds_of(run, cfg), set[int]()
+    if ctx.overlaps and is_sealed(run.checkpoint_at(cfg.train.train_iters)) and run.schedule.exists():
+        unused = set(range(rounds)) - {entry.round for entry in load_schedule(run.schedule)}
+    return [
+        task
+        for task in pending
+        if task.index >= rounds + (task.stage.per == "policy")
+        or (task.index in unused and task.stage.per == "round" and task.stage.kind not in ("checkpoint", "policy"))
+    ]
 
 
 def _stop(tasks: Iterable[Task]) -> None:

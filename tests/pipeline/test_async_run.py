@@ -26,6 +26,7 @@ pytestmark = pytest.mark.server
 
 from megatron_npd.audit.numbers import json_lines  # noqa: E402
 from megatron_npd.audit.report import write_report  # noqa: E402
+from megatron_npd.audit.status import status  # noqa: E402
 from megatron_npd.audit.verify import verify_run  # noqa: E402
 from megatron_npd.pipeline.runner import run_npd  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
@@ -59,6 +60,7 @@ def check(run: RunDir) -> None:
     assert [entry.round for entry in load_schedule(run.schedule)] in ([0, 1], [0, 1, 2])
     assert [line["iteration"] for line in json_lines(run.metrics)] == [1, 2, 3, 4, 5, 6]
     assert all(is_sealed(run.policy(index)) for index in (1, 2, 3))
+    assert " to do" not in status(run.root)
 
 
 def test_rounds_that_overlap(ahead: NPDConfig) -> None:

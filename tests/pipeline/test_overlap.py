@@ -305,6 +305,8 @@ def test_a_round_that_nobody_will_train_on_is_left(tmp_path: Path, monkeypatch: 
     world.go()
     assert len(stopped) == 1 and not is_sealed(world.run.rollouts(2))
     assert is_sealed(world.run.policy(3)) and is_sealed(world.run.held_out.annotations(3))
+    left = {(task.stage.name, task.index) for task in runner.needless(world.ctx, runner.tasks(3))}
+    assert left == {(name, 2) for name in ("rollout", "annotate", "select", "pack")}
     world.go()  # a finished run repeats nothing
     assert Counter(world.begun)["rollout", 2] == 1
 
