@@ -7,7 +7,7 @@ Every step is skipped when its result is there, so that stopping and starting ag
 1. problems, tokenizer, randomly initialised teacher and student;
 2. the teacher: SFT on 12 000 labelled problems;
 3. the student: SFT on 500 labelled problems until it stops getting better;
-4. near-policy distillation on 3 000 other problems without answers: two rounds, one update;
+4. near-policy distillation on 3 000 other problems without answers: ten rounds of fresh responses;
 5. the same number of further SFT steps on the student's own 500 problems, for comparison;
 6. the report.
 """
@@ -67,7 +67,7 @@ class QuickstartConfig:
     patience: int = 3
     """Evaluations in a row that bring less than one point and so end the student's SFT."""
     fast: bool = False
-    """A twentieth of the problems and steps: shows that everything runs here, and teaches the models next to nothing.
+    """A twentieth of the problems and steps, in two rounds: shows that all of it runs, and teaches next to nothing.
     It needs a work_dir of its own."""
 
 
@@ -80,7 +80,8 @@ class Quickstart:
         npd = parse_config(NPDConfig, ["--config", cfg.npd_config])
         rollout = dataclasses.replace(npd.rollout, token_file=str(self.work / "server.token"))
         # The run is given a server that was started here.
-        self.npd = dataclasses.replace(npd, rollout=rollout, train=self._shortened(npd.train))
+        updates = 1 if cfg.fast else npd.updates
+        self.npd = dataclasses.replace(npd, rollout=rollout, train=self._shortened(npd.train), updates=updates)
         self.npd_dir = self.work / "npd"
         self.npd_run = RunDir(self.npd_dir)
         self.pool: ServerPool | None = None

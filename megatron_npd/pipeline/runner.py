@@ -52,7 +52,8 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
 
     Args:
         cfg: Configuration of the whole run.
-        report: Writes the report of a run's directory, and returns its text table; called after each round.
+        report: Writes the report of a run's directory, and returns its text table; called after each round that took
+            long enough, and at the end.
 
     Returns:
         The text table of the report; empty on other nodes than the first.
@@ -80,8 +81,22 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
         given = (nodes.urls(), nodes.token_file) if nodes is not None and cfg.training_nodes < cfg.nnodes else None
         servers = stack.enter_context(Servers(run, cfg, given))
         ctx = Context(run=run, cfg=cfg, servers=servers, launcher=launcher)
-        _run(ctx, report)
+        _run(ctx, _seldom(report))
         return report(run.root)
+
+
+def _seldom(report: Report) -> Callable[[Path], None]:
+    """A report that takes a twentieth of the time at most: rounds of a second must not wait for its figures."""
+    after = 0.0
+
+    def write(run: Path) -> None:
+        nonlocal after
+        started = time.monotonic()
+        if started >= after:
+            report(run)
+            after = time.monotonic() + 20 * (time.monotonic() - started)
+
+    return write
 
 
 def plan(cfg: NPDConfig) -> str:
@@ -161,7 +176,7 @@ def tasks(rounds: int) -> list[Task]:
     return found
 
 
-def _run(ctx: Context, report: Report) -> None:
+def _run(ctx: Context, report: Callable[[Path], None]) -> None:
     pending = tasks(ctx.cfg.updates + 1)
     if ctx.overlaps:  # rollouts may need an older policy than what is measured beside them: none comes back
         pending.sort(key=partial(_order, ctx))
@@ -186,7 +201,7 @@ def _order(ctx: Context, task: Task) -> int:
     return task.index if policy is None else policy
 
 
-def _work_off(ctx: Context, pending: list[Task], report: Report) -> None:
+def _work_off(ctx: Context, pending: list[Task], report: Callable[[Path], None]) -> None:
     ended = threading.Event()  # a thread has
     while True:
         training = ctx.trainer is not None and ctx.trainer.running()  # asked first: it seals before it ends

@@ -1,0 +1,183 @@
+"""CPU seconds to an accuracy: near-policy distillation of the quickstart's models beside TRL's on-policy trainer.
+
+    make quickstart
+    python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
+    OMP_NUM_THREADS=1 python benchmarks/loop.py --trl trl/bin/python [--seeds 1 2 3] [--only NAME ...]
+
+Every contender starts from the quickstart's student and learns from its teacher on its 3000 prompts, one thread a
+process. Counted is the CPU time of the whole process tree, start-up and servers included, until a policy is on disk;
+its accuracy on the 400 held-out problems (greedy, by transformers, the same for all) is measured afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = ROOT / "examples" / "quickstart" / "npd.yaml"
+LEVELS = (45.0, 80.0, 90.0, 97.5)
+# Nothing is measured on the way, nor scored that no filter asks for.
+_FEW = ["--eval.held-out=0", "--annotate.unconditional=false", "--train.log-interval=100"]
+_PAPER = ["--train.kd-alpha=0.9", "--train.lr=2e-3", "--rollout.greedy-paths=1", "--rollout.prompts-per-round=0"]
+OURS: Mapping[str, Sequence[str]] = {
+    "NPD, 10 rounds of 750": [],
+    "NPD, 25 rounds of 300": ["--updates=24", "--rollout.prompts-per-round=300"],
+    "NPD, 6 rounds of 750": ["--updates=5"],
+    "NPD, 2 rounds of 6000, Delta-IFD": [
+        *("--updates=1", "--select.filter=delta_ifd", "--annotate.unconditional=true", *_PAPER)
+    ],
+}
+TRL: Mapping[str, Sequence[str]] = {"TRL GKD, lr 3e-3": ["--lr=3e-3"], "TRL GKD, lr 2e-3": ["--lr=2e-3"]}
+
+
+class TreeClock:
+    """CPU seconds of a process and all its descendants, those that have ended included, and when files appeared.
+
+    Args:
+        process: The root.
+        directory: Where to look for files.
+        pattern: Of files that are written once a policy is whole, below ``directory``.
+
+    Attributes:
+        seconds: So far.
+        seen: CPU seconds when each file was first there.
+    """
+
+    def __init__(self, process: subprocess.Popen[Any], directory: Path, pattern: str) -> None:
+        self._root, self._directory, self._pattern = psutil.Process(process.pid), directory, pattern
+        self._spent: dict[tuple[int, float], float] = {}
+        self.seen: dict[Path, float] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def seconds(self) -> float:
+        return sum(self._spent.values())
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._look():
+            for path in self._directory.glob(self._pattern):
+                self.seen.setdefault(path, self.seconds)
+            time.sleep(0.1)
+        for path in self._directory.glob(self._pattern):
+            self.seen.setdefault(path, self.seconds)
+
+    def _look(self) -> bool:
+        try:
+            processes = [self._root, *self._root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return False
+        for process in processes:
+            try:
+                with process.oneshot():
+                    times = process.cpu_times()
+                    self._spent[process.pid, process.create_time()] = times.user + times.system
+            except psutil.NoSuchProcess:
+                continue
+        return any(process.status() != psutil.STATUS_ZOMBIE for process in processes[:1] if process.is_running())
+
+
+def accuracies(models: Sequence[Path], test: Path) -> list[float]:
+    """Percent of the problems that each model answers rightly, greedily."""
+    with open(test) as lines:
+        problems = [json.loads(line) for line in lines]
+    found = []
+    for path in models:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        right = 0
+        for first in range(0, len(problems), 200):
+            part = problems[first : first + 200]
+            inputs = tokenizer.apply_chat_template(
+                [problem["messages"] for problem in part],
+                add_generation_prompt=True,
+                padding=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+            with torch.no_grad():
+                ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+            texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            right += sum(
+                _number(text) == _number(problem["response"]) for text, problem in zip(texts, part, strict=True)
+            )
+        found.append(100 * right / len(problems))
+    return found
+
+
+def _number(text: str) -> str | None:
+    found = re.findall(r"####\s*(-?[0-9.,]+)", text)
+    return found[-1] if found else None
+
+
+def contend(command: Sequence[str], directory: Path, pattern: str, test: Path) -> list[tuple[float, float]]:
+    """Run a contender: (CPU seconds, accuracy) of each policy that it left, in order; the last one at its end."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    with open(directory / "log", "wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        )
+        clock = TreeClock(process, directory, pattern)
+        code = process.wait()
+        clock.join()
+    if code:
+        sys.exit(f"error: {command[2:4]} must exit with 0, got {code}; see {directory / 'log'}")
+    found = sorted(clock.seen.items(), key=lambda item: item[1])
+    scores = accuracies([path.parent for path, _ in found], test)
+    points = [(seconds, score) for (_, seconds), score in zip(found, scores, strict=True)]
+    return [*points, (clock.seconds, points[-1][1])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"), help="its work directory")
+    parser.add_argument("--work", type=Path, default=Path("runs/loop"), help="where the contenders leave their runs")
+    parser.add_argument("--trl", help="an interpreter that has TRL")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--only", nargs="+", help="names of contenders")
+    parser.add_argument("--flags", default="", help="of npd run, in one text: your own, with --only flags")
+    args = parser.parse_args()
+    data, teacher = args.quickstart / "data", args.quickstart / "teacher" / "hf-00800"
+    student = max((args.quickstart / "student").glob("hf-*"))
+    models = ["--student", str(student), "--teacher", str(teacher), "--prompts", str(data / "npd.jsonl")]
+    print("| contender | seed | " + " | ".join(f"to {level:g} %" for level in LEVELS) + " | in all | at the end |")
+    print("|---|---|" + "---|" * (len(LEVELS) + 2))
+    for seed in args.seeds:
+        runs: dict[str, tuple[list[str], str]] = {}
+        for name, flags in {**OURS, "flags": args.flags.split()}.items():
+            run = [sys.executable, "-m", "megatron_npd", "run", "--config", str(RECIPE), *models, "--platform=cpu"]
+            run += [f"--run-dir={args.work / 'npd'}", *_FEW, f"--rollout.seed={seed}", f"--train.seed={seed}", *flags]
+            runs[name] = (run, "policies/v*/manifest.json")
+        for name, flags in TRL.items() if args.trl else ():
+            script = [args.trl, str(ROOT / "benchmarks" / "trl_distill.py"), f"--seed={seed}", *flags]
+            runs[name] = ([*script, *models, f"--out={args.work / 'npd'}"], "checkpoint-*/trainer_state.json")
+        for name, (command, pattern) in runs.items():
+            if name in args.only if args.only else name != "flags":
+                points = contend(command, args.work / "npd", pattern, data / "test.jsonl")
+                reached = [next((f"{at:.0f} s" for at, score in points if score >= level), "-") for level in LEVELS]
+                cells = " | ".join([*reached, f"{points[-1][0]:.0f} s", f"{points[-1][1]:.1f} %"])
+                print(f"| {name} | {seed} | {cells} |", flush=True)
+                print(" ".join(f"{at:.0f}s:{score:.1f}" for at, score in points), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
