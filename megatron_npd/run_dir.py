@@ -125,10 +125,17 @@ class RunDir:
 
     def checkpoint(self, policy: int) -> Path | None:
         """The checkpoint that the trainer marked to become a policy; None: not yet."""
-        for path in sorted(self.checkpoints.glob("iter_*")):
-            try:
-                if json.loads((path / "state.json").read_text())["state"].get("policy") == policy:
-                    return path if (path / "manifest.json").is_file() else None
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue  # being written, or removed; what is damaged is refused by who reads it
+        for path in sorted(self.checkpoints.glob("iter_*"), reverse=True):  # the newest is asked for most often
+            marked = self.marked(path)
+            if marked is not None and marked <= policy:
+                return path if marked == policy and (path / "manifest.json").is_file() else None
         return None
+
+    @staticmethod
+    def marked(checkpoint: Path) -> int | None:
+        """The policy that a checkpoint is marked to become: the higher, the later; None: it is not, or not there."""
+        try:
+            marked = json.loads((checkpoint / "state.json").read_text())["state"].get("policy")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # being written, or removed; what is damaged is refused by who reads it
+        return marked if isinstance(marked, int) else None

@@ -176,7 +176,7 @@ def tasks(rounds: int) -> list[Task]:
     return found
 
 
-def _run(ctx: Context, report: Callable[[Path], None]) -> None:
+def _run(ctx: Context, report: Callable[[Path], object]) -> None:
     pending = tasks(ctx.cfg.updates + 1)
     if ctx.overlaps:  # rollouts may need an older policy than what is measured beside them: none comes back
         pending.sort(key=partial(_order, ctx))
@@ -201,20 +201,27 @@ def _order(ctx: Context, task: Task) -> int:
     return task.index if policy is None else policy
 
 
-def _work_off(ctx: Context, pending: list[Task], report: Callable[[Path], None]) -> None:
+def _work_off(ctx: Context, pending: list[Task], report: Callable[[Path], object]) -> None:
     ended = threading.Event()  # a thread has
     while True:
         training = ctx.trainer is not None and ctx.trainer.running()  # asked first: it seals before it ends
         left = needless(ctx, pending)
         _stop(left)
-        pending = [task for task in pending if task not in left and not _finished(ctx, task)]
-        busy = {task.stage.occupies for task in pending if task.at_work}
-        able = (task for task in pending if not task.at_work and task.stage.occupies not in busy)
+        pending = [task for task in pending if task not in left]
+        # What lies further ahead of the trainer cannot be done yet, nor be ready.
+        horizon = min((task.index for task in pending), default=0) + ctx.cfg.max_lead + 1
+        near = [task for task in pending if task.index <= horizon or task.at_work]
+        finished = [task for task in near if _finished(ctx, task)]
+        pending, near = ([task for task in some if task not in finished] for some in (pending, near))
+        busy = {task.stage.occupies for task in near if task.at_work}
+        able = (task for task in near if not task.at_work and task.stage.occupies not in busy)
         ready = next((task for task in able if task.ready(ctx)), None)
         if ready is not None:
             if ready.stage.name == "rollout" and ready.index:
                 report(ctx.run.root)  # what the rounds before left
             _start(ctx, ready, ended)
+        elif finished:
+            continue
         elif training or any(task.worker is not None for task in pending):
             ended.wait(_POLL_SECONDS)
             ended.clear()
@@ -252,10 +259,9 @@ def _stop(tasks: Iterable[Task]) -> None:
 
 def rounds_of(run: RunDir, cfg: NPDConfig) -> int:
     """Rounds of a run: those planned, or those that there were where its trainer ended after fewer refreshes."""
-    for policy in range(1, cfg.updates + 1):
-        checkpoint = run.checkpoint(policy)
-        if checkpoint is not None and checkpoint == run.checkpoint_at(cfg.train.train_iters):
-            return policy
+    last = run.checkpoint_at(cfg.train.train_iters)
+    if (marked := run.marked(last)) is not None and is_sealed(last):
+        return min(marked, cfg.updates + 1)
     return cfg.updates + 1
 
 
