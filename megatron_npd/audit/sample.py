@@ -117,7 +117,8 @@ def _decision(selection: Path, sample: str) -> str:
         for name in ("ifd_teacher", "ifd_student", "delta")
     )
     verdict = "kept" if row["kept"] else f"dropped as {row['reason']}"
-    return f"selection: {values}; zone {row['zone']} ({counts['lower']:g} <= delta <= {counts['tau']:.6g}): {verdict}"
+    bounds = "" if counts["tau"] is None else f" ({counts['lower']:g} <= {counts['measure']} <= {counts['tau']:.6g})"
+    return f"selection: {values}; zone {row['zone']}{bounds}: {verdict}"
 
 
 def _places(packs: Path, sample: str, index: int) -> Iterator[str]:

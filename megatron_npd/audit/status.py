@@ -11,6 +11,7 @@ from typing import Any
 from megatron_npd.audit.numbers import duration, json_lines, read_metrics
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.run import NPDConfig
+from megatron_npd.data.prompt_rows import rows_of_round
 from megatron_npd.errors import UserError
 from megatron_npd.lock import LOCK
 from megatron_npd.manifest import MANIFEST, is_sealed, read_manifest
@@ -187,7 +188,7 @@ def _pace(reader: _Reader, stage: str, index: int, took: float, done: bool) -> _
         there = _count(directory, "in")
         return _Pace(rate=f"{there / took:.1f} {unit}/s" if took else "")
     paths = cfg.rollout.greedy_paths + cfg.rollout.sampled_paths
-    wanted = _count(run.prompts, "kept") * paths
+    wanted = len(rows_of_round(_count(run.prompts, "kept"), cfg.rollout.prompts_per_round, index)) * paths
     if stage == "annotate" and is_sealed(run.rollouts(index)):
         wanted = _count(run.rollouts(index), "kept")
     shards = [path for path in directory.glob("shard-*") if is_sealed(path)]

@@ -57,15 +57,12 @@ class PromptRows:
 
     def read(self, first: int, after: int, *columns: str) -> pa.Table:
         """These columns of the rows ``first`` .. ``after - 1``; row groups apart from them are not read."""
-        rows = self._rows[first:after]
-        table = self._read(rows[0], rows[-1] + 1, *columns)
-        return table if rows.step == 1 else table.take(np.arange(0, table.num_rows, rows.step))
-
-    def _read(self, first: int, after: int, *columns: str) -> pa.Table:
-        groups = [g for g, (start, end) in enumerate(pairwise(self._starts)) if start < after and end > first]
-        at, parts = self._starts[groups[0]] if groups else 0, []
-        for batch in parquet_batches(self._file, _BATCH, row_groups=groups, columns=columns):
-            start = max(first - at, 0)
-            parts.append(batch.slice(start, max(after - at - start, 0)))
-            at += batch.num_rows
+        rows, parts = np.array(self._rows[first:after], np.int64), []
+        for group, (at, end) in enumerate(pairwise(self._starts)):
+            if not ((rows >= at) & (rows < end)).any():
+                continue
+            for batch in parquet_batches(self._file, _BATCH, row_groups=[group], columns=columns):
+                own = rows[(rows >= at) & (rows < at + batch.num_rows)]
+                parts.append(batch.take(pa.array(own - at)))  # these alone are kept: a round may ask few of many
+                at += batch.num_rows
         return pa.Table.from_batches(parts).combine_chunks()

@@ -121,11 +121,12 @@ class Nodes:
     def call(self, command: str, fields: Mapping[str, Any]) -> Call:
         """Have all training nodes start a command; they meet at another port of the first node for each."""
         with self._calling:
-            call = Call(number=self._calls, command=command, port=free_port(self._port), fields=dict(fields))
+            port = 0 if command == END else free_port(self._port)
+            call = Call(number=self._calls, command=command, port=port, fields=dict(fields))
             path = self.state / "calls" / f"{call.number:04d}.json"
             path.parent.mkdir(exist_ok=True)
             write_atomic(path, json.dumps(asdict(call), default=str))
-            self._calls, self._port = call.number + 1, call.port + 1
+            self._calls, self._port = call.number + 1, port + 1 if port else self._port
         return call
 
     def end(self, call: Call) -> None:

@@ -66,7 +66,7 @@ def keep_config(run: RunDir, cfg: NPDConfig) -> None:
     if is_sealed(run.prompts):
         read_manifest(run.prompts, verify=False)  # another release's run is refused as one, not by its settings
     now = recorded(cfg)
-    then = _read(path) if path.exists() else now
+    then = recorded(NPDConfig()) | _read(path) if path.exists() else now  # a newer setting had its default
     changed = {name: stage_of(name, then, now) for name in now if then.get(name) != now[name]}
     changed = {name: stage for name, stage in changed.items() if stage}
     if changed:

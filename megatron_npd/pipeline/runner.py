@@ -180,6 +180,8 @@ def _run(ctx: Context, report: Callable[[Path], object]) -> None:
     pending = tasks(ctx.cfg.updates + 1)
     if ctx.overlaps:  # rollouts may need an older policy than what is measured beside them: none comes back
         pending.sort(key=partial(_order, ctx))
+    left = needless(ctx, pending)
+    pending = [task for task in pending if task not in left]
     if any(task.stage.name == "annotate" and not task.done(ctx) for task in pending):
         work.check_teacher_servers(ctx)
     if pending[0].done(ctx):

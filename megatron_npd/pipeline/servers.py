@@ -71,11 +71,12 @@ class Servers:
         no such file while nothing is served.
         """
         assert self._pool is not None
-        lost = {url: str(error).partition("\n")[0] for url, error in self._pool.lost.items()}
-        policy = None if self._served is None else version(self._served)
-        state = {"policy": policy, "asked": sorted(self._pool.urls), "lost": lost}
-        state["written"] = datetime.now(UTC).isoformat(timespec="seconds")
         with self._noting, suppress(OSError):  # a run does not end because nobody can look at it
+            # Copied at once: another thread may lose a server meanwhile.
+            lost = {url: str(error).partition("\n")[0] for url, error in self._pool.lost.copy().items()}
+            policy = None if self._served is None else version(self._served)
+            state = {"policy": policy, "asked": sorted(self._pool.urls), "lost": lost}
+            state["written"] = datetime.now(UTC).isoformat(timespec="seconds")
             self.run.report.mkdir(parents=True, exist_ok=True)
             write_atomic(self.run.servers, json.dumps(state, indent=1) + "\n")
 

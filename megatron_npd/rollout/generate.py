@@ -250,10 +250,12 @@ def _seal_round(out_dir: Path, settings: dict[str, Any]) -> Manifest:
 
 def _read_sealed(directory: Path, settings: dict[str, Any]) -> Manifest:
     manifest = read_manifest(directory, kind="rollouts")
-    if differing := [name for name, value in settings.items() if manifest.provenance.get(name) != value]:
+    made = {"prompts_per_round": 0} | manifest.provenance
+    asked = {"prompts_per_round": 0} | settings
+    if differing := [name for name, value in asked.items() if made.get(name) != value]:
         name = differing[0]
         raise UserError(
-            f"{name} must be what {directory} was made with ({manifest.provenance.get(name)}), got {settings[name]}; "
+            f"{name} must be what {directory} was made with ({made.get(name)}), got {asked[name]}; "
             "change it back, or remove the directory to make it anew"
         )
     return manifest

@@ -81,9 +81,10 @@ def test_rounds_take_turns_with_the_prompts(prompts: Path, tmp_path: Path) -> No
             for row in rows:
                 assert row["prompt_ids"] == prompt_of[row["prompt_id"]]
                 assert row["sample_id"] == sample_id(row["prompt_id"], index, row["path"])
-        with pytest.raises(UserError, match=r"prompts_per_round must be what .* was made with"):
-            other = dataclasses.replace(cfg, prompts_per_round=6)
-            generate_round(prompts, tmp_path / "0", pool=pool, cfg=other, round_index=0, policy_version="v0000")
+        for most in (6, 0):
+            other = dataclasses.replace(cfg, prompts_per_round=most)
+            with pytest.raises(UserError, match=rf"prompts_per_round must be what .* was made with \(5\), got {most}"):
+                generate_round(prompts, tmp_path / "0", pool=pool, cfg=other, round_index=0, policy_version="v0000")
     assert asked == [ids[0::3], ids[1::3], ids[2::3], ids[0::3]]
 
 

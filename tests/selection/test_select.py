@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_npd.audit.sample import _decision
 from megatron_npd.cli import select as select_tool
 from megatron_npd.config.settings import SelectConfig
 from megatron_npd.data.packing import pack_selection
@@ -83,6 +84,8 @@ def test_what_was_scored_with_prompts_alone_trains_without_a_filter(tmp_path: Pa
     manifest = select_round(store, tmp_path / "s", SelectConfig(filter="none"))
     assert manifest.counts["kept"] == 4 and manifest.counts["tau"] is None
     assert frozen_taus(tmp_path / "s") is None
+    sample = pq.read_table(tmp_path / "s" / SELECTION_FILE)["sample_id"][0].as_py()
+    assert _decision(tmp_path / "s", sample).endswith("delta undefined; zone undefined: kept")
     again = select_round(store, tmp_path / "s2", SelectConfig(filter="none"), frozen_taus(tmp_path / "s"))
     assert again.counts == manifest.counts
     with pytest.raises(
