@@ -250,8 +250,7 @@ def _seal_round(out_dir: Path, settings: dict[str, Any]) -> Manifest:
 
 def _read_sealed(directory: Path, settings: dict[str, Any]) -> Manifest:
     manifest = read_manifest(directory, kind="rollouts")
-    made = {"prompts_per_round": 0} | manifest.provenance
-    asked = {"prompts_per_round": 0} | settings
+    made, asked = ({"prompts_per_round": 0, **given} for given in (manifest.provenance, settings))
     if differing := [name for name, value in asked.items() if made.get(name) != value]:
         name = differing[0]
         raise UserError(

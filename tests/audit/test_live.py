@@ -24,6 +24,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.run_dir import RunDir
 from tests.audit.test_report import STEPS, make_selection, metrics, write_lines
 from tests.audit.test_status import begin
+from tests.helpers import hear_interrupts
 
 REFRESH = '<meta http-equiv="refresh" content="5">'
 
@@ -200,7 +201,9 @@ def test_clients_that_go_away_or_say_nothing_hinder_nobody(server: LiveServer) -
 
 def test_the_command_serves_until_it_is_interrupted(run: RunDir) -> None:
     command = [sys.executable, "-m", "megatron_npd", "report", str(run.root), "--serve", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    )
     try:
         assert process.stdout is not None
         url = process.stdout.readline().strip()

@@ -30,6 +30,7 @@ from megatron_npd.audit.status import status  # noqa: E402
 from megatron_npd.audit.verify import verify_run  # noqa: E402
 from megatron_npd.pipeline.runner import run_npd  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
+from tests.helpers import hear_interrupts  # noqa: E402
 from tests.pipeline.test_overlap import workers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +109,7 @@ def test_stopped_while_two_stages_are_at_work_it_ends_with_the_same_books(ahead:
 
     there = 0
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
-        process = subprocess.Popen(command, env=environment)
+        process = subprocess.Popen(command, env=environment, preexec_fn=hear_interrupts)
         annotator, *_ = wait_for(lambda process=process: annotators(psutil.Process(process.pid)), process)
         annotator.suspend()  # round 0 stays in the making
         wait_for(lambda before=there: responses() > before, process)
