@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,9 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_npd.config.run import EvalConfig
+from megatron_npd.rollout.evaluate import compile_regex, find_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "examples" / "quickstart" / "npd.yaml"
@@ -81,8 +83,10 @@ class TreeClock:
             self.seen.setdefault(path, self.seconds)
 
     def _look(self) -> bool:
+        """Whether the root still runs."""
         try:
             processes = [self._root, *self._root.children(recursive=True)]
+            running = self._root.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
         for process in processes:
@@ -92,14 +96,14 @@ class TreeClock:
                     self._spent[process.pid, process.create_time()] = times.user + times.system
             except psutil.NoSuchProcess:
                 continue
-        return any(process.status() != psutil.STATUS_ZOMBIE for process in processes[:1] if process.is_running())
+        return running
 
 
 def accuracies(models: Sequence[Path], test: Path) -> list[float]:
     """Percent of the problems that each model answers rightly, greedily."""
     with open(test) as lines:
         problems = [json.loads(line) for line in lines]
-    found = []
+    pattern, found = compile_regex(EvalConfig().answer_regex), []
     for path in models:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -117,15 +121,11 @@ def accuracies(models: Sequence[Path], test: Path) -> list[float]:
                 ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
             texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             right += sum(
-                _number(text) == _number(problem["response"]) for text, problem in zip(texts, part, strict=True)
+                find_answer(text, pattern) == find_answer(problem["response"], pattern)
+                for text, problem in zip(texts, part, strict=True)
             )
         found.append(100 * right / len(problems))
     return found
-
-
-def _number(text: str) -> str | None:
-    found = re.findall(r"####\s*(-?[0-9.,]+)", text)
-    return found[-1] if found else None
 
 
 def contend(command: Sequence[str], directory: Path, pattern: str, test: Path) -> list[tuple[float, float]]:
@@ -156,8 +156,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of contenders")
     parser.add_argument("--flags", default="", help="of npd run, in one text: your own, with --only flags")
     args = parser.parse_args()
-    data, teacher = args.quickstart / "data", args.quickstart / "teacher" / "hf-00800"
-    student = max((args.quickstart / "student").glob("hf-*"))
+    data = args.quickstart / "data"
+    student, teacher = (max((args.quickstart / name).glob("hf-*")) for name in ("student", "teacher"))
     models = ["--student", str(student), "--teacher", str(teacher), "--prompts", str(data / "npd.jsonl")]
     print("| contender | seed | " + " | ".join(f"to {level:g} %" for level in LEVELS) + " | in all | at the end |")
     print("|---|---|" + "---|" * (len(LEVELS) + 2))

@@ -174,7 +174,7 @@ def select_round(
     if manifest := sealed_from(out_dir, kind=SELECTION_KIND, provenance=provenance):
         return manifest
     samples = _Samples.read(store, prompts_dir, cfg)
-    quantiles = samples.taus(cfg)  # refuses a round without a defined measure, whatever the bounds
+    quantiles = samples.taus(cfg)  # refuses a round without a defined measure, where the filter needs one
     taus = quantiles if given is None else given
     zones_N, kept_N, reasons_N = samples.decide(cfg, taus)
     weights_N = samples.weights(cfg, kept_N)
