@@ -267,6 +267,7 @@ def seal(
     kind: str,
     provenance: Mapping[str, Any] | None = None,
     counts: Mapping[str, Any] | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Hash and flush every file below ``path``, put them in place and write the manifest last.
 
@@ -279,6 +280,7 @@ def seal(
         kind: The stage.
         provenance: What made it.
         counts: The books.
+        hashes: sha256 of files that were hashed as they were written.
 
     Raises:
         UserError: Another process has taken the directory over, or a file of it is a link.
@@ -290,7 +292,9 @@ def seal(
         if file.is_symlink():
             raise UserError(link_in_words(file))
         fsync_path(file)
-        files[str(file.relative_to(path))] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
+        name = str(file.relative_to(path))
+        digest = (hashes or {}).get(name) or file_sha256(file)
+        files[name] = {"sha256": digest, "bytes": file.stat().st_size}
     for directory in {(path / name).parent for name in files} | {path}:
         fsync_path(directory)
     check_lock(out)

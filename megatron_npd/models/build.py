@@ -25,13 +25,24 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_npd.errors import UserError
 from megatron_npd.models.attention import PackedAttention, Rotary, packed_params
 from megatron_npd.models.families.base import ModelSpec, load_spec
+from megatron_npd.models.hf_checkpoint import open_checkpoint, widest
 from megatron_npd.models.layout import check_layout
+from megatron_npd.models.mapping import global_parameters, local_shape, parameter_rules, pieces
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
 
-__all__ = ["ModelSpec", "build_model", "head_weight", "load_spec", "packed_params", "without_output_layer"]
+__all__ = [
+    "ModelSpec",
+    "build_model",
+    "head_weight",
+    "load_hf_weights",
+    "load_spec",
+    "packed_params",
+    "without_output_layer",
+]
 
 
 class RMSNorm(torch.nn.Module):
@@ -103,6 +114,38 @@ def build_model(
         parallel_output=True,
     )
     return model.to(get_platform().device(local_rank()))
+
+
+def load_hf_weights(model: torch.nn.Module, spec: ModelSpec) -> None:
+    """Fill a model with the weights of ``spec.path``; every rank reads only the slices that it holds.
+
+    Numbers are cast to the parameters' type. Padding rows of the vocabulary become 0.
+
+    Args:
+        model: This rank's megatron-core GPTModel, bare or wrapped, built from ``spec``.
+        spec: The model's shape, with the directory to read.
+
+    Raises:
+        UserError: No weights, a damaged file, or a tensor that is missing, unexpected, undefined or of another shape
+            or type.
+    """
+    checkpoint = open_checkpoint(spec)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rules = parameter_rules(spec)
+    with torch.no_grad():
+        for name, parameter in global_parameters(model):
+            rule = rules[name]
+            assert tuple(parameter.shape) == local_shape(rule, spec, size), (name, parameter.shape)
+            local = torch.zeros(parameter.shape, dtype=widest(rule, checkpoint.dtypes))
+            for piece in pieces(rule, spec, rank, size):
+                local[piece.target] = checkpoint.read(piece.name, piece.source)
+            if not torch.stack(local.aminmax()).isfinite().all():
+                raise UserError(
+                    f"{' and '.join(rule.hf)} in {spec.path} must hold finite numbers, got NaN or infinity; use "
+                    "weights from before they arose"
+                )
+            parameter.copy_(local)
 
 
 @contextmanager

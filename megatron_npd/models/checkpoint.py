@@ -33,6 +33,7 @@ from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, PART, read_manifest, seal, unlisted, verified_file, writing
 from megatron_npd.models.checkpoint_files import (
     COMMON_FILE,
+    KIND,
     MALFORMED,
     STATE_FILE,
     check_common,
@@ -44,7 +45,6 @@ from megatron_npd.models.checkpoint_files import (
 from megatron_npd.models.mapping import global_parameters
 from megatron_npd.models.unpickle import known_classes_only, refused
 
-KIND = "checkpoint"
 _STREAM_ERROR = "iostream error"  # all that torch.save says where it opens the file itself and the disk fails
 _WEIGHTS_ALONE = "hf_model made by npd convert --direction megatron-to-hf"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -165,11 +165,8 @@ def load_checkpoint(
             check_common(path)
             loaded: Any = dist_checkpointing.load(wanted, str(path))
     except (CheckpointingException, CheckpointException, pickle.UnpicklingError) as error:
-        if (planted := refused(_first(error))) is not None:
-            raise UserError(
-                f"{path} must hold tensors and what torch and megatron-core write beside them, got a pickle with "
-                f"{planted}; do not use it: somebody changed it, to run code where it is loaded"
-            ) from error
+        if (planted := refused(path, _first(error))) is not None:
+            raise planted from error
         raise UserError(
             f"{path} must hold this model, got: {_reason(error)}; give the model that was trained"
         ) from error

@@ -11,6 +11,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_
 
 from megatron_npd.errors import UserError
 
+KIND = "checkpoint"
+INDEX_FILE = ".metadata"  # torch's: where each piece of each tensor lies
 STATE_FILE = "state.json"
 COMMON_FILE = "common.pt"  # megatron-core's: all that is no tensor of its own
 # What torch and megatron-core raise at content that has another form than what they wrote.

@@ -1,22 +1,24 @@
-"""The safetensors files of a Hugging Face directory: headers checked before use, slices read, shards written."""
+"""The safetensors files of a Hugging Face directory: headers checked before use, slices read, files written."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.models.families.base import ModelSpec, Rule
+from megatron_npd.models.mapping import hf_shapes
+from megatron_npd.models.streams import HashedFile, as_bytes, in_order, read_rows
 from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, ContentHash, check_finite, read_weights
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in the order of safetensors' files
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -78,76 +80,124 @@ class HFCheckpoint:
         piece = self._readers[file.name].get_slice(self._headers[name].name)
         return piece[where] if where else piece[:]
 
+    def read_into(self, name: str, first: int, out: torch.Tensor) -> None:
+        """Fill a tensor with the rows of another one from ``first`` on, cast to its type; only their bytes are read.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        header, dtype = self._headers[name], self.dtypes[name]
+        row = torch.Size(header.shape[1:]).numel() * dtype.itemsize
+        read_rows(self._file(name), header.start + first * row, dtype, out)
+
     def _file(self, name: str) -> Path:
         return self.path / self._headers[name].file
 
 
-class ShardWriter:
-    """Writes tensors, as they come, into safetensors files named as transformers names them.
+def open_checkpoint(spec: ModelSpec) -> HFCheckpoint:
+    """The weights of ``spec.path``, their headers compared with the model that ``config.json`` describes.
 
-    A shard is written when its last tensor has come, so one shard is what the memory has to hold.
-
-    Attributes:
-        content: The hash of all that has been written, as servers compute it of what they load.
+    Raises:
+        UserError: As for ``HFCheckpoint``, or a tensor is missing, unexpected or of another shape.
     """
+    checkpoint = HFCheckpoint(spec.path)
+    checkpoint.check(hf_shapes(spec))
+    return checkpoint
 
-    def __init__(
-        self,
-        out_dir: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtypes: Mapping[str, torch.dtype],
-        max_shard_bytes: int,
-    ) -> None:
-        """Plan the shards.
 
-        Args:
-            out_dir: Existing directory.
-            shapes: Shape of each tensor that will come, in order.
-            dtypes: Type of each.
-            max_shard_bytes: Size that no shard exceeds (unless a single tensor does).
-        """
-        self.out_dir = out_dir
-        self.content = ContentHash()
-        sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
-        self._total = sum(sizes.values())
-        plan: list[list[str]] = []
-        room = 0
-        for name, size in sizes.items():
-            if not plan or size > room:
-                plan.append([])
-                room = max_shard_bytes
-            plan[-1].append(name)
-            room -= size
-        self._shards = {
-            f"model-{number:05d}-of-{len(plan):05d}.safetensors" if len(plan) > 1 else SINGLE_FILE: names
-            for number, names in enumerate(plan, start=1)
-        }
-        self._file_of = {name: file for file, names in self._shards.items() for name in names}
-        self._waiting: dict[str, dict[str, torch.Tensor]] = {file: {} for file in self._shards}
+def widest(rule: Rule, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """A type that holds all of a rule's tensors exactly."""
+    first, *rest = (dtypes[name] for name in rule.hf)
+    for dtype in rest:
+        first = torch.promote_types(first, dtype)
+    return first
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one whole tensor, and write its shard if it was the last one of it.
 
-        Raises:
-            UserError: A number of it is NaN or infinite, or the disk is full.
-        """
-        file = self._file_of[name]
-        waiting = self._waiting[file]
-        assert name not in waiting, f"{name} came twice"
-        waiting[name] = tensor = tensor.contiguous()
-        dtype, data = _NAMES[tensor.dtype], tensor.view(torch.uint8).flatten().numpy()
-        check_finite(f"{name} of the model to export into {self.out_dir.parent}", dtype, data)
-        self.content.add(name, f"{dtype} {list(tensor.shape)}", data)
-        if len(waiting) == len(self._shards[file]):
+def write_weights(
+    out_dir: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    make: Callable[[str], torch.Tensor],
+    *,
+    max_shard_bytes: int,
+    workers: int,
+    held_bytes: int,
+) -> tuple[str, dict[str, str]]:
+    """Write safetensors files, named as transformers names them and byte for byte as safetensors lays them out.
+
+    Args:
+        out_dir: Existing directory.
+        shapes: Shape of each tensor, in the order in which files take them up.
+        dtypes: Type of each.
+        make: Gives a tensor by its name; called in several threads.
+        max_shard_bytes: Size that no file's tensors exceed (unless a single one does).
+        workers: Threads that make tensors ahead.
+        held_bytes: What tensors that are made and not yet written may take (a single one may take more).
+
+    Returns:
+        The hash of the content, as servers compute it of what they load, and the sha256 of each weight file.
+
+    Raises:
+        UserError: A number is NaN or infinite.
+        OSError: The disk is full.
+    """
+    sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
+    files = _plan(sizes, dtypes, max_shard_bytes)
+    content = ContentHash()
+
+    def checked(name: str) -> torch.Tensor:
+        tensor = make(name)
+        data, dtype = as_bytes(tensor).numpy(), _NAMES[tensor.dtype]
+        check_finite(f"{name} of the model to export into {out_dir.parent}", dtype, data)
+        content.add(name, f"{dtype} {list(tensor.shape)}", data)
+        return tensor
+
+    order = {name: sizes[name] for names in files.values() for name in names}
+    made = in_order(checked, order, workers=workers, held_bytes=held_bytes)
+    hashes = {}
+    try:
+        for file, names in files.items():
+            stream = HashedFile(out_dir / file)
             try:
-                save_file(waiting, self.out_dir / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # how a full disk shows
-                raise UserError(f"{self.out_dir / file} must be written, got {error}; make room and rerun") from error
-            del self._waiting[file]
+                stream.write(_header({name: (dtypes[name], shapes[name], sizes[name]) for name in names}))
+                for _ in names:
+                    stream.write(as_bytes(next(made)[1]).numpy().data)
+            finally:
+                hashes[file] = stream.close()
+    finally:
+        made.close()
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_atomic(out_dir / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return content.hexdigest(), hashes
 
-    def finalize(self) -> None:
-        """Write the index where there is more than one shard."""
-        assert not self._waiting, f"tensors never came for {list(self._waiting)}"
-        if len(self._shards) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": self._file_of}
-            write_atomic(self.out_dir / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+def _plan(sizes: Mapping[str, int], dtypes: Mapping[str, torch.dtype], max_shard_bytes: int) -> dict[str, list[str]]:
+    """Name of each file -> its tensors, in the file's order."""
+    plan: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not plan or size > room:
+            plan.append([])
+            room = max_shard_bytes
+        plan[-1].append(name)
+        room -= size
+    return {
+        f"model-{number:05d}-of-{len(plan):05d}.safetensors" if len(plan) > 1 else SINGLE_FILE: sorted(
+            names, key=lambda name: (list(_NAMES).index(dtypes[name]), name)
+        )
+        for number, names in enumerate(plan, start=1)
+    }
+
+
+def _header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...], int]]) -> bytes:
+    """What stands before a file's tensors, given with type, shape and bytes in the file's order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape, size) in tensors.items():
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

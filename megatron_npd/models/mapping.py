@@ -105,6 +105,34 @@ def pieces(rule: Rule, spec: ModelSpec, tp_rank: int, tp_size: int) -> list[Piec
     return _stack(_clip(runs, tp_rank * share, (tp_rank + 1) * share))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Rows that a Hugging Face tensor and a parameter that is not cut share.
+
+    Attributes:
+        name: The Hugging Face tensor.
+        source: The first of them in that tensor.
+        target: The first of them in the parameter.
+        rows: How many.
+    """
+
+    name: str
+    source: int
+    target: int
+    rows: int
+
+
+def row_runs(rule: Rule, spec: ModelSpec) -> list[Run]:
+    """What a parameter is made of where it is not cut, in the order of its rows."""
+    shapes, runs = rule_shapes(rule, spec), []
+    for piece in pieces(rule, spec, 0, 1):
+        source, target = piece.source[0], piece.target[0]
+        stop = shapes[piece.name][0] if source.stop is None else source.stop  # columns alone are cut: all rows
+        first = source.start or 0
+        runs.append(Run(name=piece.name, source=first, target=target.start or 0, rows=stop - first))
+    return runs
+
+
 def _share(size: int, tp_size: int, rule: Rule) -> int:
     assert size % tp_size == 0, f"{rule.mcore}: {size} does not divide by TP {tp_size}; building the model checks this"
     return size // tp_size

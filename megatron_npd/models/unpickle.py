@@ -5,6 +5,7 @@ Whoever can write a checkpoint can also write its manifest, so hashes do not mak
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint import filesystem
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
+
+from megatron_npd.errors import UserError
 
 # What torch's index of a checkpoint (.metadata) is made of, beside torch's dtypes.
 _KNOWN = {
@@ -73,7 +76,64 @@ class _Unpickler(_PythonUnpickler):
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
 
-def _read_index(path: Path, files: Collection[str]) -> Metadata:
+class TensorLayout(NamedTuple):
+    """How the numbers of a tensor lie in the file that torch.save made of it.
+
+    Attributes:
+        storage: ("storage", their type, the name of their record, device, count).
+        first: Where the tensor begins among them.
+        size: Its shape.
+        stride: Its strides, in numbers.
+    """
+
+    storage: tuple[str, torch.dtype, str, str, int]
+    first: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+_STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}
+
+
+class _LayoutUnpickler(_Unpickler):
+    """Gives the layout of a tensor in place of the tensor."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *parts: TensorLayout(*parts[:4])  # and requires_grad, hooks
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        return _STORAGES[name] if module == "torch" and name in _STORAGES else super().find_class(module, name)
+
+
+def read_layout(data: bytes) -> TensorLayout:
+    """Read the pickle that torch.save writes beside a tensor's numbers.
+
+    Raises:
+        pickle.UnpicklingError: It is another one; ``refused`` has the words.
+    """
+    try:
+        layout = _LayoutUnpickler(io.BytesIO(data)).load()
+        assert isinstance(layout, TensorLayout), "it holds no tensor"
+        return layout
+    except _NO_INDEX as error:
+        raise pickle.UnpicklingError(f"no tensor: {error}") from error
+
+
+def read_index(path: Path, files: Collection[str]) -> Metadata:
+    """Read a checkpoint's index.
+
+    Args:
+        path: The file.
+        files: Names of the checkpoint's files; the index may lead to no other.
+
+    Raises:
+        pickle.UnpicklingError: It is something else; ``refused`` has the words.
+        OSError: It cannot be read.
+    """
     try:
         with open(path, "rb") as stream:
             index = _Unpickler(stream).load()
@@ -122,7 +182,7 @@ def known_classes_only(path: Path, files: Collection[str]) -> Iterator[None]:
     Raises:
         pickle.UnpicklingError: At its begin or inside, at a pickle of anything else; ``refused`` has the words.
     """
-    index = _read_index(path / ".metadata", files)
+    index = read_index(path / ".metadata", files)
     before = {name: os.environ.pop(name, None) for name in (_ONLY, _ANYTHING)}
     os.environ[_ONLY] = "1"
     # torch would open the index itself, with pickle.load and nothing to set.
@@ -135,9 +195,13 @@ def known_classes_only(path: Path, files: Collection[str]) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def refused(error: BaseException) -> str | None:
-    """What ``known_classes_only`` did not let in, if that is what ``error`` says."""
+def refused(path: Path, error: BaseException) -> UserError | None:
+    """The error for a checkpoint with a pickle that was not let in, if that is what ``error`` says."""
     if not isinstance(error, pickle.UnpicklingError):
         return None
     found = re.search(r"GLOBAL (\S+)", str(error))
-    return found[1] if found else str(error).splitlines()[0]
+    return UserError(
+        f"{path} must hold tensors and what torch and megatron-core write beside them, got a pickle with "
+        f"{found[1] if found else str(error).splitlines()[0]}; do not use it: somebody changed it, to run code where "
+        "it is loaded"
+    )

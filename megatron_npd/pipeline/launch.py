@@ -115,11 +115,6 @@ class Launcher:
         self._jobs.append(job := self._job(command, fields, call))
         return job
 
-    def start_here(self, command: str, fields: Mapping[str, Any]) -> Job:
-        """Start a command as one process, on this node alone."""
-        self._jobs.append(job := Job(command, _one_process(command, fields)))
-        return job
-
     def _job(self, command: str, fields: Mapping[str, Any], call: Call | None) -> Job:
         return Job(command, command_line(self.cfg, command, fields, call.port if call else 0), call, self.nodes)
 

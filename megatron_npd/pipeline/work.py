@@ -303,15 +303,11 @@ def checkpoint_is_there(ctx: Context, index: int) -> bool:
 
 def export(ctx: Context, index: int) -> None:
     """Convert a marked checkpoint into the next policy."""
-    checkpoint, policy = ctx.run.checkpoint(index + 1), ctx.run.policy(index + 1)
+    checkpoint = ctx.run.checkpoint(index + 1)
     assert checkpoint is not None, "ready, as checkpoint_is_there says"
-    if ctx.overlaps:
-        paths = {"checkpoint": checkpoint, "hf_model": ctx.cfg.student, "out": policy}
-        ctx.launcher.start_here("convert", {"direction": "megatron-to-hf", **paths}).wait()
-        return
     from megatron_npd.models.convert import megatron_to_hf  # after the platform is chosen
 
-    megatron_to_hf(checkpoint, ctx.cfg.student, policy)
+    megatron_to_hf(checkpoint, ctx.cfg.student, ctx.run.policy(index + 1))
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------

@@ -24,8 +24,14 @@ from torch import Tensor
 
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.packing import pack_lengths
-from megatron_npd.models.build import build_model, head_weight, load_spec, packed_params, without_output_layer
-from megatron_npd.models.convert import load_hf_weights
+from megatron_npd.models.build import (
+    build_model,
+    head_weight,
+    load_hf_weights,
+    load_spec,
+    packed_params,
+    without_output_layer,
+)
 from megatron_npd.ops.topk import topk_logprobs
 from megatron_npd.records import LOG_TAIL_FLOOR
 from megatron_npd.store.scores import OnForward, Scores, Sequences, empty_scores, response_starts

@@ -21,13 +21,12 @@ from megatron_npd.data.row_schedule import ScheduleEntry, microbatch_positions
 from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import get_logger
-from megatron_npd.models.build import ModelSpec, build_model, load_spec
+from megatron_npd.models.build import ModelSpec, build_model, load_hf_weights, load_spec
 from megatron_npd.models.checkpoint import (
     load_checkpoint,
     saved_state,
     together,
 )
-from megatron_npd.models.convert import load_hf_weights
 from megatron_npd.ops.arguments import check_objective
 from megatron_npd.ops.implementation import use_triton
 from megatron_npd.paths import check_training, first_checkpoint

@@ -81,12 +81,9 @@ class Disturbance:
 
 
 def _lead_through_python() -> None:
-    """Let pyarrow, safetensors and torch write into Python's files."""
+    """Let pyarrow and torch write into Python's files."""
     import pyarrow.parquet as pq
-    import safetensors.torch
     import torch
-
-    from megatron_npd.models import hf_checkpoint
 
     class Writer(pq.ParquetWriter):
         def __init__(self, where: Any, schema: Any, **options: Any) -> None:
@@ -98,10 +95,6 @@ def _lead_through_python() -> None:
             if self.own_file is not None:
                 self.own_file.close()
 
-    def save_file(tensors: Any, file: Path, metadata: Any = None) -> None:
-        with open(file, "wb") as stream:
-            stream.write(safetensors.torch.save(tensors, metadata))
-
     real_save = torch.save
 
     def save(value: Any, where: Any, *args: Any, **options: Any) -> None:
@@ -112,4 +105,3 @@ def _lead_through_python() -> None:
 
     torch.save = save
     pq.ParquetWriter = pq.core.ParquetWriter = Writer  # type: ignore[misc]
-    hf_checkpoint.save_file = save_file

@@ -135,8 +135,7 @@ def make_trainer(
     model_dir: Path, tensor: int = 1, pipeline: int = 1, *, load: bool = True, **options: Any
 ) -> TinyTrainer:
     """A trainer of the model in this layout, with its weights or (before a checkpoint is loaded) with zeros."""
-    from megatron_npd.models.build import build_model, load_spec
-    from megatron_npd.models.convert import load_hf_weights
+    from megatron_npd.models.build import build_model, load_hf_weights, load_spec
     from megatron_npd.platform.initialize import initialize_distributed
 
     initialize_distributed(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)

@@ -41,8 +41,7 @@ def _reference(model_dir: Path, seeds: list[int]) -> tuple[float, float]:
 def _first_steps(
     rank: int, world: int, model_dir: Path, tensor: int, pipeline: int, sequence_parallel: bool
 ) -> tuple[list[float], float]:
-    from megatron_npd.models.build import build_model, load_spec
-    from megatron_npd.models.convert import load_hf_weights
+    from megatron_npd.models.build import build_model, load_hf_weights, load_spec
 
     initialize_distributed(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     spec = load_spec(model_dir)
@@ -88,8 +87,7 @@ def test_data_parallel_gradient_equals_transformers(model_dir: Path) -> None:
 
 
 def _packing(rank: int, world: int, model_dir: Path) -> None:
-    from megatron_npd.models.build import build_model, load_spec, packed_params
-    from megatron_npd.models.convert import load_hf_weights
+    from megatron_npd.models.build import build_model, load_hf_weights, load_spec, packed_params
 
     initialize_distributed()
     spec = load_spec(model_dir)

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
+from megatron_npd.models.convert import megatron_to_hf
 from megatron_npd.models.families import FAMILIES
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model, present
@@ -65,11 +67,9 @@ def packed_row(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_layouts(rank: int, world_size: int, layouts: tuple[tuple[int, int], ...], work: Path) -> dict[str, float]:
-    """In each layout and for each model: compare logits, then export weights and gradients, then save a checkpoint."""
-    from megatron_npd.errors import UserError
-    from megatron_npd.models.build import build_model
+    """In each layout and for each model: compare logits, then save its weights, its gradients, and another layout's."""
+    from megatron_npd.models.build import build_model, load_hf_weights
     from megatron_npd.models.checkpoint import load_checkpoint, save_checkpoint
-    from megatron_npd.models.convert import export_hf, load_hf_weights
     from megatron_npd.models.families import load_spec
     from megatron_npd.platform.initialize import initialize_distributed
 
@@ -81,7 +81,6 @@ def run_layouts(rank: int, world_size: int, layouts: tuple[tuple[int, int], ...]
             spec = load_spec(work / case)
             model = build_model(spec)
             load_hf_weights(model, spec)
-            export_hf(model, spec, out / "hf", max_shard_bytes=100_000)
             save_checkpoint(out / "checkpoint", 3, model=model, state={})
             difference = forward_backward(model, spec.vocab_size, torch.load(work / f"{case}.pt"))
             if difference is not None:
@@ -89,16 +88,13 @@ def run_layouts(rank: int, world_size: int, layouts: tuple[tuple[int, int], ...]
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.copy_(present(parameter.grad))
-            export_hf(model, spec, out / "gradients")
+            save_checkpoint(out / "gradients", 3, model=model, state={})
 
             # A checkpoint of another layout (the first one's) into this one.
             dist.barrier()
             foreign = work / f"{case}-tp1-pp1" / "checkpoint" / "iter_0000003"
             load_checkpoint(foreign, model=model)
-            export_hf(model, spec, out / "from-foreign")
-            if tp * pp == world_size:  # else the other rank is a replica, which has no part in exports
-                with pytest.raises(UserError, match="must not exist yet"):  # on every rank
-                    export_hf(model, spec, out / "from-foreign")
+            save_checkpoint(out / "foreign", 3, model=model, state={})
     return differences
 
 
@@ -169,6 +165,13 @@ def differences(work: Path) -> dict[str, float]:
     result: dict[str, float] = {}
     for found in run_distributed(run_layouts, 2, LAYOUTS, work):
         result.update(found)
+    assert not dist.is_initialized()
+    for case in CASES:
+        for out in outputs(work, case):
+            megatron_to_hf(out / "checkpoint", work / case, out / "hf", max_shard_bytes=100_000)
+            megatron_to_hf(out / "gradients", work / case, out / "hf-gradients")
+            megatron_to_hf(out / "foreign", work / case, out / "hf-foreign", workers=1)
+    assert not dist.is_initialized()
     return result
 
 
@@ -200,7 +203,7 @@ def test_gradients_equal_transformers(work: Path, differences: dict[str, float],
     expected = torch.load(work / f"{case}-grad.pt")
     worst = 0.0
     for out in outputs(work, case):
-        got = tensors_of(out / "gradients")
+        got = tensors_of(out / "hf-gradients")
         assert got.keys() == expected.keys()
         for name, gradient in expected.items():
             difference = ((got[name] - gradient).abs().max() / gradient.abs().max()).item()
@@ -214,8 +217,8 @@ def test_round_trip_is_byte_identical(work: Path, differences: dict[str, float],
     for out in outputs(work, case):
         assert len(list((out / "hf").glob("*.safetensors"))) > 1
         assert_same_weights(out / "hf", work / case)
-        assert_same_weights(out / "from-foreign", work / case)
-        assert [file.name for file in (out / "from-foreign").glob("*.safetensors")] == ["model.safetensors"]
+        assert_same_weights(out / "hf-foreign", work / case)
+        assert [file.name for file in (out / "hf-foreign").glob("*.safetensors")] == ["model.safetensors"]
         for file in (work / case).iterdir():
             if file.suffix != ".safetensors":
                 assert (out / "hf" / file.name).read_bytes() == file.read_bytes(), file
@@ -269,29 +272,11 @@ def tool(rank: int, world_size: int, arguments: list[str]) -> None:
     main()
 
 
-def test_checkpoints_of_any_layout_convert_in_one_process(
+def test_types_are_those_of_the_model_that_the_checkpoint_started_from(
     work: Path, bf16_dir: Path, differences: dict[str, float]
 ) -> None:
-    jobs = [
-        (out / "checkpoint", work / case, out / "converted")
-        for case in CASES
-        for out in (work / f"{case}-tp2-pp1", work / f"{case}-tp1-pp2")
-    ]
-    # float32 weights and a bfloat16 model that they started from: the types of the latter.
-    jobs.append((work / "qwen2-tp2-pp1" / "checkpoint", bf16_dir, work / "rounded"))
-    (refusal,) = run_distributed(convert_all, 1, jobs)
-    for _, original, converted in jobs:
-        assert_same_weights(converted, original)
-    assert "rounded must not exist yet" in refusal
-
-
-def convert_all(rank: int, world_size: int, jobs: list[tuple[Path, Path, Path]]) -> str:
-    """Do the jobs, then the last one again, into a directory that is there; returns what that says."""
-    from megatron_npd.errors import UserError
-    from megatron_npd.models.convert import megatron_to_hf
-
-    for job in jobs:
-        megatron_to_hf(*job)
-    with pytest.raises(UserError) as refusal:
-        megatron_to_hf(*jobs[-1])
-    return str(refusal.value)
+    checkpoint = work / "qwen2-tp2-pp1" / "checkpoint"  # of float32
+    megatron_to_hf(checkpoint, bf16_dir, work / "rounded")
+    assert_same_weights(work / "rounded", bf16_dir)
+    with pytest.raises(UserError, match="rounded must not exist yet"):
+        megatron_to_hf(checkpoint, bf16_dir, work / "rounded")

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_npd.errors import UserError
+from megatron_npd.manifest import file_sha256, is_sealed
 from megatron_npd.models.convert import _open_to_servers, hf_to_megatron
 from megatron_npd.models.families import load_spec
-from megatron_npd.models.hf_checkpoint import HFCheckpoint, ShardWriter
+from megatron_npd.models.hf_checkpoint import HFCheckpoint, write_weights
 from megatron_npd.models.mapping import hf_shapes
 from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, read_weights
-from tests.dist import run_distributed
 from tests.helpers import failing
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
@@ -40,15 +40,18 @@ def rewrite(model_dir: Path, change: Callable[[dict[str, torch.Tensor]], object]
 def split(model_dir: Path) -> dict[str, torch.Tensor]:
     """Turn the single file into two shards and an index; returns the tensors."""
     tensors = load_file(model_dir / SINGLE_FILE)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     (model_dir / SINGLE_FILE).unlink()
-    writer = ShardWriter(model_dir, shapes, dtypes, total * 2 // 3)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.finalize()
+    write(model_dir, tensors, sum(tensor.nbytes for tensor in tensors.values()) * 2 // 3)
     return tensors
+
+
+def write(
+    out_dir: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int, workers: int = 2
+) -> tuple[str, dict[str, str]]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    bounds = {"max_shard_bytes": max_shard_bytes, "workers": workers, "held_bytes": 10**5}
+    return write_weights(out_dir, shapes, dtypes, tensors.__getitem__, **bounds)
 
 
 def check(model_dir: Path) -> None:
@@ -112,22 +115,22 @@ def test_an_index_that_does_not_fit_is_refused(model_dir: Path) -> None:
     file = model_dir / INDEX_FILE
     index = json.loads(file.read_text())
 
-    def write(weight_map: object) -> None:
+    def put(weight_map: object) -> None:
         file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
-    write({name: shard for name, shard in index["weight_map"].items() if name != Q_PROJ})
+    put({name: shard for name, shard in index["weight_map"].items() if name != Q_PROJ})
     with pytest.raises(UserError, match=Q_PROJ):
         check(model_dir)
-    write(index["weight_map"] | {"model.extra": "model-00001-of-00002.safetensors"})
+    put(index["weight_map"] | {"model.extra": "model-00001-of-00002.safetensors"})
     with pytest.raises(UserError, match=r"model\.extra only in the index"):
         check(model_dir)
-    write(index["weight_map"] | {Q_PROJ: "../model.safetensors"})
+    put(index["weight_map"] | {Q_PROJ: "../model.safetensors"})
     with pytest.raises(UserError, match=r"\.\./model"):
         check(model_dir)
-    write([])
+    put([])
     with pytest.raises(UserError, match="weight_map"):
         check(model_dir)
-    write(index["weight_map"])
+    put(index["weight_map"])
     (model_dir / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="model-00002-of-00002"):
         check(model_dir)
@@ -155,22 +158,16 @@ def test_buffers_that_no_model_reads_are_passed_over(model_dir: Path) -> None:
     check(rewrite(model_dir, lambda tensors: tensors.update(left)))
 
 
-def _refuse_to_load(rank: int, world_size: int, model_dir: Path, out: Path) -> None:
-    with pytest.raises(UserError, match=rf"{Q_PROJ} and .* in .* must hold finite numbers, got NaN or infinity"):
-        hf_to_megatron(model_dir, out)
-    assert not out.exists()
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_undefined_weights_are_neither_exported_nor_loaded(model_dir: Path, tmp_path: Path, value: float) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    writer = ShardWriter(out, {Q_PROJ: (2, 3)}, {Q_PROJ: torch.bfloat16}, 10**6)
     with pytest.raises(UserError, match=rf"{Q_PROJ} of the model to export .* must hold finite numbers"):
-        writer.add(Q_PROJ, torch.full((2, 3), value, dtype=torch.bfloat16))
-    assert not list(out.iterdir())
+        write(out, {Q_PROJ: torch.full((2, 3), value, dtype=torch.bfloat16)}, 10**6)
     rewrite(model_dir, lambda tensors: tensors[Q_PROJ][7].fill_(value))
-    run_distributed(_refuse_to_load, 1, model_dir, tmp_path / "megatron")
+    with pytest.raises(UserError, match=rf"{Q_PROJ} and .* in .* must hold finite numbers, got NaN or infinity"):
+        hf_to_megatron(model_dir, tmp_path / "megatron")
+    assert not is_sealed(tmp_path / "megatron" / "iter_0000000")
 
 
 def test_file_systems_without_permissions_take_an_export(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,12 +181,21 @@ def test_file_systems_without_permissions_take_an_export(model_dir: Path, monkey
 
 def test_an_exports_content_is_that_of_its_files(model_dir: Path) -> None:
     tensors = load_file(model_dir / SINGLE_FILE)
-    writer = ShardWriter(
-        model_dir,
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {name: tensor.dtype for name, tensor in tensors.items()},
-        10**9,
-    )
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    assert writer.content.hexdigest() == read_weights(model_dir).content_hash()
+    (model_dir / SINGLE_FILE).unlink()  # they lie in it
+    content, hashes = write(model_dir, tensors, 10**9)
+    assert content == read_weights(model_dir).content_hash()
+    assert hashes == {SINGLE_FILE: file_sha256(model_dir / SINGLE_FILE)}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_file_is_byte_for_byte_what_safetensors_writes(tmp_path: Path, workers: int) -> None:
+    tensors = {
+        "z": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.ones(2, 2),
+        "a10": torch.zeros(1),
+        "a9": torch.ones(7),
+    }
+    tensors["h"] = torch.ones(5, dtype=torch.float16)
+    write(tmp_path, tensors, 10**9, workers)
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / SINGLE_FILE).read_bytes() == (tmp_path / "expected").read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -120,29 +119,20 @@ def test_tampered_files_are_named(tmp_path: Path) -> None:
     run_distributed(_tampered, 1, make_tiny_model(tmp_path / "model"), tmp_path / "run")
 
 
-def _not_finite(rank: int, world: int, model_dir: Path, root: Path) -> list[str]:
-    from megatron_npd.models.build import load_spec
-    from megatron_npd.models.convert import export_hf
-
+def _not_finite(rank: int, world: int, model_dir: Path, root: Path) -> str:
     trainer = make_trainer(model_dir, 1, 2)
     if rank == 1:  # of the pipeline: rank 0 has no part in it
         with torch.no_grad():
             next(iter(trainer.model.parameters())).view(-1)[0] = float("nan")
-    messages = []
     with pytest.raises(UserError) as caught:
         save(trainer, root, 7)
-    messages.append(str(caught.value))
-    with pytest.raises(UserError) as caught:
-        export_hf(trainer.model, load_spec(model_dir), root / "hf")
-    return [*messages, str(caught.value)]
+    return str(caught.value)
 
 
 def test_weights_that_are_not_finite_stop_all_ranks(tmp_path: Path) -> None:
     first, second = run_distributed(
         _not_finite, 2, make_tiny_model(tmp_path / "model", tie_word_embeddings=False), tmp_path, timeout=100
     )
-    assert first == second, json.dumps([first, second])
-    assert "after step 7 must hold finite numbers" in first[0]
-    assert "must hold finite numbers" in first[1]
+    assert first == second
+    assert "after step 7 must hold finite numbers" in first
     assert not is_sealed(tmp_path / "iter_0000007")
-    assert not is_sealed(tmp_path / "hf")

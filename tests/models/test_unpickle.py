@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_npd.errors import UserError
-from megatron_npd.manifest import seal
+from megatron_npd.manifest import is_sealed, seal
 from megatron_npd.models.convert import megatron_to_hf
 from megatron_npd.models.unpickle import _Unpickler
 from tests.models.common import make_trainer, restore, save
@@ -53,9 +53,17 @@ def _common_state(path: Path, marker: Path) -> None:
 
 def _part(path: Path, marker: Path) -> None:
     """Behind the tensors of a part, where the index has an object that the model asks for."""
+    _exchange(path, marker, "_extra_state")
+
+
+def _beside_the_numbers(path: Path, marker: Path) -> None:
+    """In the pickle that torch.save writes beside a tensor's numbers."""
+    _exchange(path, marker, "decoder.final_layernorm.weight")
+
+
+def _exchange(path: Path, marker: Path, name: str) -> None:
     index = pickle.loads((path / ".metadata").read_bytes())
-    key = next(key for key in index.storage_data if "_extra_state" in key.fqn)
-    place = index.storage_data[key]
+    place = next(place for key, place in index.storage_data.items() if name in key.fqn)
     with open(path / place.relative_path, "ab") as stream:
         place.offset = stream.tell()
         torch.save(Planted(marker), stream)
@@ -83,7 +91,11 @@ def _elsewhere(path: Path, marker: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "plant", [_index, _inside_the_index, _common_state, _part, _elsewhere, _no_index, _huge, _change_of_a_class]
+    "plant",
+    [
+        *(_index, _inside_the_index, _common_state, _part, _beside_the_numbers, _elsewhere, _no_index, _huge),
+        _change_of_a_class,
+    ],
 )
 def test_a_planted_pickle_runs_nowhere(
     written: Path,
@@ -102,9 +114,13 @@ def test_a_planted_pickle_runs_nowhere(
     words = rf"iter_0000001 must hold tensors and .* got a pickle with ({found}); do"
     with pytest.raises(UserError, match=words):
         restore(make_trainer(tiny_model_dir, load=False), path)
-    with pytest.raises(UserError, match=words):
+    if plant in (_common_state, _part):  # the conversion opens neither
         megatron_to_hf(path, tiny_model_dir, tmp_path / "hf")
-    assert not hasattr(Path, "planted") and not marker.exists() and not (tmp_path / "hf" / "manifest.json").exists()
+    else:
+        with pytest.raises(UserError, match=words):
+            megatron_to_hf(path, tiny_model_dir, tmp_path / "hf")
+        assert not is_sealed(tmp_path / "hf")
+    assert not hasattr(Path, "planted") and not marker.exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 

@@ -118,7 +118,7 @@ class ModelSpec:
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -335,7 +335,7 @@ def _parse_rope(config: Mapping[str, Any], file: Path, family: Family) -> tuple[
 
 def _parse_dtype(config: Mapping[str, Any], file: Path) -> torch.dtype:
     given = {str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key) is not None}
-    if len(given) > 1 or not given <= set(_DTYPES):
+    if len(given) > 1 or not given <= set(DTYPES):
         got = " and ".join(sorted(given))
-        raise UserError(f"dtype in {file} must be one of {', '.join(_DTYPES)}, got {got}; convert the weights")
-    return _DTYPES[given.pop()] if given else torch.float32
+        raise UserError(f"dtype in {file} must be one of {', '.join(DTYPES)}, got {got}; convert the weights")
+    return DTYPES[given.pop()] if given else torch.float32
