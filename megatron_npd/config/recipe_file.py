@@ -11,6 +11,13 @@ import yaml
 from megatron_npd.errors import UserError
 
 OR_NULL = " or null"  # ends the rule of a field that may be null
+# Megatron's names for layouts that are not built, by the last part of a flag or field.
+NOT_BUILT = {
+    "context_parallel_size": "context parallelism (CP)",
+    "virtual_pipeline_model_parallel_size": "the interleaved pipeline schedule (VPP)",
+    "num_layers_per_virtual_pipeline_stage": "the interleaved pipeline schedule (VPP)",
+    "expert_model_parallel_size": "expert parallelism (EP)",
+}
 _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -70,7 +77,12 @@ def _checked_lines(
 
 
 def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
-    """``; did you mean train.lr?`` for a misspelt name or one without its group; empty where nothing is near."""
+    """``; did you mean train.lr?`` for a misspelt name or one without its group; empty where nothing is near.
+
+    Of what Megatron has under this name and this package has not, that is said.
+    """
+    if (missing := NOT_BUILT.get(name.rpartition(".")[2])) is not None:
+        return f": {missing} is not built; use tensor, pipeline and data parallelism"
     last_parts = {item: item.rpartition(".")[2] for item in known}
     near = get_close_matches(name.rpartition(".")[2], set(last_parts.values()), 1)
     meant = get_close_matches(name, [item for item, last in last_parts.items() if last in near], 1, cutoff=0.0)
