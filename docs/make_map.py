@@ -14,6 +14,7 @@ ROOMS = {
     "Commands": ("pretrain_npd.py", "tools/*.py", "megatron_npd/__main__.py", "megatron_npd/cli/*.py"),
     "A run looked at": ("megatron_npd/audit/*.py",),
     "The stages put together": ("megatron_npd/pipeline/*.py",),
+    "A run planned": ("megatron_npd/planning/*.py",),
     "Stages": tuple(f"megatron_npd/{room}/*.py" for room in ("rollout", "teacher", "selection", "training")),
     "What stages are made of": ("megatron_npd/data/*.py", "megatron_npd/serving/*.py"),
     "Formats, losses, models": (

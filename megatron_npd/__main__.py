@@ -14,8 +14,8 @@ from megatron_npd.log import run_main
 
 # In the order of a run; each is a file of ``cli/``.
 COMMANDS = (
-    *("run", "prompts", "serve", "rollout", "annotate", "select", "pack", "train", "convert", "refresh", "evaluate"),
-    *("status", "report", "verify", "show", "preprocess"),
+    *("plan", "run", "prompts", "serve", "rollout", "annotate", "select", "pack", "train", "convert", "refresh"),
+    *("evaluate", "status", "report", "verify", "show", "preprocess"),
 )
 
 

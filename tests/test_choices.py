@@ -8,6 +8,7 @@ import pytest
 
 from megatron_npd import choices
 from megatron_npd.ops.divergences import DIVERGENCES
+from megatron_npd.planning.devices import ACCELERATORS
 from megatron_npd.platform import PLATFORMS, get_platform
 from megatron_npd.selection.metrics import FILTERS
 
@@ -25,8 +26,9 @@ from megatron_npd.training.refresh_schedule import REFRESH  # noqa: E402
         (choices.RefreshRule, REFRESH),
         (choices.ObjectiveName, OBJECTIVES),
         (choices.PlatformName, ["auto", *PLATFORMS]),
+        (choices.GpuName, ACCELERATORS),
     ],
-    ids=["divergences", "filters", "refresh rules", "objectives", "platforms"],
+    ids=["divergences", "filters", "refresh rules", "objectives", "platforms", "accelerators"],
 )
 def test_a_table_has_an_entry_for_each_choice(names: Any, table: Any) -> None:
     assert sorted(get_args(names)) == sorted(table)

@@ -22,7 +22,7 @@ FLOORS = {
     **dict.fromkeys(("store", "ops", "models"), 1),
     **dict.fromkeys(("data", "serving"), 2),
     **dict.fromkeys(("rollout", "teacher", "selection", "training"), 3),
-    "pipeline": 4,
+    **dict.fromkeys(("pipeline", "planning"), 4),
     "audit": 5,
     **dict.fromkeys(("cli", "__main__"), 6),
 }

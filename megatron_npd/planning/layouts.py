@@ -1,0 +1,245 @@
+"""The parallel layouts of a stage on some nodes: which fit, how long they take, and why the others are refused.
+
+The stages' own checks refuse (``models/layout.py``, ``training/trainer.py``); memory is looked at last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from megatron_npd.config.plan import PlanConfig
+from megatron_npd.config.settings import AnnotateConfig, LayoutConfig, TrainConfig
+from megatron_npd.errors import UserError
+from megatron_npd.models.families import ModelSpec
+from megatron_npd.models.layout import check_layout
+from megatron_npd.planning.devices import GIB
+from megatron_npd.planning.hours import Decoding, Machine, StepTime, decoding, prefill_seconds, step_time
+from megatron_npd.planning.memory import (
+    RankMemory,
+    ServerMemory,
+    annotation_memory,
+    element_bytes,
+    server_memory,
+    training_memory,
+)
+from megatron_npd.planning.model import Layout
+from megatron_npd.training.trainer import check_batch
+
+Cfg = TypeVar("Cfg", bound=LayoutConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layout, looked at.
+
+    Attributes:
+        layout: Its sizes.
+        memory: Of the rank that holds most; None: a check refused it before.
+        seconds: Of an optimizer step, or of annotating a round; None: it is refused.
+        step: Where the seconds of a step go.
+        refused: Why; empty: it fits.
+    """
+
+    layout: Layout
+    memory: RankMemory | None = None
+    seconds: float | None = None
+    step: StepTime | None = None
+    refused: str = ""
+
+
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def layouts(cfg: LayoutConfig, nodes: int, per_node: int) -> Iterator[Layout]:
+    """What a stage may try: its own layout, where its settings name one, and all with TP inside a node."""
+    world = nodes * per_node
+    own = own_sizes(cfg)
+    if own is not None:
+        yield Layout(tp=own[0], pp=own[1], dp=max(world // (own[0] * own[1]), 1))
+    for tp in divisors(per_node):
+        for pp in divisors(world // tp):
+            if (tp, pp) != own:
+                yield Layout(tp=tp, pp=pp, dp=world // (tp * pp))
+
+
+def own_sizes(cfg: LayoutConfig) -> tuple[int, int] | None:
+    """Tensor- and pipeline-parallel sizes that the settings ask for; None: 1 x 1, which is left to the plan."""
+    sizes = (cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size)
+    return None if sizes == (1, 1) else sizes
+
+
+def cut(cfg: Cfg, layout: Layout) -> Cfg:
+    """A stage's settings with a layout's sizes; a layout that is not the settings' own splits the sequence too."""
+    sizes = {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp}
+    if isinstance(cfg, TrainConfig) and own_sizes(cfg) != (layout.tp, layout.pp):
+        sizes["sequence_parallel"] = layout.tp > 1
+    return replace(cfg, **sizes)
+
+
+def training_layouts(spec: ModelSpec, cfg: PlanConfig, nodes: int, machine: Machine) -> list[Candidate]:
+    """Layouts of the trainer on so many nodes."""
+
+    def look(layout: Layout) -> Candidate:
+        train, row = cut(cfg.train, layout), cfg.pack.seq_length
+        rows = check_batch(train, row, layout.dp)
+        memory = training_memory(
+            spec,
+            train,
+            layout,
+            row_tokens=row,
+            micro_batches=rows // (train.micro_batch_size * layout.dp),
+            norms=machine.device.platform,
+        )
+        segment = cfg.prompt_tokens + cfg.mean_response
+        step = step_time(spec, train, layout, machine, rows=rows, row_tokens=row, segment=segment)
+        return Candidate(layout=layout, memory=memory, seconds=step.total, step=step)
+
+    return [_looked_at(spec, layout, nodes, machine, look) for layout in layouts(cfg.train, nodes, machine.per_node)]
+
+
+def annotation_layouts(
+    teacher: ModelSpec, student: ModelSpec, cfg: PlanConfig, samples: int, nodes: int, machine: Machine
+) -> list[Candidate]:
+    """Layouts of the annotator on so many nodes, with the seconds of ``samples`` of them."""
+    seconds = partial(_annotation_seconds, teacher, student, cfg, samples, machine)
+
+    def look(layout: Layout) -> Candidate:
+        settings = cut(cfg.annotate, layout)
+        memory = annotation_memory(teacher, settings, layout)
+        if settings.unconditional:
+            students = annotation_memory(student, settings, student_layout(student, layout))
+            memory = max(memory, students, key=lambda one: one.total)
+        return Candidate(layout=layout, memory=memory, seconds=seconds(settings, layout))
+
+    found = layouts(cfg.annotate, nodes, machine.per_node)
+    return [_looked_at(teacher, layout, nodes, machine, look) for layout in found]
+
+
+def _annotation_seconds(
+    teacher: ModelSpec,
+    student: ModelSpec,
+    cfg: PlanConfig,
+    samples: int,
+    machine: Machine,
+    settings: AnnotateConfig,
+    layout: Layout,
+) -> float:
+    """The teacher's pass over prompts and responses; with ``unconditional`` both models' over the responses alone."""
+    response, whole = cfg.mean_response, cfg.prompt_tokens + cfg.mean_response
+    passes = [(teacher, layout, whole)]
+    if settings.unconditional:
+        passes += [(teacher, layout, response), (student, student_layout(student, layout), response)]
+    seconds = 0.0
+    for spec, sizes, length in passes:
+        # A data-parallel rank scores whole shards: those with one less than others wait.
+        shards = -(-samples // cfg.rollout.shard_size)
+        share = -(-shards // sizes.dp) * sizes.dp / shards
+        work = {"tokens": share * samples * length, "responses": share * samples * response}
+        work["shard_rows"] = min(samples, cfg.rollout.shard_size) * length / settings.seq_length
+        seconds += prefill_seconds(spec, settings, sizes, machine, **work, segment=length)
+    return seconds
+
+
+def student_layout(student: ModelSpec, layout: Layout) -> Layout:
+    """How the annotator cuts the student (``teacher/annotate.py``): no wider than its key-value heads allow."""
+    tp = math.gcd(layout.tp, student.num_kv_heads)
+    return Layout(tp=tp, pp=1, dp=layout.tp * layout.pp * layout.dp // tp)
+
+
+def _looked_at(
+    spec: ModelSpec, layout: Layout, nodes: int, machine: Machine, look: Callable[[Layout], Candidate]
+) -> Candidate:
+    """What ``look`` says of a layout that the checks let pass, if it fits into a device."""
+    from megatron_npd.platform.initialize import check_world_size
+
+    try:
+        check_world_size(nodes * machine.per_node, layout.tp, layout.pp)
+        check_layout(spec, layout.tp, layout.pp)
+        candidate = look(layout)
+    except UserError as error:
+        return Candidate(layout=layout, refused=str(error).replace(f" of {spec.path}", ""))
+    assert candidate.memory is not None
+    if candidate.memory.total > machine.memory:
+        need, room = candidate.memory.total / GIB, machine.memory / GIB
+        reason = f"memory must be at most {room:.1f} GiB per rank, got {need:.1f}"
+        return replace(candidate, seconds=None, step=None, refused=reason)
+    return candidate
+
+
+def usable(candidates: list[Candidate], cfg: LayoutConfig) -> list[Candidate]:
+    """The settings' own layout where it fits, else all that fit, by time."""
+    fitting = sorted((candidate for candidate in candidates if candidate.seconds is not None), key=by_time)
+    return [one for one in fitting if (one.layout.tp, one.layout.pp) == own_sizes(cfg)] or fitting
+
+
+def by_time(candidate: Candidate) -> tuple[float, int]:
+    """Order of layouts that fit: the fastest first, of those that are as fast the least cut."""
+    assert candidate.seconds is not None
+    return candidate.seconds, candidate.layout.tp * candidate.layout.pp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """One way to serve the model that generates.
+
+    Attributes:
+        memory: Of each of its devices.
+        decoding: How it generates.
+        per_device: Response tokens per second and device.
+    """
+
+    memory: ServerMemory
+    decoding: Decoding
+
+    @property
+    def per_device(self) -> float:
+        return self.decoding.per_second / self.decoding.devices
+
+
+def servers(spec: ModelSpec, cfg: PlanConfig, machine: Machine) -> list[Server]:
+    """The ways that fit, by the devices of a server: those of rollout.server_args, or any share of a node.
+
+    Raises:
+        UserError: ``--tensor-parallel-size`` of rollout.server_args is no number.
+    """
+    bf16 = _serves_16_bits(spec, cfg)
+    found = []
+    for devices in _server_sizes(cfg, machine.per_node):
+        memory = server_memory(spec, devices, element_bytes(bf16), machine.memory)
+        if memory is None or spec.num_heads % devices:
+            continue
+        how = decoding(
+            spec,
+            memory,
+            machine,
+            bf16=bf16,
+            concurrency=cfg.rollout.concurrency,
+            prompt_tokens=cfg.prompt_tokens,
+            response_tokens=cfg.mean_response,
+        )
+        found.append(Server(memory=memory, decoding=how))
+    return found
+
+
+def _server_sizes(cfg: PlanConfig, per_node: int) -> list[int]:
+    arguments = [part for argument in cfg.rollout.server_args for part in argument.split("=")]
+    for name in ("--tensor-parallel-size", "-tp"):
+        if name in arguments[:-1]:
+            value = arguments[arguments.index(name) + 1]
+            if not value.isdecimal() or not 0 < int(value) <= per_node:
+                raise UserError(
+                    f"{name} in rollout.server_args must be from 1 to the devices of a node ({per_node}), got {value}; "
+                    "correct it"
+                )
+            return [int(value)]
+    return divisors(per_node)
+
+
+def _serves_16_bits(spec: ModelSpec, cfg: PlanConfig) -> bool:
+    given = cfg.rollout.dtype
+    return spec.dtype.itemsize == 2 if given == "auto" else given != "float32"

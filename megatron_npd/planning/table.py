@@ -1,0 +1,298 @@
+"""A plan as text, for a terminal, and as a dictionary, for tools."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from megatron_npd.config.settings import LayoutConfig
+from megatron_npd.planning.devices import GB, GIB, TERA
+from megatron_npd.planning.layouts import Candidate, by_time, cut, own_sizes
+from megatron_npd.planning.memory import RankMemory
+from megatron_npd.planning.model import parameters
+from megatron_npd.planning.plan import Plan, Split
+
+_SHOWN, _LARGE = 6, 2  # layouts of a table that fit, and that are too large
+_HOURS = ["rollout, annotate and train: of one round; selection and packing take seconds per million samples"]
+_WIDTH = 120  # of lines that are no rows of a table
+# Parts of a rank's memory, with what heads their column.
+_PARTS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "activations": "activ",
+    "logits": "logits",
+    "working": "work",
+}
+
+
+def as_text(plan: Plan) -> str:
+    """All of a plan, in sections."""
+    sections = [_head(plan), _training(plan), _annotation(plan), _servers(plan), _splits(plan), _storage(plan)]
+    sections += [_settings(plan), _assumptions(plan)]
+    return "\n\n".join("\n".join(map(_wrapped, section)) for section in sections if section)
+
+
+def _wrapped(line: str) -> str:
+    """A line of words, such as a reason or flags, at the width of a terminal; rows of tables are narrower."""
+    parts = {"subsequent_indent": "    ", "break_long_words": False, "break_on_hyphens": False}
+    return line if len(line) <= _WIDTH else textwrap.fill(line, _WIDTH, **parts)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The same numbers, in bytes and seconds, for ``--json``."""
+    work = asdict(plan.work) | {"passes": plan.work.passes}
+    return {
+        "device": plan.cfg.gpu,
+        "nodes": plan.cfg.num_nodes,
+        "devices_per_node": plan.machine.per_node,
+        "student_parameters": parameters(plan.student),
+        "teacher_parameters": parameters(plan.teacher) if plan.teacher is not None else None,
+        "work": work,
+        "training_layouts": [_candidate_dict(candidate) for candidate in plan.training],
+        "annotation_layouts": [_candidate_dict(candidate) for candidate in plan.annotation],
+        "servers": [asdict(server) | {"per_device": server.per_device} for server in plan.servers],
+        "splits": [_split_dict(split) for split in plan.splits],
+        "storage": plan.storage,
+        "assumptions": asdict(plan.cfg.assume),
+    }
+
+
+def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    memory = candidate.memory
+    result = asdict(candidate)
+    return result | {"memory": None if memory is None else asdict(memory) | {"total": memory.total}}
+
+
+def _split_dict(split: Split) -> dict[str, Any]:
+    layouts = {name: candidate and asdict(candidate.layout) for name, candidate in _layouts_of(split).items()}
+    sizes = {name: getattr(split, name) for name in ("train_nodes", "server_nodes", "max_lead", "total")}
+    return sizes | {"layouts": layouts, "round_seconds": asdict(split.seconds)}
+
+
+def _layouts_of(split: Split) -> dict[str, Candidate | None]:
+    return {"annotate": split.annotate, "train": split.train}
+
+
+def _rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Aligned columns: the first to the left, numbers to the right."""
+    table = [header, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    return [_line(row, widths) for row in table]
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    return "  ".join([first.strip().ljust(widths[0]), *others]).rstrip()
+
+
+def _head(plan: Plan) -> list[str]:
+    cfg, work, device = plan.cfg, plan.work, plan.machine.device
+    flops = device.flops(cfg.train.bf16) / TERA
+    lines = [
+        f"{cfg.num_nodes} x {plan.machine.per_node} {cfg.gpu}: {device.memory / GIB:.1f} GiB, "
+        f"{flops:.0f} TFLOP/s in {_kind(cfg.train.bf16)}, {device.bandwidth / GB:.0f} GB/s",
+        f"student  {_size(parameters(plan.student))}  {cfg.student}",
+    ]
+    if plan.teacher is not None:
+        lines.append(f"teacher  {_size(parameters(plan.teacher))}  {cfg.teacher}")
+    size = f"{cfg.prompt_tokens} + {cfg.mean_response} tokens"
+    lines += [
+        f"work     rounds {work.rounds}, samples per round {work.samples}, of {size}, {work.kept} kept; "
+        f"{cfg.train.train_iters} steps, {work.passes:.2f} passes over them"
+    ]
+    return lines
+
+
+def _kind(bf16: bool) -> str:
+    return "bf16" if bf16 else "fp32"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
+def _gb(count: float) -> str:
+    return _short(count / GB)
+
+
+def _gib(count: float) -> str:
+    return _short(count / GIB)
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+
+
+def _training(plan: Plan) -> list[str]:
+    names = (f"training on {_nodes(plan)}: GiB", *_PARTS.values(), "total", "s per step", "computes", "waits")
+    fitting, large, refused = _sorted(plan.training)
+    rows = []
+    for candidate in _shown(fitting, large, plan.cfg.train):
+        assert candidate.memory is not None
+        row = [_name(candidate, plan.cfg.train), *_memory(candidate.memory, _PARTS)]
+        if (step := candidate.step) is None:
+            rows.append([*row, "too large", "", ""])
+            continue
+        waits = step.total - step.compute - step.update
+        shares = [f"{100 * part / step.total:.0f} %" for part in (step.compute, waits)]
+        rows.append([*row, _short(step.total), *shares])
+    return [*_rows(names, rows), *_others(fitting, large), *_refused(refused)]
+
+
+def _annotation(plan: Plan) -> list[str]:
+    if not plan.annotation:
+        return []
+    parts = ("weights", "logits", "working")
+    fitting, large, refused = _sorted(plan.annotation)
+    rows = []
+    for candidate in _shown(fitting, large, plan.cfg.annotate):
+        assert candidate.memory is not None
+        time = "too large" if candidate.seconds is None else _hours(candidate.seconds)
+        rows.append([_name(candidate, plan.cfg.annotate), *_memory(candidate.memory, parts), time])
+    header = (f"annotation on {_nodes(plan)}: GiB", *(_PARTS[name] for name in parts), "total", "h per round")
+    return [*_rows(header, rows), *_others(fitting, large), *_refused(refused)]
+
+
+def _nodes(plan: Plan) -> str:
+    number = plan.splits[0].train_nodes if plan.splits else plan.cfg.num_nodes
+    return f"{number} node{'s' if number > 1 else ''}"
+
+
+def _shown(fitting: list[Candidate], large: list[Candidate], cfg: LayoutConfig) -> list[Candidate]:
+    """The first of each, and before them the one that the settings ask for."""
+    own = [one for one in [*fitting, *large] if _is_own(one, cfg)]
+    return own + [one for one in [*fitting[:_SHOWN], *large[:_LARGE]] if not _is_own(one, cfg)]
+
+
+def _is_own(candidate: Candidate, cfg: LayoutConfig) -> bool:
+    return (candidate.layout.tp, candidate.layout.pp) == own_sizes(cfg)
+
+
+def _name(candidate: Candidate, cfg: LayoutConfig) -> str:
+    return f"{candidate.layout}{' (as set)' if _is_own(candidate, cfg) else ''}"
+
+
+def _memory(memory: RankMemory, parts: Iterable[str]) -> list[str]:
+    return [_gib(getattr(memory, name)) for name in parts] + [_gib(memory.total)]
+
+
+def _sorted(candidates: list[Candidate]) -> tuple[list[Candidate], list[Candidate], list[Candidate]]:
+    """Those that fit, by time; those too large for a device, by size; and those that a check refuses."""
+    fitting = sorted((one for one in candidates if one.seconds is not None), key=by_time)
+    large = [one for one in candidates if one.seconds is None and one.memory is not None]
+    large.sort(key=lambda one: one.memory.total if one.memory is not None else 0)
+    return fitting, large, [one for one in candidates if one.memory is None]
+
+
+def _others(fitting: list[Candidate], large: list[Candidate]) -> list[str]:
+    """How many the table leaves out."""
+    left = [(len(fitting) - _SHOWN, "that fit, slower"), (len(large) - _LARGE, "too large")]
+    return [f"and {number} more {what}" for number, what in left if number > 0]
+
+
+def _refused(candidates: list[Candidate]) -> list[str]:
+    """Each reason once, with the layouts that it is true of."""
+    layouts: dict[str, list[str]] = {}
+    for candidate in candidates:
+        layouts.setdefault(candidate.refused, []).append(f"{candidate.layout.tp} x {candidate.layout.pp}")
+    return [f"refused TP x PP = {', '.join(names)}: {reason}" for reason, names in layouts.items()]
+
+
+def _servers(plan: Plan) -> list[str]:
+    if plan.server is None:
+        room = plan.machine.memory / GIB
+        return [f"rollout: no server fits: weights leave no room for a cache in {room:.1f} GiB per device"]
+    rows = []
+    for server in sorted(plan.servers, key=lambda one: -one.per_device):
+        how, memory = server.decoding, server.memory
+        rows.append(
+            [
+                str(how.devices),
+                _gib(memory.weights),
+                str(memory.cache_tokens),
+                str(how.batch),
+                f"{1000 * how.step:.1f}",
+                f"{server.per_device:.0f}",
+            ]
+        )
+    header = ("rollout: devices per server", "weights GiB", "cache tokens", "batch", "ms per step")
+    header += ("tokens/s per device",)
+    return _rows(header, rows)
+
+
+def _hours(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.1f}" if hours >= 1 else f"{hours:.3f}"
+
+
+def _splits(plan: Plan) -> list[str]:
+    by_nodes = sorted((sorted(nodes), reason) for reason, nodes in plan.refused.items())
+    refused = [f"refused where {', '.join(map(str, nodes))} train: {reason}" for nodes, reason in by_nodes]
+    if not plan.splits:
+        return ["hours: no split of the nodes fits", *refused]
+    rows = []
+    for split in plan.splits[:_SHOWN]:
+        name = "all in turns" if _in_turns(plan, split) else f"{split.server_nodes} serve, {split.train_nodes} train"
+        seconds = [getattr(split.seconds, item.name) for item in fields(split.seconds)]
+        cuts = [f"{one.layout.tp} x {one.layout.pp}" if one else "-" for one in (split.annotate, split.train)]
+        rows.append([name, str(split.max_lead), *cuts, *map(_hours, seconds), _hours(split.total)])
+    header = ("hours", "max_lead", "TP x PP of annotate", "train", "rollout", "annotate", "train", "whole run")
+    more = len(plan.splits) - _SHOWN
+    return [*_rows(header, rows), *([f"and {more} more, slower"] if more > 0 else []), *_HOURS, *refused]
+
+
+def _storage(plan: Plan) -> list[str]:
+    rows = [[name, _gb(size)] for name, size in plan.storage.items()]
+    return _rows(("storage", "GB"), [*rows, ["in all", _gb(sum(plan.storage.values()))]])
+
+
+def _settings(plan: Plan) -> list[str]:
+    """The flags of the shortest split, and what a reader would else overlook."""
+    lines = []
+    if plan.splits:
+        best = plan.splits[0]
+        lines.append(f"shortest: {' '.join(_flags(plan, best))}")
+        together = [split for split in plan.splits if not _in_turns(plan, split)]
+        if _in_turns(plan, best):
+            lines.append(
+                "  in turns the servers must be gone while others compute: start it stage by stage (npd rollout, "
+                "annotate, ...); npd run keeps its servers"
+            )
+            lines += [f"shortest in one npd run: {' '.join(_flags(plan, split))}" for split in together[:1]]
+    for name, bf16 in (("train", plan.cfg.train.bf16), ("annotate", plan.cfg.annotate.bf16)):
+        if not bf16:
+            lines.append(f"note: {name}.bf16 is false, and float32 is planned; --{name}.bf16 computes in bfloat16")
+    return lines
+
+
+def _in_turns(plan: Plan, split: Split) -> bool:
+    return split.train_nodes + split.server_nodes > plan.cfg.num_nodes
+
+
+def _flags(plan: Plan, split: Split) -> list[str]:
+    server = plan.server
+    assert server is not None
+    devices = server.decoding.devices
+    found: dict[str, object] = {"nproc-per-node": plan.machine.per_node}
+    if not _in_turns(plan, split):
+        found |= {"nnodes": plan.cfg.num_nodes, "train-nodes": split.train_nodes, "max-lead": split.max_lead}
+    found["rollout.num-servers"] = plan.machine.per_node // devices
+    if devices > 1:
+        found["rollout.server-args"] = f"[--tensor-parallel-size={devices}]"
+    for name, candidate in (("annotate", split.annotate), ("train", split.train)):
+        if candidate is not None:
+            found[f"{name}.tensor-model-parallel-size"] = candidate.layout.tp
+            found[f"{name}.pipeline-model-parallel-size"] = candidate.layout.pp
+    found["train.sequence-parallel"] = str(cut(plan.cfg.train, split.train.layout).sequence_parallel).lower()
+    return [f"--{name}={value}" for name, value in found.items()]
+
+
+def _assumptions(plan: Plan) -> list[str]:
+    given = asdict(plan.cfg.assume) | {"kept_share": plan.cfg.kept_share}
+    return [
+        f"device   {plan.machine.device.source}",
+        "assumed  " + ", ".join(f"{name} {value}" for name, value in given.items()) + " (npd plan --help says what)",
+    ]

@@ -1,0 +1,205 @@
+"""The memory of a training step, beside what this package's own step allocates on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_npd.config.settings import TrainConfig
+from megatron_npd.data.batch import PackedBatch
+from megatron_npd.models.families import FAMILIES, load_spec
+from megatron_npd.planning.memory import RankMemory, server_memory, training_memory
+from megatron_npd.planning.model import Layout, cache_bytes, head_parameters, parameters, rank_parameters
+from tests.dist import run_distributed
+from tests.helpers import VOCAB_SIZE, make_tiny_model
+
+TOKENS, TOP_K = 256, 10
+TOLERANCE = 0.02
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": False},
+    "llama": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+}
+# tensor- and pipeline-parallel sizes of two ranks, and settings
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "dp2": (1, 1, {}),
+    "dp2-bf16": (1, 1, {"bf16": True}),
+    "dp2-bf16-whole-optimizer": (1, 1, {"bf16": True, "use_distributed_optimizer": False}),
+    "tp2": (2, 1, {}),
+    "tp2-sp-bf16": (2, 1, {"sequence_parallel": True, "bf16": True}),
+    "tp2-fused": (2, 1, {"fused_linear_loss": True}),
+    "pp2-bf16": (1, 2, {"bf16": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    common = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_hidden_layers": 4}
+    for family, fields in SHAPES.items():
+        make_tiny_model(root / family, family=family, **(common | fields))
+    return root
+
+
+def _config(tp: int, pp: int, fields: dict[str, Any]) -> TrainConfig:
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    return TrainConfig(train_iters=2, global_batch_size=4, platform="cpu", **sizes, **fields)
+
+
+def _batch() -> PackedBatch:
+    """A row of two segments of the same length, all of it response."""
+    logprobs_TK = torch.full((TOKENS, TOP_K), -3.0)
+    return PackedBatch(
+        tokens=torch.randint(0, VOCAB_SIZE, (1, TOKENS)),
+        position_ids=torch.arange(TOKENS)[None] % (TOKENS // 2),
+        cu_seqlens=torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32),
+        max_seqlen=TOKENS // 2,
+        labels=torch.randint(0, VOCAB_SIZE, (1, TOKENS)),
+        loss_mask=torch.ones(1, TOKENS),
+        weights=None,
+        teacher_ids=torch.stack([torch.randperm(VOCAB_SIZE)[:TOP_K] for _ in range(TOKENS)]),
+        teacher_logprobs=logprobs_TK,
+        teacher_log_tail=torch.log1p(-logprobs_TK.exp().sum(1)),
+        generator_logprobs=torch.full((TOKENS,), -1.0),
+    )
+
+
+def _measure(rank: int, world_size: int, model_dir: Path, tp: int, pp: int, fields: dict[str, Any]) -> dict[str, int]:
+    """Bytes of weights, gradients, optimizer and of what autograd keeps at most, on one rank of a real step."""
+    from megatron_npd.models.build import build_model, load_hf_weights
+    from megatron_npd.platform.initialize import initialize_distributed
+    from megatron_npd.training.step import TrainStep
+
+    initialize_distributed(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    cfg, spec = _config(tp, pp, fields), load_spec(model_dir)
+    model = build_model(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel)
+    load_hf_weights(model, spec)
+    number = 4 * tp * pp // world_size
+    step = TrainStep(cfg, model, vocab_size=spec.vocab_size, micro_batch_tokens=TOKENS, num_micro_batches=number)
+    own = set(map(_place, model.parameters()))
+    alive = Alive(own)
+    with torch.autograd.graph.saved_tensors_hooks(alive.pack, alive.unpack):
+        step.run(iter([_batch() for _ in range(number)]), 1)
+    wrapped: Any = step.model
+    gradients = [buffer.grad_data for buffer in wrapped.buffers]
+    states = {tensor.data_ptr(): _bytes(tensor) for tensor in _states(step.optimizer) if _place(tensor) not in own}
+    return {
+        "weights": sum(map(_bytes, model.parameters())),
+        "gradients": sum(map(_bytes, gradients)),
+        "optimizer": sum(states.values()),
+        "kept": alive.most,
+    }
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _states(optimizer: Any) -> Iterator[torch.Tensor]:
+    """Moments and main weights: what the optimizer updates, and the weights themselves in float32."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for parameter, state in one.optimizer.state.items():
+            yield from (parameter, *(value for value in state.values() if isinstance(value, torch.Tensor)))
+
+
+class Alive:
+    """Bytes of the storages that autograd holds, each counted once while something of it is kept."""
+
+    def __init__(self, without: set[int]) -> None:
+        self.without, self.now, self.most = without, 0, 0
+        self.holders: dict[int, int] = {}
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        return Kept(tensor, self)
+
+    def unpack(self, kept: Any) -> torch.Tensor:
+        return kept.tensor
+
+    def change(self, storage: torch.UntypedStorage, by: int) -> None:
+        pointer = storage.data_ptr()
+        if pointer in self.without:
+            return
+        before = self.holders.get(pointer, 0)
+        self.holders[pointer] = before + by
+        if before == 0 or before + by == 0:
+            self.now += by * storage.nbytes()
+            self.most = max(self.most, self.now)
+
+
+class Kept:
+    """A saved tensor, counted until autograd lets it go."""
+
+    def __init__(self, tensor: torch.Tensor, alive: Alive) -> None:
+        self.tensor, self.alive = tensor, alive
+        alive.change(tensor.untyped_storage(), 1)
+
+    def __del__(self) -> None:
+        self.alive.change(self.tensor.untyped_storage(), -1)
+
+
+def _measure_all(rank: int, world_size: int, root: Path, family: str) -> dict[str, dict[str, int]]:
+    return {name: _measure(rank, world_size, root / family, *case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def measured(models: Path) -> dict[str, list[dict[str, dict[str, int]]]]:
+    return {family: run_distributed(_measure_all, 2, models, family) for family in SHAPES}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", SHAPES)
+def test_each_part_is_what_a_step_allocates(models: Path, measured: Any, family: str, case: str) -> None:
+    tp, pp, fields = CASES[case]
+    layout = Layout(tp=tp, pp=pp, dp=2 // (tp * pp))
+    memory = training_memory(
+        load_spec(models / family),
+        _config(tp, pp, fields),
+        layout,
+        row_tokens=TOKENS,
+        micro_batches=4 // layout.dp,
+        norms="cpu",
+    )
+    ranks = [rank[case] for rank in measured[family]]
+    found = max(ranks, key=lambda parts: sum(parts.values()))
+    assert memory.weights == pytest.approx(found["weights"], rel=TOLERANCE)
+    assert memory.gradients == pytest.approx(found["gradients"], rel=TOLERANCE)
+    assert memory.optimizer == pytest.approx(found["optimizer"], rel=TOLERANCE)
+    assert memory.activations + memory.logits == pytest.approx(found["kept"], rel=TOLERANCE)
+
+
+def test_every_family_is_measured() -> None:
+    assert {family.name for family in FAMILIES.values()} == set(SHAPES)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_model_is_as_large_as_its_checkpoint(models: Path, family: str) -> None:
+    from safetensors import safe_open
+
+    spec = load_spec(models / family)
+    with safe_open(models / family / "model.safetensors", "pt") as file:
+        whole = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert parameters(spec) == whole
+    assert rank_parameters(spec, Layout(tp=1, pp=1, dp=1)) == [whole]
+    halves = rank_parameters(spec, Layout(tp=1, pp=2, dp=1))
+    assert sum(halves) == whole + (head_parameters(spec) if spec.tied else 0)
+
+
+def test_a_server_has_the_cache_that_its_weights_leave(models: Path) -> None:
+    spec = load_spec(models / "qwen2")
+    weights, token = parameters(spec) * 4, cache_bytes(spec, 4)
+    assert token == 2 * 4 * 2 * 32 * 4
+    server = server_memory(spec, 1, 4, weights + 10 * token)
+    assert server is not None and server.cache_tokens == 10
+    assert server_memory(spec, 1, 4, weights) is None
+
+
+def test_the_total_is_the_sum_of_the_parts() -> None:
+    assert RankMemory(weights=1, gradients=2, optimizer=3, activations=4, logits=5, working=6).total == 21
