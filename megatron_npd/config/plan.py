@@ -8,6 +8,8 @@ from megatron_npd.choices import GpuName
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.config.settings import require
 
+_PROMPT_TOKENS = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
@@ -31,20 +33,22 @@ class Assumptions:
     """Time that a decoding step of a server takes beside reading weights and cache, in milliseconds: scheduling,
     sampling, kernel starts."""
 
+    round_overhead: float = 60.0
+    """Time of a round beside generating, scoring and steps, in seconds: loading the models, export, refresh."""
+
     def __post_init__(self) -> None:
         for name in ("train_share", "prefill_share", "memory_share", "bandwidth_share", "link_share"):
             value = getattr(self, name)
             require(0 < value <= 1, f"assume.{name}", "in (0, 1]", value, "a share of the data sheet's number")
         require(self.network > 0, "assume.network", "> 0 Gbit/s", self.network, "400 is the default")
-        require(
-            self.decode_overhead >= 0, "assume.decode_overhead", "at least 0", self.decode_overhead, "5 is the default"
-        )
+        for name in ("decode_overhead", "round_overhead"):
+            value = getattr(self, name)
+            require(value >= 0, f"assume.{name}", "at least 0", value, "0 counts none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(NPDConfig):
-    """Memory per rank, hours, storage and the best split of nodes of a run, before it runs: from its recipe and the
-    models' config.json alone."""
+    """What a run will need: memory per rank, hours, storage, nodes; from its recipe and the models' config.json."""
 
     nodes: int = 0
     """Nodes to plan for; 0: nnodes."""
@@ -54,8 +58,8 @@ class PlanConfig(NPDConfig):
     """Device, by the name of its data sheet (planning/devices.py)."""
     num_prompts: int = 0
     """Prompts of the run; 0: those of the file of prompts."""
-    prompt_tokens: int = 256
-    """Mean length of a prompt, in tokens."""
+    prompt_tokens: int = 0
+    """Mean length of a prompt, in tokens; 0: 256, or what rollout.max_model_len leaves beside a response."""
     response_tokens: int = 0
     """Mean length of a response, in tokens; 0: half of rollout.max_tokens."""
     kept_share: float = 0.962
@@ -67,9 +71,8 @@ class PlanConfig(NPDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("nodes", "gpus_per_node", "num_prompts", "response_tokens"):
+        for name in ("nodes", "gpus_per_node", "num_prompts", "prompt_tokens", "response_tokens"):
             require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name), "give a positive number")
-        require(self.prompt_tokens > 0, "prompt_tokens", "at least 1", self.prompt_tokens, "256 is the default")
         require(0 < self.kept_share <= 1, "kept_share", "in (0, 1]", self.kept_share, "0.962 is the default")
         require(
             self.mean_response <= self.rollout.max_tokens,
@@ -79,12 +82,17 @@ class PlanConfig(NPDConfig):
             "raise rollout.max_tokens",
         )
         require(
-            self.prompt_tokens + self.mean_response <= self.rollout.max_model_len,
+            self.mean_prompt + self.mean_response <= self.rollout.max_model_len,
             "prompt_tokens + response_tokens",
             f"at most rollout.max_model_len ({self.rollout.max_model_len})",
-            self.prompt_tokens + self.mean_response,
+            self.mean_prompt + self.mean_response,
             "raise rollout.max_model_len",
         )
+
+    @property
+    def mean_prompt(self) -> int:
+        """Mean length of a prompt, in tokens."""
+        return self.prompt_tokens or max(min(_PROMPT_TOKENS, self.rollout.max_model_len - self.mean_response), 1)
 
     @property
     def mean_response(self) -> int:

@@ -95,7 +95,7 @@ def training_layouts(spec: ModelSpec, cfg: PlanConfig, nodes: int, machine: Mach
             micro_batches=rows // (train.micro_batch_size * layout.dp),
             norms=machine.device.platform,
         )
-        segment = cfg.prompt_tokens + cfg.mean_response
+        segment = cfg.mean_prompt + cfg.mean_response
         step = step_time(spec, train, layout, machine, rows=rows, row_tokens=row, segment=segment)
         return Candidate(layout=layout, memory=memory, seconds=step.total, step=step)
 
@@ -130,7 +130,7 @@ def _annotation_seconds(
     layout: Layout,
 ) -> float:
     """The teacher's pass over prompts and responses; with ``unconditional`` both models' over the responses alone."""
-    response, whole = cfg.mean_response, cfg.prompt_tokens + cfg.mean_response
+    response, whole = cfg.mean_response, cfg.mean_prompt + cfg.mean_response
     passes = [(teacher, layout, whole)]
     if settings.unconditional:
         passes += [(teacher, layout, response), (student, student_layout(student, layout), response)]
@@ -207,23 +207,35 @@ def servers(spec: ModelSpec, cfg: PlanConfig, machine: Machine) -> list[Server]:
     Raises:
         UserError: ``--tensor-parallel-size`` of rollout.server_args is no number.
     """
-    bf16 = _serves_16_bits(spec, cfg)
     found = []
     for devices in _server_sizes(cfg, machine.per_node):
-        memory = server_memory(spec, devices, element_bytes(bf16), machine.memory)
-        if memory is None or spec.num_heads % devices:
-            continue
-        how = decoding(
-            spec,
-            memory,
-            machine,
-            bf16=bf16,
-            concurrency=cfg.rollout.concurrency,
-            prompt_tokens=cfg.prompt_tokens,
-            response_tokens=cfg.mean_response,
-        )
-        found.append(Server(memory=memory, decoding=how))
+        memory = server_memory(spec, devices, element_bytes(_serves_16_bits(spec, cfg)), machine.memory)
+        if memory is not None and spec.num_heads % devices == 0:
+            how = _decoding(spec, cfg, machine, memory, cfg.rollout.concurrency)
+            found.append(Server(memory=memory, decoding=how))
     return found
+
+
+def rollout_seconds(
+    spec: ModelSpec, cfg: PlanConfig, machine: Machine, server: Server, *, samples: int, nodes: int
+) -> float:
+    """A round of responses by as many servers as so many nodes hold; a small one leaves requests' places empty."""
+    number = machine.per_node // server.decoding.devices * nodes
+    each = -(-samples // number)
+    how = _decoding(spec, cfg, machine, server.memory, min(cfg.rollout.concurrency, each))
+    return each * cfg.mean_response / how.per_second
+
+
+def _decoding(spec: ModelSpec, cfg: PlanConfig, machine: Machine, memory: ServerMemory, concurrency: int) -> Decoding:
+    return decoding(
+        spec,
+        memory,
+        machine,
+        bf16=_serves_16_bits(spec, cfg),
+        concurrency=concurrency,
+        prompt_tokens=cfg.mean_prompt,
+        response_tokens=cfg.mean_response,
+    )
 
 
 def _server_sizes(cfg: PlanConfig, per_node: int) -> list[int]:

@@ -16,6 +16,7 @@ from megatron_npd.planning.layouts import (
     Server,
     annotation_layouts,
     by_time,
+    rollout_seconds,
     servers,
     training_layouts,
     usable,
@@ -114,6 +115,11 @@ class Plan:
     storage: dict[str, float]
 
     @property
+    def generator(self) -> ModelSpec:
+        """Whose responses train."""
+        return self.student if self.cfg.responses == "student" or self.teacher is None else self.teacher
+
+    @property
     def server(self) -> Server | None:
         """The way to generate that gives most tokens per device, on fewest devices."""
         return max(self.servers, key=lambda one: (one.per_device, -one.decoding.devices), default=None)
@@ -129,8 +135,6 @@ def make_plan(cfg: PlanConfig) -> Plan:
     teacher = None if cfg.annotate.backend == "none" and cfg.responses == "student" else _teacher(cfg)
     machine = Machine(device=ACCELERATORS[cfg.gpu], per_node=cfg.devices_per_node, assume=cfg.assume)
     work = _work(cfg)
-    generator = student if cfg.responses == "student" else teacher
-    assert generator is not None
     plan = Plan(
         cfg=cfg,
         machine=machine,
@@ -139,11 +143,12 @@ def make_plan(cfg: PlanConfig) -> Plan:
         work=work,
         training=[],
         annotation=[],
-        servers=servers(generator, cfg, machine),
+        servers=[],
         splits=[],
         refused={},
         storage=_storage(cfg, student, work),
     )
+    plan = replace(plan, servers=servers(plan.generator, cfg, machine))
     splits, refused = _splits(plan)
     nodes = splits[0].train_nodes if splits else cfg.num_nodes
     return replace(
@@ -175,7 +180,7 @@ def _work(cfg: PlanConfig) -> Work:
         rounds=rounds,
         samples=samples,
         kept=math.ceil(samples * (1 if cfg.select.filter == "none" else cfg.kept_share)),
-        sample_tokens=cfg.prompt_tokens + cfg.mean_response,
+        sample_tokens=cfg.mean_prompt + cfg.mean_response,
         train_tokens=cfg.train.train_iters / rounds * rows * row,
     )
 
@@ -262,10 +267,10 @@ def _split(
 ) -> Split:
     cfg, work = plan.cfg, plan.work
     assert plan.server is not None and train.seconds is not None
-    each_server = plan.server.decoding.devices
-    devices = plan.machine.per_node // each_server * each_server * server_nodes
     each = RoundTime(
-        rollout=work.samples * cfg.mean_response / (plan.server.per_device * devices),
+        rollout=rollout_seconds(
+            plan.generator, cfg, plan.machine, plan.server, samples=work.samples, nodes=server_nodes
+        ),
         annotate=annotate.seconds if annotate is not None and annotate.seconds is not None else 0.0,
         train=train.seconds * cfg.train.train_iters / work.rounds,
     )
@@ -277,7 +282,8 @@ def _split(
         annotate=annotate,
         train=train,
         seconds=each,
-        total=run_seconds(work.rounds, each, max_lead=max_lead, follow=follow),
+        total=run_seconds(work.rounds, each, max_lead=max_lead, follow=follow)
+        + work.rounds * cfg.assume.round_overhead,
     )
 
 
@@ -286,7 +292,7 @@ def _storage(cfg: PlanConfig, student: ModelSpec, work: Work) -> dict[str, float
     samples = Samples(
         number=work.samples,
         paths=cfg.rollout.greedy_paths + cfg.rollout.sampled_paths,
-        prompt=cfg.prompt_tokens,
+        prompt=cfg.mean_prompt,
         response=cfg.mean_response,
         vocab_size=student.vocab_size,
         shard=cfg.rollout.shard_size,

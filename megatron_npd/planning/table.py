@@ -15,7 +15,10 @@ from megatron_npd.planning.model import parameters
 from megatron_npd.planning.plan import Plan, Split
 
 _SHOWN, _LARGE = 6, 2  # layouts of a table that fit, and that are too large
-_HOURS = ["rollout, annotate and train: of one round; selection and packing take seconds per million samples"]
+_HOURS = ["as: TP x PP; rollout, annotate, train: of one round; select and pack take seconds per million samples"]
+_COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+_BYTES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+_TIMES = ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"))
 _WIDTH = 120  # of lines that are no rows of a table
 # Parts of a rank's memory, with what heads their column.
 _PARTS = {
@@ -98,7 +101,7 @@ def _head(plan: Plan) -> list[str]:
     ]
     if plan.teacher is not None:
         lines.append(f"teacher  {_size(parameters(plan.teacher))}  {cfg.teacher}")
-    size = f"{cfg.prompt_tokens} + {cfg.mean_response} tokens"
+    size = f"{cfg.mean_prompt} + {cfg.mean_response} tokens"
     lines += [
         f"work     rounds {work.rounds}, samples per round {work.samples}, of {size}, {work.kept} kept; "
         f"{cfg.train.train_iters} steps, {work.passes:.2f} passes over them"
@@ -111,23 +114,26 @@ def _kind(bf16: bool) -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+    unit, name = next(((unit, name) for unit, name in _COUNTS if count >= unit), _COUNTS[-1])
+    return f"{count / unit:.2f}{name}"
 
 
-def _gb(count: float) -> str:
-    return _short(count / GB)
+def _bytes(count: float) -> str:
+    unit, name = next(((unit, name) for unit, name in _BYTES if count >= unit), _BYTES[-1])
+    return f"{count / unit:.1f} {name}" if count else "-"
 
 
 def _gib(count: float) -> str:
-    return _short(count / GIB)
+    return f"{count / GIB:.{1 if count >= GIB else 2}f}" if count else "-"
 
 
-def _short(value: float) -> str:
-    return f"{value:.1f}" if value >= 1 else f"{value:.3f}"
+def _duration(seconds: float) -> str:
+    unit, name = next(((unit, name) for unit, name in _TIMES if seconds >= unit), _TIMES[-1])
+    return f"{seconds / unit:.1f} {name}" if seconds else "-"
 
 
 def _training(plan: Plan) -> list[str]:
-    names = (f"training on {_nodes(plan)}: GiB", *_PARTS.values(), "total", "s per step", "computes", "waits")
+    names = (f"training on {_nodes(plan)}: GiB", *_PARTS.values(), "total", "step", "computes", "waits")
     fitting, large, refused = _sorted(plan.training)
     rows = []
     for candidate in _shown(fitting, large, plan.cfg.train):
@@ -138,7 +144,7 @@ def _training(plan: Plan) -> list[str]:
             continue
         waits = step.total - step.compute - step.update
         shares = [f"{100 * part / step.total:.0f} %" for part in (step.compute, waits)]
-        rows.append([*row, _short(step.total), *shares])
+        rows.append([*row, _duration(step.total), *shares])
     return [*_rows(names, rows), *_others(fitting, large), *_refused(refused)]
 
 
@@ -150,9 +156,9 @@ def _annotation(plan: Plan) -> list[str]:
     rows = []
     for candidate in _shown(fitting, large, plan.cfg.annotate):
         assert candidate.memory is not None
-        time = "too large" if candidate.seconds is None else _hours(candidate.seconds)
+        time = "too large" if candidate.seconds is None else _duration(candidate.seconds)
         rows.append([_name(candidate, plan.cfg.annotate), *_memory(candidate.memory, parts), time])
-    header = (f"annotation on {_nodes(plan)}: GiB", *(_PARTS[name] for name in parts), "total", "h per round")
+    header = (f"annotation on {_nodes(plan)}: GiB", *(_PARTS[name] for name in parts), "total", "round")
     return [*_rows(header, rows), *_others(fitting, large), *_refused(refused)]
 
 
@@ -223,11 +229,6 @@ def _servers(plan: Plan) -> list[str]:
     return _rows(header, rows)
 
 
-def _hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:.1f}" if hours >= 1 else f"{hours:.3f}"
-
-
 def _splits(plan: Plan) -> list[str]:
     by_nodes = sorted((sorted(nodes), reason) for reason, nodes in plan.refused.items())
     refused = [f"refused where {', '.join(map(str, nodes))} train: {reason}" for nodes, reason in by_nodes]
@@ -238,15 +239,15 @@ def _splits(plan: Plan) -> list[str]:
         name = "all in turns" if _in_turns(plan, split) else f"{split.server_nodes} serve, {split.train_nodes} train"
         seconds = [getattr(split.seconds, item.name) for item in fields(split.seconds)]
         cuts = [f"{one.layout.tp} x {one.layout.pp}" if one else "-" for one in (split.annotate, split.train)]
-        rows.append([name, str(split.max_lead), *cuts, *map(_hours, seconds), _hours(split.total)])
-    header = ("hours", "max_lead", "TP x PP of annotate", "train", "rollout", "annotate", "train", "whole run")
+        rows.append([name, str(split.max_lead), *cuts, *map(_duration, seconds), _duration(split.total)])
+    header = ("hours", "max_lead", "annotate as", "train as", "rollout", "annotate", "train", "whole run")
     more = len(plan.splits) - _SHOWN
     return [*_rows(header, rows), *([f"and {more} more, slower"] if more > 0 else []), *_HOURS, *refused]
 
 
 def _storage(plan: Plan) -> list[str]:
-    rows = [[name, _gb(size)] for name, size in plan.storage.items()]
-    return _rows(("storage", "GB"), [*rows, ["in all", _gb(sum(plan.storage.values()))]])
+    rows = [[name, _bytes(size)] for name, size in plan.storage.items()]
+    return _rows(("storage", "size"), [*rows, ["in all", _bytes(sum(plan.storage.values()))]])
 
 
 def _settings(plan: Plan) -> list[str]:
@@ -262,8 +263,12 @@ def _settings(plan: Plan) -> list[str]:
                 "annotate, ...); npd run keeps its servers"
             )
             lines += [f"shortest in one npd run: {' '.join(_flags(plan, split))}" for split in together[:1]]
-    for name, bf16 in (("train", plan.cfg.train.bf16), ("annotate", plan.cfg.annotate.bf16)):
-        if not bf16:
+    if plan.cfg.annotate.backend == "vllm":
+        lines.append(
+            "note: annotate.backend is vllm: its hours are planned as those of megatron-core on the same ranks"
+        )
+    for name, computes in (("train", True), ("annotate", plan.cfg.annotate.backend != "none")):
+        if computes and not getattr(plan.cfg, name).bf16:
             lines.append(f"note: {name}.bf16 is false, and float32 is planned; --{name}.bf16 computes in bfloat16")
     return lines
 

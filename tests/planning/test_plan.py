@@ -176,6 +176,15 @@ def test_a_round_of_few_shards_leaves_annotators_idle(models: Path) -> None:
     assert half == 2 * whole
 
 
+def test_a_small_round_takes_as_long_as_one_response(models: Path) -> None:
+    few, many = (plan_of(models, "--nodes=1", "--updates=0", f"--num-prompts={number}") for number in (8, 1 << 20))
+    server = many.server
+    assert server is not None
+    each_token = many.splits[0].seconds.rollout / (2 * 2**20 * 2048 / (8 * server.decoding.devices))
+    assert 1 / each_token == pytest.approx(server.per_device * server.decoding.devices, rel=0.01)
+    assert few.splits[0].seconds.rollout > 2048 * 5e-3, "no faster than its decoding steps"
+
+
 def test_rounds_in_turns_and_beside_one_another() -> None:
     each = RoundTime(rollout=10, annotate=3, train=4)
     assert run_seconds(3, each, max_lead=0, follow=False) == 3 * 17
