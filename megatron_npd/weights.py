@@ -67,6 +67,11 @@ class Weights:
     tensors: dict[str, TensorHeader]
     tied_copy: TensorHeader | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(header.stop - header.start for header in self.tensors.values())
+
     def describe(self) -> dict[str, dict[str, Any]]:
         """Tensors (``"F32 [64, 64]"``) and configuration: equal for models that can take each other's weights."""
         config = {key: value for key, value in self.config.items() if key not in _FREE_KEYS}

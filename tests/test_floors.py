@@ -17,7 +17,7 @@ FLOORS = {
     **dict.fromkeys(
         ("choices", "platform", "config", "errors", "lifeline", "limits", "links", "lock", "log", "manifest"), 0
     ),
-    **dict.fromkeys(("durable", "paths", "quarantine", "records", "run_dir", "torchrun"), 0),
+    **dict.fromkeys(("durable", "paths", "probe", "quarantine", "records", "run_dir", "torchrun"), 0),
     **dict.fromkeys(("stoppable", "user_files", "weights"), 0),
     **dict.fromkeys(("store", "ops", "models"), 1),
     **dict.fromkeys(("data", "serving"), 2),

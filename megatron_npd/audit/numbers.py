@@ -47,7 +47,8 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
         (``pipeline/evaluation.py``); ``zones``, ``lag`` and ``training`` (one entry per round; lag in nats per token);
         ``policies`` (names of finished ones); ``seconds`` by stage, ``distillation_seconds`` (what belongs to a round)
         and ``total_seconds``, in which stages that overlapped count once; ``timeline`` and ``busy`` (as below);
-        ``environment`` (one entry a process), ``config`` (the essentials), ``rounds`` (planned) and ``written``.
+        ``refreshes`` of the servers (with ``pause_s`` and ``gb_per_s``); ``environment`` (one entry a process),
+        ``config`` (the essentials), ``rounds`` (planned) and ``written``.
     """
     config = read_json(run.config, {})
     timed = json_lines(run.seconds, "stage", "round", "seconds")
@@ -69,6 +70,7 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
         "total_seconds": _wall(timed),
         "timeline": (timeline := timeline_of(timed)),
         "busy": busy_shares(timeline),
+        "refreshes": [line for line in timed if "pause_s" in line],
         "environment": read_json(run.environment, []),
         "config": _essentials(config),
         "rounds": config["updates"] + 1 if "updates" in config else None,
@@ -141,6 +143,13 @@ def busy_words(summary: Mapping[str, Any]) -> str:
     """``servers 83 %, annotator 20 %, trainer 55 % of 3 min 7 s``."""
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in summary["busy"].items())
     return f"{shares} of {duration(max(entry['end'] for entry in summary['timeline']))}"
+
+
+def refresh_words(summary: Mapping[str, Any]) -> str:
+    """``3, servers paused for 0.52 s at most, weights loaded at 1.31 GB/s at least``."""
+    done = summary["refreshes"]
+    pause, rate = max(entry["pause_s"] for entry in done), min(entry["gb_per_s"] for entry in done)
+    return f"{len(done)}, servers paused for {pause:.2f} s at most, weights loaded at {rate:.2g} GB/s at least"
 
 
 def headline(summary: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from megatron_npd.audit.numbers import ZONES, accuracy_rows, busy_words, duration
+from megatron_npd.audit.numbers import ZONES, accuracy_rows, busy_words, duration, refresh_words
 from megatron_npd.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -345,6 +345,8 @@ def _machine(summary: Mapping[str, Any]) -> str:
         facts.append(("of which distillation", duration(summary["distillation_seconds"])))
     if summary["busy"]:
         facts.append(("at work", busy_words(summary)))
+    if summary["refreshes"]:
+        facts.append(("refreshes", refresh_words(summary)))
     calls = summary["environment"]
     if calls:
         last = calls[-1]

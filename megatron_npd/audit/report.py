@@ -11,7 +11,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megatron_npd.audit import figures
-from megatron_npd.audit.numbers import ZONES, accuracy_rows, busy_words, duration, read_metrics, summarise
+from megatron_npd.audit.numbers import (
+    ZONES,
+    accuracy_rows,
+    busy_words,
+    duration,
+    read_metrics,
+    refresh_words,
+    summarise,
+)
 from megatron_npd.audit.page import page
 from megatron_npd.durable import write_atomic
 from megatron_npd.run_dir import RunDir
@@ -96,6 +104,8 @@ def text_table(summary: Mapping[str, Any]) -> str:
         lines += [f"  {stage:<22}{value:8.1f}" for stage, value in summary["seconds"].items()]
     if summary["busy"]:
         lines += [f"at work: {busy_words(summary)}"]
+    if summary["refreshes"]:
+        lines += [f"refreshes: {refresh_words(summary)}"]
     if summary["missing"]:
         lines += ["", *summary["missing"]]
     return "\n".join(lines)

@@ -24,9 +24,11 @@ from megatron_npd.models.checkpoint_files import KIND
 from megatron_npd.models.dist_checkpoint import DistCheckpoint, DistWriter, Stored
 from megatron_npd.models.families.base import DTYPES, ModelSpec, Rule, load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, open_checkpoint, write_weights
+from megatron_npd.models.known import known_logprobs
 from megatron_npd.models.mapping import Run, hf_shapes, local_shape, parameter_rules, row_runs
 from megatron_npd.models.streams import default_workers, in_order
 from megatron_npd.paths import latest_checkpoint
+from megatron_npd.probe import PROBE
 from megatron_npd.weights import has_weights
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -117,7 +119,9 @@ def megatron_to_hf(
 ) -> None:
     """Convert a megatron dist checkpoint of any layout into a directory that transformers and vLLM load.
 
-    Its files appear whole, its manifest last. Configuration, tokenizer and chat template are copied byte for byte.
+    Its files appear whole, its manifest last. Configuration, tokenizer and chat template are copied byte for byte. The
+    manifest says what the weights give for a few tokens (``models/known.py``): servers of the policy are compared with
+    it.
 
     Args:
         checkpoint_dir: One checkpoint (``iter_0000100``) or the root above, whose newest sealed one is taken.
@@ -167,6 +171,8 @@ def megatron_to_hf(
                 _insist_equal(back.read(name), tensor, name, directory)
         about = {"architecture": spec.architecture, "config_hash": config_hash(spec.hf_config)}
         about |= {"weights": content, "checkpoint": path.name}
+        if (known := known_logprobs(directory, spec.vocab_size)) is not None:
+            about[PROBE] = known
         seal(directory, kind="policy", provenance=about, hashes=hashes)
         (out / LOCK).unlink()
     get_logger().info("converted %s into %s", path, out_dir)

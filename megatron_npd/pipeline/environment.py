@@ -9,7 +9,7 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -64,24 +64,31 @@ def record_environment(run: RunDir) -> None:
 
 
 @contextmanager
-def timed(run: RunDir, stage: str, index: int | None = None) -> Iterator[None]:
-    """Note the wall seconds of a stage, finished or interrupted, of a policy, of a round, or of neither."""
-    start = time.monotonic()
+def timed(run: RunDir, stage: str, index: int | None = None) -> Iterator[dict[str, float]]:
+    """Note the wall seconds of a stage, finished or interrupted, of a policy, of a round, or of neither.
+
+    Yields:
+        What else was measured of it, by name, to be filled.
+    """
+    start, measured = time.monotonic(), dict[str, float]()
     record_environment(run)
     try:
-        yield
+        yield measured
     finally:
-        note_seconds(run, stage, index, time.monotonic() - start)
+        note_seconds(run, stage, index, time.monotonic() - start, measured)
 
 
-def note_seconds(run: RunDir, stage: str, index: int | None, seconds: float) -> None:
+def note_seconds(
+    run: RunDir, stage: str, index: int | None, seconds: float, measured: Mapping[str, float] | None = None
+) -> None:
     """Append to ``report/seconds.jsonl`` what ends now, with the Unix time at which it began (``at``).
 
-    What the stage is computed with is kept beside it.
+    What else was measured of the stage goes with it; what it is computed with is kept beside it.
     """
     path = run.seconds
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"stage": stage, "round": index, "seconds": round(seconds, 3), "at": round(time.time() - seconds, 3)}
+    record: dict[str, Any] = {"stage": stage, "round": index, "seconds": round(seconds, 3)}
+    record |= {"at": round(time.time() - seconds, 3), **(measured or {})}
     with _books, open(path, "ab+") as stream:
         stream.seek(0)
         stream.truncate(stream.read().rfind(b"\n") + 1)  # a line that a full disk or a kill cut short

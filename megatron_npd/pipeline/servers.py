@@ -58,8 +58,8 @@ class Servers:
             if not self.rollout.urls:  # given servers may hold another run's weights under the same version
                 self._served = index
         if self._served != index:
-            with timed(self.run, "refresh", index):
-                refresh(self._pool, policy, version(index))
+            with timed(self.run, "refresh", index) as measured:
+                measured |= refresh(self._pool, policy, version(index)).as_record()
             self._served = index
         self._note()
         return self._pool

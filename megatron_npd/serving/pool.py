@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
-
-import httpx
 
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.limits import allow_connections
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, read_manifest
-from megatron_npd.serving.access import bearer, keep_token, make_token, read_token
-from megatron_npd.serving.asking import CONTROL_TIMEOUT, Asking, detail, words
+from megatron_npd.serving.access import keep_token, make_token
+from megatron_npd.serving.asking import CONTROL_TIMEOUT, Asking
+from megatron_npd.serving.compared import Answer, known_answer
+from megatron_npd.serving.control import Control
 from megatron_npd.serving.protocol import (
     Failure,
-    Malformed,
     Request,
     Response,
     field,
     first_of,
     generate_body,
     is_defined,
-    json_of,
     read_response,
 )
 from megatron_npd.serving.server import GENERATE, PROBE, ServerLost, VLLMServer, start_servers
@@ -37,7 +35,7 @@ _HASH_DIGITS = 16
 RESTARTS = 3  # of each server that was launched here: what dies more often is not worth the wait
 
 
-class ServerPool:
+class ServerPool(Control):
     """vLLM servers that serve the same policy.
 
     Args:
@@ -50,6 +48,8 @@ class ServerPool:
         urls: Of the servers that are asked.
         lost: Those that died, hang or make no sense, and why; ``find`` brings one back.
         served: What all of them marked their answers with when they were last compared or refreshed.
+        reference: What servers give for the tokens that they are compared by, or must give: known from the export, else
+            the first one's.
         reload: Loads what the others serve into a server that was given by URL and lost; None: not known.
         changed: Called when a server was lost or found.
     """
@@ -59,17 +59,15 @@ class ServerPool:
     ) -> None:
         if not urls:
             raise UserError("urls must name at least one vLLM server, got none; start one or leave urls out")
+        super().__init__(cfg, servers, token)
         self.urls = [url.rstrip("/") for url in urls]
-        self.cfg = cfg
-        self.servers = {server.url: server for server in servers}
         self.lost: dict[str, UserError] = {}
         self.reload: Callable[[str], None] | None = None
         self.changed: Callable[[], None] = lambda: None
         self.served = ""
+        self.reference: Answer | None = None
         self._restarts = dict.fromkeys(self.servers, RESTARTS)
-        self.token = token or (read_token(cfg.token_file) if cfg.token_file else "")
         self._vocab_size = 0
-        self._tls = ssl.create_default_context()  # made once: it reads all certificates
 
     @classmethod
     def open(
@@ -95,7 +93,9 @@ class ServerPool:
             VLLMServer(model_dir, cfg, log_dir=log_dir, index=index, token=token) for index in range(cfg.num_servers)
         ]
         start_servers(servers, version=version)
-        return cls([server.url for server in servers], cfg, servers, token=token)
+        pool = cls([server.url for server in servers], cfg, servers, token=token)
+        pool.reference = known_answer(model_dir)
+        return pool
 
     def close(self) -> None:
         """Stop the servers that were launched for this pool."""
@@ -107,69 +107,6 @@ class ServerPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def control(
-        self,
-        url: str,
-        path: str,
-        *,
-        body: Any = None,
-        params: dict[str, str] | None = None,
-        method: str = "POST",
-        timeout: float = CONTROL_TIMEOUT,
-    ) -> Any:
-        """Call one server's endpoint and return its JSON value.
-
-        Raises:
-            UserError: No answer within ``timeout`` seconds, or one that is not 2xx or no JSON.
-        """
-        try:
-            with httpx.Client(timeout=timeout, **self.client_options()) as client:
-                response = client.request(method, url + path, json=body, params=params)
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise self.dead(url, f"must answer {path}, got {words(error)}") from error
-        if response.status_code == 404:
-            raise UserError(
-                f"the server {url} must have {path}, got 404; start it with npd serve, or with "
-                "VLLM_SERVER_DEV_MODE=1 and the arguments that serving/server.py gives it"
-            )
-        if response.status_code == 401:
-            raise self.unauthorised(url)
-        if not response.is_success:
-            raise UserError(f"the server {url} must accept {path}, got {response.status_code}: {detail(response)}")
-        try:
-            return json_of(response.content or b"{}")
-        except Malformed as error:
-            raise UserError(f"the server {url} must answer {path} in JSON, got {error}; restart it") from error
-
-    def call_worker(self, url: str, method: str, *args: str, timeout: float = CONTROL_TIMEOUT) -> dict[str, Any]:
-        """Call a method of the worker extension in every worker of a server; what all of them answer, or the first.
-
-        Raises:
-            UserError: A worker reports an error, the workers hold different weights, or there is no such method.
-        """
-        call = {"method": method, "args": args}
-        try:
-            answers = field(self.control(url, "/collective_rpc", body=call, timeout=timeout), "results")
-            first = first_of(answers, "results")
-            for answer in answers:
-                if not isinstance(answer, dict):
-                    raise Malformed(f"{str(answer)[:100]} in place of an object")
-                if "error" in answer:
-                    raise UserError(f"the server {url} must do {method}, got: {answer['error']}")
-                if answer.get("weights") != first.get("weights"):
-                    raise UserError(f"the workers of {url} must hold the same weights, got several; refresh it again")
-        except Malformed as error:
-            raise UserError(f"the server {url} must do {method}, got {error}; restart it") from error
-        return first
-
-    def tag(self, url: str) -> str:
-        """What a server marks its answers with: policy version, a hyphen, and the hash of the weights."""
-        return str(self._told(url, "/weight_info", lambda told: field(told, "weight_version")))
-
-    def version(self, url: str) -> str:
-        """The policy version that a server marks its answers with."""
-        return self.tag(url).rpartition("-")[0] or self.tag(url)
 
     def vocab_size(self) -> int:
         """Size of the served model's vocabulary."""
@@ -192,10 +129,8 @@ class ServerPool:
         self._restarts = dict.fromkeys(self.servers, RESTARTS)
         tags: dict[str, str] = {}
         for url in list(self.urls):
-            try:
+            with self._losing(url):
                 tags[url] = self._check_one(url, version)
-            except ServerLost as error:
-                self.lose(url, error)
         for url in tags:
             if tags[url] != (first := tags[self.urls[0]]):
                 raise UserError(
@@ -203,11 +138,14 @@ class ServerPool:
                     "load one policy on all of them with npd refresh"
                 )
         self.served = tags[self.urls[0]] if tags else self.served
+        for url in tags:
+            with self._losing(url):
+                self._compare(url)
         self.find_all()
         return self.tag(self.urls[0])
 
     def _check_one(self, url: str, version: str | None) -> str:
-        context = self._told(
+        context = self.told(
             url, "/v1/models", lambda told: field(first_of(field(told, "data"), "data"), "max_model_len")
         )
         if type(context) is not int or context < self.cfg.max_model_len:
@@ -234,6 +172,30 @@ class ServerPool:
             )
         self.check_defined(url)
         return marks
+
+    @contextmanager
+    def _losing(self, url: str) -> Iterator[None]:
+        try:
+            yield
+        except ServerLost as error:
+            self.lose(url, error)
+
+    def _compare(self, url: str) -> None:
+        """See that a server computes as the others do, or as its weights must be computed with.
+
+        Raises:
+            ServerLost: It does not, and is the one that is wrong.
+            UserError: It does not, or its log-probabilities are undefined.
+        """
+        answer = Answer.of(self, url)
+        if self.reference is None or not answer.is_like(self.reference):
+            self.reference = answer
+        try:
+            answer.compare(self.reference)
+        except UserError as error:
+            if not self.reference.known:
+                raise
+            raise ServerLost(str(error)) from error
 
     def lose(self, url: str, error: UserError) -> None:
         """Ask a server for nothing more until it is found again."""
@@ -271,6 +233,13 @@ class ServerPool:
             what = f"the server {url} must serve {self.served}, got {marks}; load that policy on it"
             self.lost[url] = UserError(what)
             return False
+        try:
+            self._compare(url)
+        except UserError as error:
+            self.lost[url] = error
+            with suppress(UserError):
+                self.mark_unusable(url)
+            return False
         del self.lost[url]
         self.urls.append(url)
         get_logger().info("%s is asked again", url)
@@ -299,7 +268,7 @@ class ServerPool:
             if cleared:
                 self.clear(url)
             told = self.control(url, GENERATE, body=PROBE, timeout=timeout)
-            if _defined(self._read(url, GENERATE, told, lambda told: first_of(field(told, "choices"), "choices"))):
+            if _defined(self.read(url, GENERATE, told, lambda told: first_of(field(told, "choices"), "choices"))):
                 return
         raise UserError(
             f"the server {url} must give defined log-probabilities, got NaN with the weights {self.tag(url)} for one "
@@ -353,44 +322,21 @@ class ServerPool:
 
     def clear(self, url: str) -> None:
         """Let a server forget everything that it computed of earlier tokens, between two requests."""
-        self.control(url, "/pause", params={"mode": "wait"}, timeout=max(600.0, self.cfg.request_timeout))
+        self.control(url, "/pause", params={"mode": "wait"}, timeout=self.patience)
         try:
             self.call_worker(url, "npd_clear")
             self.forget_prefixes(url)
         finally:
             self.control(url, "/resume")
 
+    def mark_unusable(self, url: str) -> None:
+        """Let a server's answers carry no policy's name."""
+        self.control(url, "/update_weight_version", body={"new_version": UNUSABLE})
+
     def forget_prefixes(self, url: str) -> None:
         """Drop the prefix cache of a paused server; raise UserError if it keeps it."""
         if self.control(url, "/reset_prefix_cache") != {"success": True}:
             raise UserError(f"the server {url} must drop its prefix cache of the old weights, got a refusal")
-
-    def client_options(self) -> dict[str, Any]:
-        """What every client of these servers is made with; no proxy comes in between."""
-        return {"verify": self._tls, "trust_env": False, "headers": bearer(self.token)}
-
-    def _told(self, url: str, path: str, read: Callable[[Any], Any]) -> Any:
-        """A part of what a server tells of itself."""
-        return self._read(url, path, self.control(url, path, method="GET"), read)
-
-    def _read(self, url: str, path: str, told: Any, read: Callable[[Any], Any]) -> Any:
-        try:
-            return read(told)
-        except Malformed as error:
-            raise UserError(f"the server {url} must answer {path}, got {error}; restart it") from error
-
-    def unauthorised(self, url: str) -> UserError:
-        """The error for a server that does not take our token."""
-        what = "another one" if self.token else "none"
-        return UserError(
-            f"requests to {url} must carry its token, got {what}; give --token-file, the file that npd serve names"
-        )
-
-    def dead(self, url: str, what: str) -> ServerLost:
-        """The error for a server in trouble."""
-        if url in self.servers:
-            return self.servers[url].failure(what)
-        return ServerLost(f"the vLLM server {url} {what}; look at its log and restart it, then run the same again")
 
 
 def _defined(choice: Any) -> bool:

@@ -8,39 +8,66 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, read_manifest
+from megatron_npd.serving.compared import Answer, known_answer
 from megatron_npd.serving.pool import UNUSABLE, ServerPool
-from megatron_npd.serving.protocol import Malformed, field, is_defined
-from megatron_npd.serving.server import GENERATE, ServerLost, tag
+from megatron_npd.serving.server import ServerLost, tag
 from megatron_npd.weights import read_weights
 
-_PROBED = 16  # tokens of the request that servers are compared by
-# Nats that the median token may differ by between kernels and tensor-parallel layouts. With SmolLM2-135M in 1, 2, 4
-# and 8 parts and 16 prompts of random tokens it was at most 0.17 in bfloat16 (where single tokens differed by 5) and
-# 0.00001 in float32; a layer of zeros made 0.3 to 1.4 of it, a head shifted by a token 1.0 to 3.9.
-_TOLERANCES = {"torch.float32": 0.01}
-_TOLERANCE = 0.5  # of other types, and of a server that does not say its type
+
+@dataclass(frozen=True, kw_only=True)
+class Refreshed:
+    """What a refresh took.
+
+    Attributes:
+        bytes: Of the weights, as each worker read them.
+        pauses: Server -> seconds from the call that pauses it until it takes requests again.
+        loads: Server -> seconds that its workers took to read, hash and take the weights over.
+    """
+
+    bytes: int
+    pauses: dict[str, float]
+    loads: dict[str, float]
+
+    def as_record(self) -> dict[str, float]:
+        """``pause_s``, the longest, and ``gb_per_s``, of the slowest load; empty where no server was there."""
+        if not self.pauses or not self.loads:
+            return {}
+        rate = self.bytes / max(self.loads.values()) / 1e9
+        return {"pause_s": round(max(self.pauses.values()), 3), "gb_per_s": round(rate, 3)}
+
+    def words(self) -> str:
+        """The same for each server, in one line."""
+        each = [
+            f"{url} paused {self.pauses[url]:.2f} s, loaded {self.bytes / seconds / 1e9:.2f} GB/s"
+            for url, seconds in self.loads.items()
+            if url in self.pauses
+        ]
+        return "; ".join(each) or "all of them were started again"
 
 
-def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> None:
+def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> Refreshed:
     """Let every server of the pool serve the weights of ``policy_dir``, tagged with ``version``: all of them or none.
 
     The directory is checked before anything is loaded: hashes where it is sealed, whole files, finite numbers, and the
     names, shapes and types of the tensors and the configuration that each server was started with. Answers that are
     being generated are finished with the old weights; none of the servers goes on before all have loaded the new ones.
     Every worker hashes what it loads; the tag names that hash. Then all are asked the log-probabilities of the same few
-    tokens, which must be alike: what was read whole may still be computed with wrongly. A server that is lost meanwhile
-    is brought back, at once or later, with the new policy.
+    tokens, which must be those that the export computed with the weights, or, where it did not, alike: what was read
+    whole may still be computed with wrongly. A server that is lost meanwhile is brought back, at once or later, with
+    the new policy.
 
     Args:
         pool: The servers.
         policy_dir: Hugging Face directory with safetensors, on a path that the servers see too.
         version: Policy version that answers carry from now on.
+
+    Returns:
+        How long each server was paused and took to load.
 
     Raises:
         UserError: The directory is bad, a server cannot load it, or its log-probabilities are undefined or another's:
@@ -64,15 +91,18 @@ def refresh(pool: ServerPool, policy_dir: str | Path, version: str) -> None:
 
     if refused := _on_all(pool, pool.urls, look):
         raise refused[0]
-    errors, reference = _exchange(pool, policy, before)
-    if errors:
+    exchange = _Exchange(pool, policy, before)
+    if errors := exchange.run():
         raise UserError("; ".join(map(str, errors))) from errors[0]
     for server in pool.servers.values():
         server.model_dir, server.version = directory, version
-    pool.reload = lambda url: _reload(pool, url, policy, reference)
-    pool.served = tag(version, policy.content)
+    pool.reload = lambda url: _reload(pool, url, policy)
+    pool.served, pool.reference = tag(version, policy.content), exchange.reference()
     pool.find_all()
-    get_logger().info("%d server(s) serve %s after %.2f s", len(pool.urls), version, time.monotonic() - start)
+    done = Refreshed(bytes=weights.nbytes, pauses=exchange.pauses, loads=exchange.loads)
+    took = time.monotonic() - start
+    get_logger().info("%d server(s) serve %s after %.2f s; %s", len(pool.urls), version, took, done.words())
+    return done
 
 
 @dataclass(frozen=True)
@@ -89,14 +119,19 @@ class _Policy:
         version, _, content = marks.rpartition("-")
         return cls(Path(directory), version, content) if directory and version else None
 
-    def load_on(self, pool: ServerPool, url: str) -> None:
+    def load_on(self, pool: ServerPool, url: str) -> float:
         """Load into a paused server, and tag its answers, until then as unusable: whatever happens, none lies.
+
+        Returns:
+            Seconds that the workers took.
 
         Raises:
             UserError: It refuses, or loaded other weights.
         """
-        _mark_unusable(pool, url)
-        loaded = pool.call_worker(url, "npd_load", str(self.directory), timeout=_patience(pool)).get("weights")
+        pool.mark_unusable(url)
+        start = time.monotonic()
+        loaded = pool.call_worker(url, "npd_load", str(self.directory), timeout=pool.patience).get("weights")
+        seconds = time.monotonic() - start
         if loaded != self.content:
             raise UserError(
                 f"{self.directory} must stay as it is while servers load it, got weights {loaded} on {url} for "
@@ -104,61 +139,7 @@ class _Policy:
             )
         pool.forget_prefixes(url)
         pool.control(url, "/update_weight_version", body={"new_version": tag(self.version, self.content)})
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a server makes of a fixed request.
-
-    Attributes:
-        whose: The server and its policy, in words.
-        logprobs: Of given tokens: unlike those of generated ones, rounding cannot make them another text's.
-        tolerance: What their median may differ by from another server's, in nats.
-    """
-
-    whose: str
-    logprobs: list[float]
-    tolerance: float
-
-    @classmethod
-    def of(cls, pool: ServerPool, url: str, served: dict[str, Any]) -> _Answer:
-        """Ask a server for it; ``served`` is what it describes.
-
-        Raises:
-            UserError: A log-probability is undefined, or the server makes no sense.
-        """
-        size, whose = served.get("vocab_size"), f"{url} with the weights {pool.tag(url)}"
-        try:
-            if type(size) is not int or size < 1:
-                raise Malformed(f"a vocabulary of {size!r}")
-            ids = [index * size // _PROBED for index in range(_PROBED)]  # of all ranks that share the vocabulary
-            sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "prompt_logprobs": 0}
-            told = pool.control(
-                url, GENERATE, body={"token_ids": ids, "sampling_params": sampling}, timeout=_patience(pool)
-            )
-            positions = field(told, "prompt_logprobs")
-            if not isinstance(positions, list) or len(positions) != _PROBED:
-                raise Malformed(f"prompt_logprobs for other than {_PROBED} tokens")
-            pairs = zip(ids[1:], positions[1:], strict=True)
-            logprobs = [field(field(position, str(token)), "logprob") for token, position in pairs]
-            if not all(map(is_defined, logprobs)):
-                raise Malformed(f"NaN or infinity among {logprobs}")
-        except ServerLost:
-            raise
-        except (Malformed, UserError) as error:  # vLLM answers 400 where one is NaN, which is no JSON
-            what = f"{whose} must give the log-probabilities of {_PROBED} given tokens, got {error}"
-            raise UserError(f"{what}; load another policy, or restart the server") from error
-        return cls(whose, logprobs, _TOLERANCES.get(str(served.get("dtype")), _TOLERANCE))
-
-    def compare(self, other: _Answer) -> None:
-        """Raise UserError unless the other's log-probabilities are the same but for rounding."""
-        apart = median(abs(one - two) for one, two in zip(self.logprobs, other.logprobs, strict=True))
-        if apart > (tolerance := max(self.tolerance, other.tolerance)):
-            raise UserError(
-                f"{self.whose} must give the log-probabilities of {other.whose}, got {apart:.2g} nats apart, over "
-                f"{tolerance}, in the median of {len(self.logprobs)} tokens; one of them computes wrongly: restart it "
-                "and refresh again"
-            )
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -173,14 +154,14 @@ class _Before:
 
     served: dict[str, Any]
     policy: _Policy | None
-    answer: _Answer | None
+    answer: Answer | None
 
     @classmethod
     def of(cls, pool: ServerPool, url: str, served: dict[str, Any]) -> _Before:
         """Ask a server; new weights may mend one that answers nothing of use."""
         policy, answer = _Policy.served(pool.tag(url), served.get("directory")), None
         try:
-            answer = _Answer.of(pool, url, served) if policy is not None else None
+            answer = Answer.of(pool, url, served) if policy is not None else None
         except ServerLost:
             raise
         except UserError:
@@ -188,43 +169,75 @@ class _Before:
         return cls(served, policy, answer)
 
 
-def _exchange(pool: ServerPool, policy: _Policy, before: dict[str, _Before]) -> tuple[list[UserError], _Answer | None]:
-    """Put a policy in the place of what the servers hold, or that back; however it ends, none stays paused.
+class _Exchange:
+    """A policy put in the place of what the servers hold.
 
-    Returns:
-        Why they hold what they held before, and else what one of them answers with the new policy.
+    Attributes:
+        answers: Server -> what it answers with the new policy.
+        pauses, loads: As of ``Refreshed``.
     """
-    urls, loading, paused = list(pool.urls), False, True
-    errors: list[UserError] = []
-    same = [old.answer for old in before.values() if old.policy is not None and old.policy.content == policy.content]
-    reference = next(filter(None, same), None)
-    answers: dict[str, _Answer] = {}
 
-    def resume(url: str) -> None:
-        pool.control(url, "/resume")
+    def __init__(self, pool: ServerPool, policy: _Policy, before: dict[str, _Before]) -> None:
+        self.pool, self.policy, self.before, self.urls = pool, policy, before, list(pool.urls)
+        self.answers: dict[str, Answer] = {}
+        self.pauses: dict[str, float] = {}
+        self.loads: dict[str, float] = {}
+        self._known = known_answer(policy.directory)
+        self._paused: dict[str, float] = {}  # since when
 
-    def ask(url: str) -> None:
-        answers[url] = _Answer.of(pool, url, before[url].served)
+    def run(self) -> list[UserError]:
+        """Exchange, or put back what was there; however it ends, none stays paused.
 
-    try:
-        errors += _on_all(pool, urls, lambda url: _pause(pool, url))
-        if not errors:
-            loading = True
-            errors += _on_all(pool, pool.urls, lambda url: policy.load_on(pool, url))
-            errors += _on_all(pool, urls, resume) if not errors else []
-            errors += _on_all(pool, pool.urls, ask) if not errors else []
-            answered = [url for url in urls if url in answers]
-            reference = reference or (answers[answered[0]] if answered else None)
-            errors += _on_all(pool, answered, lambda url: answers[url].compare(reference or answers[url]))
-            loading = paused = bool(errors)
-    finally:
-        if loading:
-            errors += _on_all(pool, pool.urls, lambda url: _load_back(pool, url, before[url].policy))
-        if paused:
-            errors += _on_all(pool, urls, resume)
-        if loading:
-            errors += _on_all(pool, pool.urls, lambda url: _check_back(pool, url, before[url]))
-    return errors, reference
+        Returns:
+            Why the servers hold what they held before; empty: they hold the new policy.
+        """
+        pool, urls, loading, paused = self.pool, self.urls, False, True
+        errors: list[UserError] = []
+        try:
+            errors += _on_all(pool, urls, self._pause)
+            if not errors:
+                loading = True
+                errors += _on_all(pool, pool.urls, self._load)
+                errors += _on_all(pool, urls, self._resume) if not errors else []
+                errors += _on_all(pool, pool.urls, self._ask) if not errors else []
+                errors += _on_all(pool, [url for url in urls if url in self.answers], self._compare)
+                loading = paused = bool(errors)
+        finally:
+            if loading:
+                errors += _on_all(pool, pool.urls, lambda url: _load_back(pool, url, self.before[url].policy))
+            if paused:
+                errors += _on_all(pool, urls, self._resume)
+            if loading:
+                errors += _on_all(pool, pool.urls, lambda url: _check_back(pool, url, self.before[url]))
+        return errors
+
+    def reference(self) -> Answer | None:
+        """What a server must answer with the new policy; None: nobody knows."""
+        return next(iter(self._references()), None)
+
+    def _references(self) -> list[Answer]:
+        """What the export knows first, then what was answered before with the same weights, then what is now."""
+        older = [self._known, *(self.before[url].answer for url in self.urls)]
+        of_these = [answer for answer in older if answer is not None and answer.weights == self.policy.content]
+        return [*of_these, *(self.answers[url] for url in self.urls if url in self.answers)]
+
+    def _pause(self, url: str) -> None:
+        self._paused[url] = time.monotonic()
+        _pause(self.pool, url)
+
+    def _load(self, url: str) -> None:
+        self.loads[url] = self.policy.load_on(self.pool, url)
+
+    def _resume(self, url: str) -> None:
+        self.pool.control(url, "/resume")
+        self.pauses[url] = time.monotonic() - self._paused[url]
+
+    def _ask(self, url: str) -> None:
+        self.answers[url] = Answer.of(self.pool, url, self.before[url].served)
+
+    def _compare(self, url: str) -> None:
+        answer = self.answers[url]
+        answer.compare(next(other for other in self._references() if answer.is_like(other)))
 
 
 def _on_all(pool: ServerPool, urls: list[str], step: Callable[[str], Any]) -> list[UserError]:
@@ -248,17 +261,8 @@ def _on_all(pool: ServerPool, urls: list[str], step: Callable[[str], Any]) -> li
     return [error for _, error in errors if error is not None and not isinstance(error, ServerLost)]
 
 
-def _patience(pool: ServerPool) -> float:
-    """Seconds that a server may take for what waits for other requests, or for the reading of weights."""
-    return max(600.0, pool.cfg.request_timeout)
-
-
 def _pause(pool: ServerPool, url: str) -> None:
-    pool.control(url, "/pause", params={"mode": "wait"}, timeout=_patience(pool))
-
-
-def _mark_unusable(pool: ServerPool, url: str) -> None:
-    pool.control(url, "/update_weight_version", body={"new_version": UNUSABLE})
+    pool.control(url, "/pause", params={"mode": "wait"}, timeout=pool.patience)
 
 
 def _load_back(pool: ServerPool, url: str, old: _Policy | None) -> None:
@@ -274,7 +278,7 @@ def _check_back(pool: ServerPool, url: str, before: _Before) -> None:
     """See that a server answers with what it loaded back as it did before; else it is tagged as unusable, and lost."""
     if before.answer is not None:
         with _lost_if_refused(pool, url, "computes otherwise than before"):
-            _Answer.of(pool, url, before.served).compare(before.answer)
+            Answer.of(pool, url, before.served).compare(before.answer)
 
 
 @contextmanager
@@ -287,11 +291,11 @@ def _lost_if_refused(pool: ServerPool, url: str, trouble: str) -> Iterator[None]
         words = f"{url} {trouble} ({error}) and is tagged {UNUSABLE!r}"
         lost = UserError(f"{words}; refresh it with a good policy or restart it")
         pool.lose(url, lost)
-        _mark_unusable(pool, url)
+        pool.mark_unusable(url)
         raise lost from error
 
 
-def _reload(pool: ServerPool, url: str, policy: _Policy, reference: _Answer | None) -> None:
+def _reload(pool: ServerPool, url: str, policy: _Policy) -> None:
     """Load what the others serve into a server that was lost and answers again; errors as for ``refresh``."""
     served = pool.call_worker(url, "npd_describe")
     _check_same_model(policy.directory, read_weights(policy.directory).describe(), served, url)
@@ -300,12 +304,6 @@ def _reload(pool: ServerPool, url: str, policy: _Policy, reference: _Answer | No
         policy.load_on(pool, url)
     finally:
         pool.control(url, "/resume")
-    try:
-        answer = _Answer.of(pool, url, served)
-        answer.compare(reference or answer)
-    except UserError:
-        _mark_unusable(pool, url)
-        raise
 
 
 def _check_same_model(directory: Path, policy: dict[str, Any], served: dict[str, Any], url: str) -> None:

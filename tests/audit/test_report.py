@@ -227,6 +227,17 @@ def test_stages_that_overlapped_are_drawn_and_count_once(run: Path) -> None:
     assert (run / "report" / "timeline.png").read_bytes().startswith(PNG)
 
 
+def test_refreshes_are_told_with_the_longest_pause_and_the_slowest_load(run: Path) -> None:
+    record = {"stage": "refresh", "seconds": 1.5}
+    with open(run / "report" / "seconds.jsonl", "a") as stream:
+        for index, pause, rate in ((1, 0.525, 1.31), (2, 0.25, 0.88)):
+            stream.write(json.dumps(record | {"round": index, "pause_s": pause, "gb_per_s": rate}) + "\n")
+    table = write_report(run)
+    words = "2, servers paused for 0.53 s at most, weights loaded at 0.88 GB/s at least"
+    assert f"refreshes: {words}" in table and words in (run / "report" / "report.html").read_text()
+    assert [entry["round"] for entry in summary_of(run)["refreshes"]] == [1, 2]
+
+
 def test_text_table(run: Path) -> None:
     lines = write_report(run).splitlines()
     first = lines.index("accuracy on held-out problems (exact match)")

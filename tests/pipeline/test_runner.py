@@ -232,8 +232,9 @@ def test_a_lower_learning_rate_after_the_teacher_s_work(recipe: NPDConfig, monke
 
 def test_seconds_go_on_behind_a_line_that_was_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "report" / "seconds.jsonl"
-    with environment.timed(RunDir(tmp_path), "rollout", 0):
-        pass
+    with environment.timed(RunDir(tmp_path), "rollout", 0) as measured:
+        measured["pause_s"] = 0.5
+    assert json.loads(path.read_text())["pause_s"] == 0.5
     path.write_text(path.read_text() + '{"stage": "tr')
     with environment.timed(RunDir(tmp_path), "train", 0):
         pass

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_npd.errors import UserError
+from megatron_npd.serving.compared import Answer
 from megatron_npd.serving.pool import ServerPool
-from megatron_npd.serving.refresh import _Answer, refresh
+from megatron_npd.serving.refresh import refresh
 from megatron_npd.weights import read_weights
 from tests.serving.test_real_server import ask
 
@@ -25,7 +26,7 @@ def test_what_servers_are_compared_by_is_what_transformers_computes(
     ids = torch.tensor([[index * 304 // 16 for index in range(16)]])
     for version, model_dir in (("v0001", other_model_dir), ("v0002", tiny_model_dir)):
         refresh(restored_pool, model_dir, version)
-        answer = _Answer.of(restored_pool, url, restored_pool.call_worker(url, "npd_describe"))
+        answer = Answer.of(restored_pool, url, restored_pool.call_worker(url, "npd_describe"))
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         with torch.no_grad():
             logprobs_TV = torch.log_softmax(model(ids).logits[0, :-1], dim=-1)
