@@ -144,7 +144,7 @@ class RolloutConfig:
     max_model_len: int = 1024
     """Context of the server, prompt + response, in tokens."""
     concurrency: int = 128
-    """Requests in flight per server."""
+    """Most requests in flight per server; fewer while some wait in its queue."""
     shard_size: int = 4096
     """Samples per sealed shard, in whole prompts."""
     merge_identical: bool = True

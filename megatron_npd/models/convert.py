@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,7 +170,7 @@ def megatron_to_hf(
             back = HFCheckpoint(directory)
             for name, tensor in in_order(make, sizes, workers=1, held_bytes=0):
                 _insist_equal(back.read(name), tensor, name, directory)
-        about = {"architecture": spec.architecture, "config_hash": config_hash(spec.hf_config)}
+        about: dict[str, Any] = {"architecture": spec.architecture, "config_hash": config_hash(spec.hf_config)}
         about |= {"weights": content, "checkpoint": path.name}
         if (known := known_logprobs(directory, spec.vocab_size)) is not None:
             about[PROBE] = known

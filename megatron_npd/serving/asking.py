@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import httpx
 
 from megatron_npd.log import get_logger
+from megatron_npd.serving.load import Load, waiting_requests
 from megatron_npd.serving.protocol import UNDEFINED, Failure, Malformed, check_ids, field, first_of, json_of
 from megatron_npd.serving.server import GENERATE, PROBE, ServerLost
 from megatron_npd.stoppable import stopping
@@ -25,6 +26,8 @@ CONTROL_TIMEOUT = 60.0  # seconds, of requests that generate at most one token
 _RETRY_DELAYS = (0.2, 1.0)  # seconds, after a connection broke, or an answer that another try may better
 _LONGEST_DELAY = 30.0  # seconds, of what a server may ask for in Retry-After
 _LOOK_SECONDS = 5.0  # between two looks for a lost server
+_QUEUE_SECONDS = 1.0  # between two looks at a server's queue
+_PARK_SECONDS = 0.2  # between two looks of a worker that is too many whether it still is
 _STOP_SECONDS = 0.2  # between two looks whether this thread was asked to stop
 _MOST_LOST = 3  # servers that a request may see lost, the last one while it is alone there
 _REFUSALS = frozenset(range(400, 500)) - {408, 425, 429}  # what another try would not change
@@ -75,11 +78,18 @@ class Asking(Generic[Asked, Read]):
         """
         undefined: list[tuple[str, Asked]] = []
         busy: set[str] = set()  # servers whose workers are at work
+        drained = False
 
-        async def worker(url: str) -> None:
+        async def worker(url: str, number: int, load: Load) -> None:
+            nonlocal drained
+            for _ in range(number):  # no server has its second request before each has one
+                await asyncio.sleep(0)
             # A client of its own: httpx's shared connection pool looks at every connection for every request.
             async with httpx.AsyncClient(timeout=timeout, **self.pool.client_options()) as client:
                 while all(url != sick for sick, _ in undefined):
+                    if number >= load.limit and not drained:
+                        await asyncio.sleep(_PARK_SECONDS)
+                        continue
                     again, lost = bool(self.again), 0
                     try:
                         if again:
@@ -87,7 +97,9 @@ class Asking(Generic[Asked, Read]):
                         else:
                             request, lost = self.returned.popleft() if self.returned else (next(requests), 0)
                     except StopIteration:
+                        drained = True
                         return
+                    load.in_flight += 1
                     try:
                         result = await self._result(client, url, request)
                     except (ServerLost, asyncio.CancelledError) as error:
@@ -97,6 +109,8 @@ class Asking(Generic[Asked, Read]):
                     except httpx.RequestError:  # of a server that is there again: it was restarted meanwhile
                         self._give_back(request, lost + 1)
                         continue
+                    finally:
+                        load.in_flight -= 1
                     if isinstance(result, Failure) and result.reason == UNDEFINED and not again:
                         undefined.append((url, request))
                     else:
@@ -106,7 +120,9 @@ class Asking(Generic[Asked, Read]):
             """A server's workers, and again once it was lost and is found."""
             while url not in self.pool.lost or await self._found(url, busy):
                 busy.add(url)
-                workers = [asyncio.create_task(worker(url)) for _ in range(concurrency)]
+                load = Load(concurrency)
+                workers = [asyncio.create_task(worker(url, number, load)) for number in range(concurrency)]
+                watch = asyncio.create_task(self._watch_queue(url, load))
                 try:
                     await asyncio.gather(*workers)
                     return
@@ -114,9 +130,9 @@ class Asking(Generic[Asked, Read]):
                     self.pool.lose(url, error)
                 finally:
                     busy.discard(url)
-                    for task in workers:
+                    for task in (*workers, watch):
                         task.cancel()
-                    ended = await asyncio.gather(*workers, return_exceptions=True)
+                    ended = await asyncio.gather(*workers, watch, return_exceptions=True)
                 for error in ended:
                     if isinstance(error, Exception) and not isinstance(error, ServerLost):
                         raise error  # of on_result, while they were cancelled
@@ -133,6 +149,20 @@ class Asking(Generic[Asked, Read]):
         if not self.pool.urls:
             raise next(iter(self.pool.lost.values()))
         return undefined
+
+    async def _watch_queue(self, url: str, load: Load) -> None:
+        """Give a server no more than it works on, as long as it says what waits in its queue."""
+        async with httpx.AsyncClient(timeout=CONTROL_TIMEOUT, **self.pool.client_options()) as client:
+            while True:
+                await asyncio.sleep(_QUEUE_SECONDS)
+                try:
+                    response = await client.get(url + "/metrics")
+                except httpx.RequestError:  # its requests find out what the matter is
+                    continue
+                waiting = waiting_requests(response.text) if response.status_code == 200 else None
+                if waiting is None:
+                    return
+                load.see(waiting)
 
     async def _found(self, url: str, busy: set[str]) -> bool:
         """Look for a lost server until it is there again, or there is nothing for it to do, or no hope."""

@@ -277,7 +277,9 @@ class ServerPool(Control):
         )
 
     def run(self, requests: Iterable[Request], on_result: Callable[[Request, Response | Failure], None]) -> None:
-        """Generate all answers, ``cfg.concurrency`` at a time on each server, whichever is free taking the next.
+        """Generate all answers, at most ``cfg.concurrency`` at a time on each server, the next where one is free.
+
+        A server whose queue has requests waiting gets no more than it works on (``serving/load.py``).
 
         What comes back without sense is asked for again, a moment later. An undefined log-probability says that NaN
         lies in the server's cache or weights: once everything else that it works on is done, its cache is cleared, and

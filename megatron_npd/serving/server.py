@@ -373,7 +373,6 @@ def _cpu_arguments(cfg: RolloutConfig, model_dir: Path, hf_config: dict[str, Any
         "--no-enable-chunked-prefill",
         *("--max-num-batched-tokens", str(max(4096, cfg.max_model_len, cfg.concurrency))),
         *("--distributed-executor-backend", "uni"),
-        "--disable-log-stats",
         *("--kv-cache-memory-bytes", str(max(64 * 2**20, min(wanted, memory // 4)))),
     ]
 

@@ -77,6 +77,7 @@ class FakeServer(ThreadingHTTPServer):
         headers_of: Answers ``npd_describe``, beside the size of the vocabulary.
         loads: Answers ``npd_load``.
         load_status: Status that ``npd_load`` answers with.
+        metrics: What ``/metrics`` says.
     """
 
     daemon_threads = True
@@ -93,6 +94,7 @@ class FakeServer(ThreadingHTTPServer):
         self.headers_of: Callable[[str], dict[str, Any]] = lambda directory: {}
         self.loads: Callable[[str], dict[str, Any]] = lambda directory: {"weights": CONTENT}
         self.load_status = 200
+        self.metrics: Callable[[], str] = lambda: ""
         self.max_model_len = 64
         self.dead = False
         self.lock = threading.Lock()
@@ -155,6 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             self._answer(200, {"data": [{"max_model_len": self.fake.max_model_len}]})
+        elif self.path == "/metrics":
+            self._answer(200, self.fake.metrics().encode())
         else:
             self._answer(200, {"weight_version": self.fake.version})
 
