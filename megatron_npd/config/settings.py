@@ -219,6 +219,9 @@ class AnnotateConfig(LayoutConfig):
     """File with the servers' token, as npd serve keeps it; its owner alone may read it."""
     concurrency: int = 32
     """Requests in flight per server of the teacher."""
+    keep_loaded: bool = True
+    """Keep the teacher, and the student beside it, in memory from one round to the next; false: one model at a time,
+    loaded anew for each, where not both fit beside the trainer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,6 +231,22 @@ class AnnotateConfig(LayoutConfig):
         none_follows = self.backend == "none" and self.follow_seconds > 0
         require(not none_follows, "follow_seconds", "0 with backend none", self.follow_seconds, "nobody follows")
         require_positive(self, "top_k", "seq_length", "concurrency")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotateOrder:
+    """A round to annotate, as an annotator that lives through a run is told of it (``teacher/orders.py``)."""
+
+    rollouts: str
+    """Directory of its rollouts."""
+    out: str
+    """Directory to seal."""
+    student: str
+    """Hugging Face directory of the policy that generated them."""
+    max_quarantined: float
+    """Share of the samples that may be quarantined."""
+    may_keep_nothing: bool = False
+    """Where no sample can be scored, leave the directory unsealed without an error."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,7 @@ from megatron_npd.serving.pool import ServerPool
 from megatron_npd.store.annotation_store import AnnotationStore
 
 _NUMBERS = ("prompts", "kl", "kl_error", "top1_agreement", "response_tokens", "cut")
+_PATHS = 2  # of each held-out prompt
 
 # -- accuracy ------------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ def measure_settings(cfg: RolloutConfig) -> RolloutConfig:
     return dataclasses.replace(
         cfg,
         greedy_paths=1,
-        sampled_paths=1,
+        sampled_paths=_PATHS - 1,
         prompts_per_round=0,
         temperature=1.0,
         top_p=1.0,
@@ -154,18 +155,19 @@ def read_measures(run: RunDir) -> list[dict[str, Any]]:
 def nothing_measured(path: Path) -> str | None:
     """Why nothing can be measured on a round of ``held_out/``: a stage quarantined all; None where that is not so.
 
-    Such a stage refuses to seal its directory; its shards are sealed.
+    Such a stage leaves its directory unsealed; its shards are sealed, and have all of what it reads between them.
     """
+    source, asked = path.parents[1] / "prompts", _PATHS
     for stage, what in (("rollouts", "no response was kept"), ("annotations", "no response was scored")):
-        shards = sorted((path / stage).glob("shard-*"))
-        if is_sealed(path / stage) or not shards or not all(map(is_sealed, shards)):
-            continue
+        shards = [] if is_sealed(path / stage) else list(filter(is_sealed, sorted((path / stage).glob("shard-*"))))
         books = [read_manifest(shard, verify=False).counts for shard in shards]
-        if not any(book["kept"] for book in books):
+        if books and not any(book["kept"] for book in books):
             reasons: Counter[str] = Counter()
             for book in books:
                 reasons.update(book["quarantined"])
-            return f"{what} ({in_words(reasons)})"
+            expected = asked * read_manifest(source, verify=False).counts["kept"]
+            return f"{what} ({in_words(reasons)})" if sum(book["in"] for book in books) == expected else None
+        source, asked = path / stage, 1
     return None
 
 

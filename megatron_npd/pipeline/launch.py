@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from megatron_npd.config.cluster import ClusterConfig
@@ -51,12 +52,22 @@ class Job:
         line: How it is started here.
         call: What the other nodes start their parts for, if there are any.
         nodes: The way to them, from the first node.
+        told: Whether it reads what ``tell`` says, rather than this process's standard input.
     """
 
-    def __init__(self, command: str, line: list[str], call: Call | None = None, nodes: Nodes | None = None) -> None:
+    def __init__(
+        self,
+        command: str,
+        line: list[str],
+        call: Call | None = None,
+        nodes: Nodes | None = None,
+        *,
+        told: bool = False,
+    ) -> None:
         self.command, self.call, self._nodes = command, call, nodes
         self.looks = 0  # at its failure
-        self._process = subprocess.Popen(line, env=child_environment())
+        stdin = subprocess.PIPE if told else None
+        self._process = subprocess.Popen(line, env=child_environment(), stdin=stdin, text=True)
 
     def running(self) -> bool:
         """Whether it has still to end.
@@ -69,14 +80,27 @@ class Job:
             raise UserError(f"{self.command} must exit with 0, got {code}; see its messages above, then run again")
         return code is None
 
-    def wait(self) -> None:
-        """Wait for its end; in a thread that is asked to stop, it is ended, on all nodes.
+    def tell(self, line: str) -> None:
+        """Give it a line on its standard input, at whose end an annotator ends."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # ``running`` says what became of it
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+
+    def tell_end(self) -> None:
+        """Say that there is nothing more to tell."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+    def wait(self, done: Callable[[], bool] = lambda: False) -> None:
+        """Wait for its end, or until something is done; in a thread that is asked to stop, it is ended, on all nodes.
 
         Raises:
             UserError: It failed.
         """
         try:
-            while self.running():
+            while self.running() and not done():
                 check_stop()
                 time.sleep(_POLL_SECONDS)
         except Stopped:
@@ -109,14 +133,15 @@ class Launcher:
         """Whether a stage may compute in this process."""
         return self.cfg.world_size == 1
 
-    def start(self, command: str, fields: Mapping[str, Any]) -> Job:
-        """Start a command on all training nodes; the other nodes follow (``follow``)."""
+    def start(self, command: str, fields: Mapping[str, Any], *, told: bool = False) -> Job:
+        """Start a command on all training nodes; the other nodes follow (``follow``); ``told``: as ``Job`` has it."""
         call = self.nodes.call(command, fields) if self.nodes else None
-        self._jobs.append(job := self._job(command, fields, call))
+        self._jobs.append(job := self._job(command, fields, call, told=told))
         return job
 
-    def _job(self, command: str, fields: Mapping[str, Any], call: Call | None) -> Job:
-        return Job(command, command_line(self.cfg, command, fields, call.port if call else 0), call, self.nodes)
+    def _job(self, command: str, fields: Mapping[str, Any], call: Call | None, *, told: bool = False) -> Job:
+        line = command_line(self.cfg, command, fields, call.port if call else 0)
+        return Job(command, line, call, self.nodes, told=told)
 
     def follow(self) -> None:
         """Start this node's part of whatever the first node starts, until that has finished the run.

@@ -43,7 +43,7 @@ _FREE = {
     "server_port attempt",
     "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout server_patience "
     "max_quarantined",
-    "annotate.": "urls token_file concurrency max_quarantined follow_seconds micro_batch_size "
+    "annotate.": "urls token_file concurrency max_quarantined follow_seconds keep_loaded micro_batch_size "
     "tensor_model_parallel_size pipeline_model_parallel_size",
     "eval.": "teacher",
     "train.": "save_interval save_interval_in_mins log_interval log_entropy tensorboard_dir wandb_project "

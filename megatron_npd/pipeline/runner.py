@@ -1,13 +1,13 @@
 """Runs a recipe: starts every stage whose inputs are sealed, until nothing of the run is left to do.
 
 A stage whose output is sealed is skipped, so the runner may be stopped anywhere and started again. The trainer is a
-command of its own that lives through the rounds; ``max_lead`` bounds how many of them may be ahead of it.
+command of its own that lives through the rounds, as do the servers and the annotator; ``max_lead`` bounds how many
+rounds may be ahead of the trainer.
 
 With ``max_lead`` 0 one stage is at work at a time, here in the main thread. Else each has a thread of its own, one at a
 time on the servers, one on the ranks, and one of each stage on the host: while round 1 is generated, round 0 is
-annotated, selected, packed and trained on. What needs a model's ranks, or converts one, is then a command, so that
-these threads share no state of megatron-core; the main thread starts them, writes the reports, and ends all when one of
-them fails.
+annotated, selected, packed and trained on. What needs a model's ranks is then a command, so that these threads share no
+state of megatron-core; the main thread starts them, writes the reports, and ends all when one of them fails.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
         servers = stack.enter_context(Servers(run, cfg, given))
         ctx = Context(run=run, cfg=cfg, servers=servers, launcher=launcher)
         _run(ctx, _seldom(report))
+        ctx.annotator.close()
         return report(run.root)
 
 
@@ -111,10 +112,10 @@ def plan(cfg: NPDConfig) -> str:
             f"{task.place:<12} {task.stage.name:<16} {task.stage.needs:<8} {'done' if task.done(ctx) else 'to do'}"
         )
     for command, fields in (
-        ("annotate", work.annotate_settings(ctx, 0, run, cfg.annotate)),
+        ("annotate", ctx.annotator.settings()),
         ("train", work.trainer_settings(run, cfg)),
     ):
-        if not ctx.launcher.alone or ctx.overlaps or command == "train":
+        if command == "train" or not ctx.annotator.here:
             lines.append(shlex.join(command_line(cfg, command, fields)))
     return "\n".join(lines)
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_npd.config.run import NPDConfig
-from megatron_npd.config.settings import AnnotateConfig
+from megatron_npd.config.settings import AnnotateOrder
 from megatron_npd.data.packing import pack_rollouts, pack_selection
 from megatron_npd.data.prompts import prepare_prompts
 from megatron_npd.data.tokenizer import check_vocabularies, load_model_tokens, load_tokenizer
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
+from megatron_npd.pipeline.annotating import RunAnnotator
 from megatron_npd.pipeline.evaluation import (
     Accuracies,
     measure_line,
@@ -44,8 +42,8 @@ class Context:
         cfg: Its configuration.
         servers: Its rollout servers.
         launcher: Starts commands on the training nodes.
-        trainer: The trainer, once it was started; it lives through the rounds.
-        followers: Annotators of rounds that are being generated, where stages do not overlap.
+        annotator: Its annotator, which lives through the rounds.
+        trainer: The trainer, once it was started; it does too.
         generating: The round that is being generated; None: none is.
     """
 
@@ -53,9 +51,12 @@ class Context:
     cfg: NPDConfig
     servers: Servers
     launcher: Launcher
+    annotator: RunAnnotator = field(init=False)
     trainer: Job | None = None
-    followers: dict[int, Job] = field(default_factory=dict)
     generating: int | None = None
+
+    def __post_init__(self) -> None:
+        self.annotator = RunAnnotator(self.run, self.cfg, self.launcher)
 
     @property
     def overlaps(self) -> bool:
@@ -125,7 +126,7 @@ def is_evaluated(ctx: Context, index: int) -> bool:
 def answer_held_out(ctx: Context, index: int) -> None:
     """Have a policy answer the prompts that it is measured on."""
     held_out = ctx.run.held_out
-    with _may_keep_nothing(ctx, index):
+    try:
         generate_round(
             held_out.prompts,
             held_out.rollouts(index),
@@ -134,6 +135,10 @@ def answer_held_out(ctx: Context, index: int) -> None:
             round_index=index,
             policy_version=version(index),
         )
+    except UserError:  # where all of these few are quarantined, that is a policy's result; it must not stop a run
+        if nothing_measured(held_out.round(index)) is None:
+            raise
+        _log_measure(ctx, index)
 
 
 def held_out_is_answered(ctx: Context, index: int) -> bool:
@@ -142,20 +147,9 @@ def held_out_is_answered(ctx: Context, index: int) -> bool:
 
 def measure(ctx: Context, index: int) -> None:
     """Measure a policy's distance from the teacher: annotate its responses to held-out prompts."""
-    with _may_keep_nothing(ctx, index):
-        _annotate(ctx, index, ctx.run.held_out, dataclasses.replace(ctx.cfg.annotate, max_quarantined=1.0))
-        _log_measure(ctx, index)
-
-
-@contextmanager
-def _may_keep_nothing(ctx: Context, index: int) -> Iterator[None]:
-    """Where all of these few samples are quarantined, that is a policy's result; it must not stop a run."""
-    try:
-        yield
-    except UserError:
-        if nothing_measured(ctx.run.held_out.round(index)) is None:
-            raise
-        _log_measure(ctx, index)
+    order = dataclasses.replace(_order(ctx, index, ctx.run.held_out), max_quarantined=1.0, may_keep_nothing=True)
+    ctx.annotator.annotate(order, lambda: is_measured(ctx, index))
+    _log_measure(ctx, index)
 
 
 def _log_measure(ctx: Context, index: int) -> None:
@@ -202,7 +196,7 @@ def policy_is_due(ctx: Context, index: int) -> bool:
 def rollout(ctx: Context, index: int) -> None:
     """Generate a round of responses; with ``annotate.follow_seconds`` another command annotates them meanwhile."""
     if ctx.cfg.annotate.follow_seconds and not ctx.overlaps:
-        ctx.followers[index] = ctx.launcher.start("annotate", annotate_settings(ctx, index, ctx.run, ctx.cfg.annotate))
+        ctx.annotator.begin(_order(ctx, index, ctx.run))
     ctx.generating = index
     try:
         _generate(ctx, index)
@@ -228,10 +222,7 @@ def rollouts_can_be_read(ctx: Context, index: int) -> bool:
 
 def annotate(ctx: Context, index: int) -> None:
     """Have the teacher score a round of responses, or what of it a following annotator has left."""
-    if index in ctx.followers:
-        ctx.followers.pop(index).wait()
-    else:
-        _annotate(ctx, index, ctx.run, ctx.cfg.annotate)
+    ctx.annotator.annotate(_order(ctx, index, ctx.run), lambda: is_annotated(ctx, index))
 
 
 def is_annotated(ctx: Context, index: int) -> bool:
@@ -313,23 +304,12 @@ def export(ctx: Context, index: int) -> None:
 # -- helpers -------------------------------------------------------------------------------------------------------
 
 
-def _annotate(ctx: Context, index: int, run: RunDir, cfg: AnnotateConfig) -> None:
-    if not ctx.launcher.alone or ctx.overlaps or cfg.backend == "vllm":
-        ctx.launcher.start("annotate", annotate_settings(ctx, index, run, cfg)).wait()
-        return
-    from megatron_npd.teacher.annotate import annotate_round  # after the platform is chosen
-
-    teacher, student = ctx.cfg.teacher, _annotated_policy(ctx, index, run)
-    annotate_round(run.rollouts(index), run.annotations(index), teacher_dir=teacher, student_dir=student, cfg=cfg)
-
-
-def annotate_settings(ctx: Context, index: int, run: RunDir, cfg: AnnotateConfig) -> dict[str, Any]:
-    """The configuration of a round's annotator; ``run``: the run, or its held-out prompts as one."""
-    paths = {"rollouts": run.rollouts(index), "out": run.annotations(index)}
-    models = {"teacher": ctx.cfg.teacher, "student": _annotated_policy(ctx, index, run)}
-    return {**paths, **models, **dataclasses.asdict(cfg), "platform": ctx.cfg.platform}
-
-
-def _annotated_policy(ctx: Context, index: int, run: RunDir) -> Path:
-    """The policy whose responses they are; held-out prompts are answered by the newest one."""
-    return policy_dir(ctx.run, ctx.cfg, generating_policy(ctx, index) if run == ctx.run else index)
+def _order(ctx: Context, index: int, run: RunDir) -> AnnotateOrder:
+    """To annotate a round; ``run``: the run, or its held-out prompts as one, which the newest policy answered."""
+    policy = generating_policy(ctx, index) if run == ctx.run else index
+    return AnnotateOrder(
+        rollouts=str(run.rollouts(index)),
+        out=str(run.annotations(index)),
+        student=str(policy_dir(ctx.run, ctx.cfg, policy)),
+        max_quarantined=ctx.cfg.annotate.max_quarantined,
+    )

@@ -122,6 +122,12 @@ class GroupStepAdamW(torch.optim.Optimizer):
     ``torch.optim.AdamW``; with Apex's and Transformer Engine's FusedAdam the count is the group's.
     """
 
+    # Without the decorators, which import torch's compiler at their first call: most of a second, in every process.
+    add_param_group, zero_grad, state_dict, load_state_dict = (
+        getattr(torch.optim.Optimizer, name).__wrapped__
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    )
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -7,7 +7,8 @@ each is an error on a machine without a GPU, so nothing that works elsewhere cha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class Device:
         assert_megatron_not_imported()
         silence_library_warnings()
         _redirect_cuda()
-        from megatron.core.tensor_parallel import random
+        with _no_compiler():
+            from megatron.core.tensor_parallel import random
 
         random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
         random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
@@ -98,6 +100,25 @@ class _RMSNorm(torch.autograd.Function):
         mean = torch.matmul(product, weight).div_(unit.shape[-1]).unsqueeze(-1)
         grad_x = (grad * weight).addcmul_(unit, mean, value=-1.0).mul_(scale)
         return grad_x, product.flatten(0, -2).sum(0), None
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """``torch.compile`` gives back what it is given.
+
+    megatron-core asks it for fused functions that the CPU does without, and what it imports takes longer than all of
+    megatron-core, in every process.
+    """
+    compiler = torch.compile
+    torch.compile = lambda model=None, **_: _same if model is None else model  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+def _same(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def _redirect_cuda() -> None:

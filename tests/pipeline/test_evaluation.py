@@ -108,13 +108,17 @@ def test_a_measure_without_a_kept_response_does_not_stop_the_run(tmp_path: Path)
 
 
 def test_a_measure_without_a_scored_response_has_its_reason(tmp_path: Path) -> None:
-    """What the annotation leaves where it refuses to seal the round, and what an interrupted one does."""
-    shards = {"0000": [0], "0001": [0, 3], "0002": []}
+    """What the annotation leaves where nothing is scored, and what an interrupted one does."""
+    write_prompts(tmp_path / "held_out" / "prompts", [5, 6, 7, 8])
+    shards = {"0000": [0, 0], "0001": [0, 3], "0002": [], "0003": [0]}  # kept of the four in each shard
     for name, kept in shards.items():
+        path = tmp_path / "held_out" / "rounds" / name
         for number, count in enumerate(kept):
-            shard = tmp_path / "held_out" / "rounds" / name / "annotations" / f"shard-{number:05d}"
+            shard = path / "annotations" / f"shard-{number:05d}"
             shard.mkdir(parents=True)
             counts = {"in": 4, "kept": count, "quarantined": {"too_long": 4 - count}}
             seal(shard, kind="annotations-shard", counts=counts)
+        (path / "rollouts").mkdir(parents=True, exist_ok=True)
+        seal(path / "rollouts", kind="rollouts", counts={"in": 8, "kept": 8, "quarantined": {}})
     (entry,) = read_measures(RunDir(tmp_path))
-    assert (entry["policy"], entry["reason"]) == (0, "no response was scored (quarantined: 4 too_long)")
+    assert (entry["policy"], entry["reason"]) == (0, "no response was scored (quarantined: 8 too_long)")

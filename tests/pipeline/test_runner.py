@@ -141,7 +141,7 @@ def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
         annotate=dataclasses.replace(recipe.annotate, follow_seconds=120.0),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "_annotate", None)  # this process has no part in it
+        patch.setattr("megatron_npd.teacher.annotate.Annotator", None)  # this process has no part in it
         run_npd(cfg)
     for file in sorted((undisturbed / "rounds/0000/annotations").rglob("[!.]*.*")):
         other = Path(cfg.run_dir) / file.relative_to(undisturbed)

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 import torch
 
 from megatron_npd.cli.annotate import main as command
-from megatron_npd.config.settings import AnnotateConfig
+from megatron_npd.config.settings import AnnotateConfig, AnnotateOrder
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, PART, is_sealed, read_manifest, seal
 from tests.dist import run_distributed
@@ -312,9 +314,11 @@ def test_a_round_is_annotated_while_it_is_generated(tmp_path: Path, models: dict
     make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
     annotate(tmp_path / "rollouts", tmp_path / "whole", models)
     waves = []
-    real = stage._annotate_wave
+    real = stage.Annotator._annotate_wave
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "_annotate_wave", lambda *args: (waves.append(list(args[2].shards)), real(*args)))
+        patch.setattr(
+            stage.Annotator, "_annotate_wave", lambda *args: (waves.append(list(args[2].shards)), real(*args))
+        )
         thread = unseal_and_give_back(tmp_path / "rollouts", tmp_path / "out")
         annotate(tmp_path / "rollouts", tmp_path / "out", models, FOLLOWING)
     thread.join()
@@ -362,6 +366,63 @@ def test_data_parallel_ranks_follow_a_round_together(tmp_path: Path, models: dic
     assert contents(tmp_path / "two") == contents(tmp_path / "alone")
 
 
+@pytest.mark.parametrize("layout", ["one", "TP2", "DP2", "one model at a time"])
+def test_round_after_round_with_the_models_loaded(tmp_path: Path, models: dict[str, Path], layout: str) -> None:
+    """What orders leave is what a command for each round does, another student's too; one that may be empty is."""
+    rounds = {"0": (LENGTHS, 2), "1": (LENGTHS[:5], 3), "2": ([(200, 9)], 3), "3": (LENGTHS[3:], 2)}
+    students = {2: models["student_dir"], 3: make_tiny_model(tmp_path / "other", seed=3)}
+    orders = []
+    for name, (lengths, seed) in rounds.items():
+        make_rollouts(tmp_path / name / "rollouts", lengths, shards=min(2, len(lengths)))
+        order = {"rollouts": tmp_path / name / "rollouts", "out": tmp_path / name / "out", "student": students[seed]}
+        orders.append(json.dumps({k: str(v) for k, v in order.items()} | {"max_quarantined": 1.0} | NOTHING) + "\n")
+        if name != "2":
+            annotate(order["rollouts"], tmp_path / name / "alone", models | {"student_dir": students[seed]})
+    cfg = dataclasses.replace(CFG, tensor_model_parallel_size=1 + (layout == "TP2"), keep_loaded=" " not in layout)
+    run_distributed(_annotate_orders, 1 + (layout in ("TP2", "DP2")), orders, models["teacher_dir"], cfg)
+    assert not is_sealed(tmp_path / "2" / "out")
+    for name in ("0", "1", "3"):
+        if layout == "TP2":
+            assert_samples_close(tmp_path / name / "out", tmp_path / name / "alone")
+        else:
+            assert contents(tmp_path / name / "out") == contents(tmp_path / name / "alone")
+
+
+NOTHING = {"may_keep_nothing": True}
+
+
+def _annotate_orders(rank: int, world_size: int, orders: list[str], teacher: Path, cfg: AnnotateConfig) -> int:
+    from megatron_npd.teacher import annotate as stage
+    from megatron_npd.teacher.orders import annotate_orders
+
+    loaded = []
+    real = stage.Scorer
+    stage.Scorer = lambda path, **settings: (loaded.append(path), real(path, **settings))[1]
+    annotate_orders(stage.Annotator(teacher, cfg), orders if rank == 0 else [])
+    assert loaded.count(teacher) == (1 if cfg.keep_loaded else 4)
+    return len(loaded)
+
+
+def test_orders_by_the_command(tmp_path: Path, models: dict[str, Path]) -> None:
+    """A process that reads them ends with its standard input, and by the first error."""
+    make_rollouts(tmp_path / "rollouts", LENGTHS)
+    line = [sys.executable, "-m", "megatron_npd", "annotate", "--orders", f"--teacher={models['teacher_dir']}"]
+    line += ["--top-k=4", "--seq-length=128", "--platform=cpu"]
+    student = str(models["student_dir"])
+    order = AnnotateOrder(
+        rollouts=str(tmp_path / "rollouts"), out=str(tmp_path / "out"), student=student, max_quarantined=0.1
+    )
+    missing = dataclasses.replace(order, rollouts=str(tmp_path / "nowhere"), out=str(tmp_path / "none"))
+    for orders, code in (([order], 0), ([order, missing, order], 2)):
+        told = "".join(json.dumps(dataclasses.asdict(order)) + "\n" for order in orders)
+        result = subprocess.run(line, input=told, text=True, capture_output=True)
+        assert result.returncode == code, result.stderr
+        assert is_sealed(tmp_path / "out")
+    assert "nowhere must be a sealed directory" in result.stderr and "Traceback" not in result.stderr
+    annotate(tmp_path / "rollouts", tmp_path / "alone", models)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
 def _annotate_rank(rank: int, world_size: int, rollouts: Path, out: Path, models: Any, cfg: AnnotateConfig) -> Any:
     manifest = annotate(rollouts, out, models, cfg)
     return manifest and dict(manifest.counts)
@@ -382,10 +443,12 @@ def _count_groups(rank: int, world_size: int, *args: Any) -> list[int]:
     from megatron_npd.teacher import annotate as stage
 
     counts = []
-    real = stage._annotate_wave
+    real = stage.Annotator._annotate_wave
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            stage, "_annotate_wave", lambda *wave: (real(*wave), counts.append(len(distributed_c10d._world.pg_map)))
+            stage.Annotator,
+            "_annotate_wave",
+            lambda *wave: (real(*wave), counts.append(len(distributed_c10d._world.pg_map))),
         )
         annotate(*args)
     return counts

@@ -1,0 +1,74 @@
+"""The annotator of a run: in this process, or a command on all training nodes; either keeps its models loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from megatron_npd.config.run import NPDConfig
+from megatron_npd.config.settings import AnnotateOrder
+from megatron_npd.pipeline.launch import Job, Launcher
+from megatron_npd.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from megatron_npd.teacher.annotate import Annotator
+
+
+class RunAnnotator:
+    """Annotates one round after another; what is loaded or started, is so at the first need.
+
+    Args:
+        run: The run.
+        cfg: Its configuration.
+        launcher: Starts commands on the training nodes.
+    """
+
+    def __init__(self, run: RunDir, cfg: NPDConfig, launcher: Launcher) -> None:
+        self.run, self.cfg, self.launcher = run, cfg, launcher
+        # Where stages overlap, this process's threads must share no state of megatron-core.
+        self.here = cfg.world_size == 1 and cfg.max_lead == 0 and cfg.annotate.backend == "megatron"
+        self._annotator: Annotator | None = None
+        self._job: Job | None = None
+        self._told: set[str] = set()
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration of the command."""
+        models = {"teacher": self.cfg.teacher, "log_dir": self.run.logs, "platform": self.cfg.platform}
+        return {**models, **dataclasses.asdict(self.cfg.annotate), "orders": True}
+
+    def begin(self, order: AnnotateOrder) -> None:
+        """Have the command annotate a round while its rollouts are generated."""
+        if self._job is None:
+            self._job, self._told = self.launcher.start("annotate", self.settings(), told=True), set()
+        if order.out not in self._told:
+            self._told.add(order.out)
+            self._job.tell(json.dumps(dataclasses.asdict(order)))
+
+    def annotate(self, order: AnnotateOrder, done: Callable[[], bool]) -> None:
+        """Annotate a round, or what of it was not annotated since ``begin``, until nothing of it is left to do.
+
+        Raises:
+            UserError: As ``teacher.annotate.Annotator`` does; a command that failed is started again by the next order.
+        """
+        if self.here and self._job is None:
+            if self._annotator is None:
+                from megatron_npd.teacher.annotate import Annotator  # after the platform is chosen
+
+                self._annotator = Annotator(self.cfg.teacher, self.cfg.annotate)
+            self._annotator.annotate(order)
+            return
+        self.begin(order)
+        assert self._job is not None
+        job, self._job = self._job, None  # it may end by an error
+        job.wait(done)
+        if job.running():
+            self._job = job
+
+    def close(self) -> None:
+        """Let the command end, which nothing more is asked of."""
+        if self._job is not None:
+            self._job.tell_end()
+            self._job.wait()
+            self._job = None
