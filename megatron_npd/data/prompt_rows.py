@@ -46,6 +46,11 @@ class PromptRows:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def turns(self) -> int:
+        """Rounds until the same rows are asked again."""
+        return self._rows.step
+
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """These columns of all rows of the directory, in order."""
         return parquet_batches(self._file, _BATCH, columns=columns)

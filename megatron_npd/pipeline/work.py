@@ -134,6 +134,7 @@ def answer_held_out(ctx: Context, index: int) -> None:
             cfg=measure_settings(ctx.cfg.rollout),
             round_index=index,
             policy_version=version(index),
+            rounds=held_out.rollouts,
         )
     except UserError:  # where all of these few are quarantined, that is a policy's result; it must not stop a run
         if nothing_measured(held_out.round(index)) is None:
@@ -205,7 +206,14 @@ def rollout(ctx: Context, index: int) -> None:
 
 
 def _generate(ctx: Context, index: int) -> None:
-    generate = partial(generate_round, ctx.run.prompts, ctx.run.rollouts(index), cfg=ctx.cfg.rollout, round_index=index)
+    generate = partial(
+        generate_round,
+        ctx.run.prompts,
+        ctx.run.rollouts(index),
+        cfg=ctx.cfg.rollout,
+        round_index=index,
+        rounds=ctx.run.rollouts,
+    )
     if ctx.cfg.responses == "teacher":
         with ctx.servers.of_teacher() as pool:
             generate(pool=pool, policy_version=TEACHER, source="teacher")

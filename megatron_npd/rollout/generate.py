@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron_npd.manifest import MANIFEST, Manifest, file_sha256, is_sealed, re
 from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined, in_words
 from megatron_npd.records import SOURCES
 from megatron_npd.rollout.journal import Recorded, check_settings
+from megatron_npd.rollout.order import longest_first
 from megatron_npd.rollout.shard import Shard, forget_journal
 from megatron_npd.serving.pool import ServerPool
 from megatron_npd.serving.protocol import Failure, Request, Response
@@ -52,6 +53,7 @@ def generate_round(
     round_index: int,
     policy_version: str,
     source: str = "student",
+    rounds: Callable[[int], Path] | None = None,
 ) -> Manifest:
     """Let the pool answer every prompt ``greedy_paths + sampled_paths`` times and seal the responses.
 
@@ -71,6 +73,8 @@ def generate_round(
         policy_version: The version that every response must carry, with the hash of the weights that were served when
             the round began.
         source: Of ``records.SOURCES``: whose responses they are, where the servers do not serve the student.
+        rounds: Where the rollouts of a round of the run lie, by its number: the prompts with the longest responses in
+            the round before with the same prompts are asked first. None, or no such round: as they stand in the file.
 
     Returns:
         The round's manifest; counts: ``in`` = ``kept`` + sum of ``quarantined`` + ``pending`` (0), ``tokens``,
@@ -87,7 +91,8 @@ def generate_round(
     settings["weights"] = pool.check(version=policy_version).rpartition("-")[2]
     with writing(out_dir, resume=True):
         prompts = PromptRows(prompts_dir, cfg.prompts_per_round, round_index)
-        _Round(prompts, out_dir, pool, cfg, settings).run()
+        before = round_index - prompts.turns
+        _Round(prompts, out_dir, pool, cfg, settings).run(rounds(before) if rounds and before >= 0 else None)
         return _seal_round(out_dir, settings)
 
 
@@ -139,7 +144,7 @@ class _Round:
             self.set_aside.update(shard.reasons())
         self.missing = sum(shard.missing for shard in self.shards.values())
 
-    def run(self) -> None:
+    def run(self, earlier: Path | None) -> None:
         self._check_share()
         for shard in list(self.shards):
             self._seal_if_complete(shard)
@@ -147,7 +152,7 @@ class _Round:
             return
         get_logger().info("round %d: %d of %d responses to generate", self.settings["round"], self.missing, self.total)
         self.started = self.logged = time.monotonic()
-        requests = chain.from_iterable(shard.requests() for shard in list(self.shards.values()))
+        requests = longest_first(list(self.shards.values()), earlier)
         try:
             with progress(self.total, "rollout", "response", initial=self.total - self.missing) as self.bar:
                 self.pool.run(requests, self._on_result)

@@ -6,7 +6,6 @@ Samples are numbered ``prompt * paths + path`` over the whole round; a shard hol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,19 +74,26 @@ class Shard:
         """Samples without a response."""
         return len(self.samples) - len(self.responses)
 
-    def requests(self) -> Iterator[Request]:
-        """What to ask for."""
-        for index in [index for index in self.samples if index not in self.responses]:
-            seed, temperature, top_p = self._sampling(index)
-            yield Request(
-                key=index,
-                token_ids=self._asked(index),
-                max_tokens=min(self.cfg.max_tokens, self.cfg.max_model_len - self._length(index)),
-                stop_ids=self.settings["stop_ids"],
-                temperature=temperature,
-                top_p=top_p,
-                seed=seed,
-            )
+    def unanswered(self) -> list[int]:
+        """Numbers of the samples without a response."""
+        return [index for index in self.samples if index not in self.responses]
+
+    def prompt_id(self, index: int) -> str:
+        """The prompt of a sample."""
+        return self._prompt(index, "prompt_id")
+
+    def request(self, index: int) -> Request:
+        """What to ask for a sample."""
+        seed, temperature, top_p = self._sampling(index)
+        return Request(
+            key=index,
+            token_ids=self._asked(index),
+            max_tokens=min(self.cfg.max_tokens, self.cfg.max_model_len - self._length(index)),
+            stop_ids=self.settings["stop_ids"],
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+        )
 
     def _asked(self, index: int) -> list[int]:
         """The prompt as the model that answers reads it: a teacher may have a chat template of its own."""
