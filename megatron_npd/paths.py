@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_npd.config.settings import TrainConfig
 from megatron_npd.errors import UserError
+from megatron_npd.lock import LOCK
 from megatron_npd.manifest import MANIFEST, is_sealed
 
 
@@ -42,6 +43,33 @@ def check_sealed(name: str, given: str) -> None:
     """
     if not is_sealed(given):
         raise UserError(f"{name} must be a sealed directory, got {given!r} without {MANIFEST}; run its stage first")
+
+
+def check_checkpoint(name: str, given: str) -> None:
+    """Insist that the option ``name`` is a checkpoint, or a directory of some.
+
+    Raises:
+        UserError: It is not.
+    """
+    path = find_checkpoint(given)
+    if not is_megatron_lm(path):
+        check_sealed(name, str(path))
+
+
+def find_checkpoint(given: str | Path) -> Path:
+    """The newest checkpoint under a directory, as our trainer or Megatron-LM left it there; else the directory."""
+    tracker = Path(given) / "latest_checkpointed_iteration.txt"
+    if (newest := latest_checkpoint(given)) is not None:
+        return newest
+    if tracker.is_file() and (text := tracker.read_text(errors="replace").strip()).isdecimal():
+        return Path(given) / f"iter_{int(text):07d}"
+    return Path(given)
+
+
+def is_megatron_lm(path: str | Path) -> bool:
+    """Whether a directory is a distributed checkpoint that another program than this one wrote."""
+    ours = (MANIFEST, LOCK, "state.json")  # even of a killed attempt
+    return (Path(path) / ".metadata").is_file() and not any((Path(path) / name).exists() for name in ours)
 
 
 def check_training(cfg: TrainConfig) -> None:

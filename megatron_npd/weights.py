@@ -132,7 +132,11 @@ class ContentHash:
 
     def add(self, name: str, header: str, data: np.ndarray) -> None:
         """Take one tensor: its name, type and shape as ``"F32 [64, 64]"``, and its bytes, [bytes] uint8."""
-        self._lines.append(f"{name} {header} {hashlib.sha256(data.data).hexdigest()}\n")
+        self.add_hashed(name, header, hashlib.sha256(data.data).hexdigest())
+
+    def add_hashed(self, name: str, header: str, sha256: str) -> None:
+        """Take one tensor of whose bytes the hash is known, in hex."""
+        self._lines.append(f"{name} {header} {sha256}\n")
 
     def __len__(self) -> int:
         return len(self._lines)

@@ -1,14 +1,14 @@
-"""Weights from a Hugging Face directory to a megatron dist checkpoint and back, in one process, tensor by tensor.
+"""Weights from a Hugging Face directory to a megatron dist checkpoint and back, in one process, some rows at a time.
 
-Neither a model is built nor a process group joined: what memory holds is the tensors on their way, two layers and the
-largest tensor at most. It may run in a thread.
+Neither a model is built nor a process group joined: what memory holds is the rows that are on their way, whatever
+the size of model and tensors. It may run in a thread.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ from megatron_npd.models.families.base import DTYPES, ModelSpec, Rule, load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, open_checkpoint, write_weights
 from megatron_npd.models.known import known_logprobs
 from megatron_npd.models.mapping import Run, hf_shapes, local_shape, parameter_rules, row_runs
-from megatron_npd.models.streams import default_workers, in_order
-from megatron_npd.paths import latest_checkpoint
+from megatron_npd.models.streams import Block, blocks, default_workers, in_order
+from megatron_npd.paths import find_checkpoint
 from megatron_npd.probe import PROBE
 from megatron_npd.weights import has_weights
 
@@ -48,6 +48,7 @@ COMPANIONS = (
     "chat_template.json",
     "LICENSE",
 )
+_PIECE_BYTES = 2**26  # of a stored tensor: loading looks at every piece of it
 _LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
 
 
@@ -72,37 +73,41 @@ def hf_to_megatron(
         UserError: No weights, a damaged file, a tensor that is missing, unexpected, undefined or of another shape or
             type, or the checkpoint is there already.
     """
-    spec = load_spec(hf_dir)
+    spec, workers = load_spec(hf_dir), workers or default_workers()
     source = open_checkpoint(spec)
-    bf16 = set(source.dtypes.values()) == {torch.bfloat16}
-    stored = DTYPES[dtype] if dtype else torch.bfloat16 if bf16 else torch.float32
-    parts = {f"{part.rule.mcore}[{part.first}]": part for part in _parts(spec)}
+    stored = stored_type(source, dtype)
+    parts = {part.name: part for part in _parts(spec)}
+    dtypes = dict.fromkeys(parts, stored)
+    work = [block for part in parts.values() for block in blocks(part.name, part.shape, stored, _PIECE_BYTES)]
 
-    def make(name: str) -> Tensor:
-        return _read_part(source, parts[name], spec, stored)
+    def fill(block: Block, tensor: Tensor) -> None:
+        _fill(source, parts[block.name], block.first, tensor, spec)
 
     path = Path(out_dir) / "iter_0000000"
     with writing(path) as directory:
         writer = DistWriter(directory)
-        sizes = {name: torch.Size(part.shape).numel() * stored.itemsize for name, part in parts.items()}
-        made = in_order(make, sizes, workers=workers or default_workers(), held_bytes=_held_bytes(spec, sizes))
+        made = in_order(fill, work, dtypes, workers)
         try:
-            for name, tensor in made:
-                part = parts[name]
-                writer.add(*_place(part, spec), tensor)
-                if part.first == 0 and part.rule.mcore.removesuffix(".weight").endswith(_LINEAR):
+            for block, tensor in made:
+                part = parts[block.name]
+                writer.add(*_place(part, block.first, spec), tensor)
+                if block.last and part.first == 0 and part.rule.mcore.removesuffix(".weight").endswith(_LINEAR):
                     writer.add_object(_extra_state(part.rule, spec), [None])
-                del tensor
+                if block is work[-1]:
+                    writer.close()  # while its numbers are there to be hashed
         finally:
+            writer.close()
             made.close()
         hashes = writer.finish({"iteration": 0})
         if verify:
             back = DistCheckpoint(directory, hashes)
-            for name, tensor in in_order(make, sizes, workers=1, held_bytes=0):
-                part = parts[name]
-                again = torch.empty_like(tensor)
-                back.read(back.find(part.rule.mcore, local_shape(part.rule, spec, 1)), part.first, again)
-                _insist_equal(again, tensor, name, directory)
+
+            def read_back(block: Block, tensor: Tensor) -> None:
+                part = parts[block.name]
+                shape = local_shape(part.rule, spec, 1)
+                back.read(back.find(part.rule.mcore, shape), part.first + block.first, tensor)
+
+            _compare(fill, read_back, work, dtypes, workers, directory)
         seal(directory, kind=KIND, counts={"iteration": 0}, hashes=hashes)
     get_logger().info("converted %s into %s", hf_dir, path)
     return path
@@ -125,7 +130,8 @@ def megatron_to_hf(
     it.
 
     Args:
-        checkpoint_dir: One checkpoint (``iter_0000100``) or the root above, whose newest sealed one is taken.
+        checkpoint_dir: One checkpoint (``iter_0000100``) or the root above, whose newest sealed one is taken. One that
+            Megatron-LM wrote (torch_dist) is taken too.
         hf_dir: Hugging Face directory that the model started from: configuration, tokenizer, tensor types (where it
             has no weights, the configuration's type).
         out_dir: Directory to make; sealed, kind ``policy``.
@@ -142,34 +148,36 @@ def megatron_to_hf(
     if (refusal := _refusal(out)) is not None:  # before the work rather than after it
         raise UserError(refusal)
     spec, workers = load_spec(hf_dir), workers or default_workers()
-    path = latest_checkpoint(checkpoint_dir) or Path(checkpoint_dir)
-    dtypes = dict.fromkeys(hf_shapes(spec), DTYPES[dtype]) if dtype else _types_of(spec)
-    source = DistCheckpoint.open_sealed(path, workers)
+    path = find_checkpoint(checkpoint_dir)
+    dtypes = export_types(spec, dtype)
+    source = DistCheckpoint.open(path, workers)
     places, shapes = find_all(source, spec), hf_shapes(spec)
 
-    def make(name: str) -> Tensor:
-        tensor = torch.empty(shapes[name], dtype=dtypes[name])
-        stored, runs = places[name]
+    def fill(block: Block, tensor: Tensor) -> None:
+        stored, runs = places[block.name]
         for run in runs:
-            source.read(stored, run.target, tensor[run.source : run.source + run.rows])
-        return tensor
+            low, high = _overlap(run.source, run.rows, block.first, len(tensor))
+            if low < high:
+                source.read(stored, run.target + low - run.source, tensor[low - block.first : high - block.first])
 
-    sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
     with writing(out) as directory:
         content, hashes = write_weights(
             directory,
             shapes,
             dtypes,
-            make,
+            fill,
             max_shard_bytes=max_shard_bytes,
             workers=workers,
-            held_bytes=_held_bytes(spec, sizes),
         )
         _copy_companions(spec, directory, dtype)
         if verify:
             back = HFCheckpoint(directory)
-            for name, tensor in in_order(make, sizes, workers=1, held_bytes=0):
-                _insist_equal(back.read(name), tensor, name, directory)
+            work = [block for name in shapes for block in blocks(name, shapes[name], dtypes[name], _PIECE_BYTES)]
+
+            def read_back(block: Block, tensor: Tensor) -> None:
+                back.read_into(block.name, block.first, tensor)
+
+            _compare(fill, read_back, work, dtypes, workers, directory)
         about: dict[str, Any] = {"architecture": spec.architecture, "config_hash": config_hash(spec.hf_config)}
         about |= {"weights": content, "checkpoint": path.name}
         if (known := known_logprobs(directory, spec.vocab_size)) is not None:
@@ -198,7 +206,7 @@ def find_all(source: DistCheckpoint, spec: ModelSpec) -> dict[str, tuple[Stored,
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """Rows of a parameter that megatron-core stores as one piece.
+    """Rows of a parameter that megatron-core stores as a tensor of their own: of gate and up, each.
 
     Attributes:
         rule: The parameter's.
@@ -211,6 +219,10 @@ class _Part:
     first: int
     shape: tuple[int, ...]
     runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        return f"{self.rule.mcore}[{self.first}]"
 
 
 def _parts(spec: ModelSpec) -> Iterable[_Part]:
@@ -226,17 +238,22 @@ def _parts(spec: ModelSpec) -> Iterable[_Part]:
             yield _Part(rule=rule, first=group[0].target, shape=(rows, *shape[1:]), runs=group)
 
 
-def _read_part(source: HFCheckpoint, part: _Part, spec: ModelSpec, dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(part.shape, dtype=dtype)
+def _fill(source: HFCheckpoint, part: _Part, first: int, tensor: Tensor, spec: ModelSpec) -> None:
+    """Give rows of a part, from ``first`` on, their numbers."""
     for run in part.runs:
-        first = run.target - part.first
-        source.read_into(run.name, run.source, tensor[first : first + run.rows])
+        at = run.target - part.first
+        low, high = _overlap(at, run.rows, first, len(tensor))
+        if low < high:
+            source.read_into(run.name, run.source + low - at, tensor[low - first : high - first])
     if not torch.stack(tensor.aminmax()).isfinite().all():
         raise UserError(
             f"{' and '.join(dict.fromkeys(run.name for run in part.runs))} in {spec.path} must hold finite numbers, "
-            f"got NaN or infinity{f' as {dtype}' if dtype == torch.float16 else ''}; use weights from before they arose"
+            f"got NaN or infinity; use weights from before they arose"
         )
-    return tensor
+
+
+def _overlap(start: int, rows: int, other: int, other_rows: int) -> tuple[int, int]:
+    return max(start, other), min(start + rows, other + other_rows)
 
 
 def _layer(rule: Rule) -> tuple[str, int | None]:
@@ -248,10 +265,10 @@ def _layer(rule: Rule) -> tuple[str, int | None]:
     return f"decoder.layers.{rest}", int(number)
 
 
-def _place(part: _Part, spec: ModelSpec) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Key and shape of the stored tensor of which a part is a piece, and the piece's place in it."""
+def _place(part: _Part, first: int, spec: ModelSpec) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Key and shape of the stored tensor of which rows of a part are a piece, and the piece's place in it."""
     (key, layer), shape = _layer(part.rule), local_shape(part.rule, spec, 1)
-    offsets = (part.first, *(0 for _ in shape[1:]))
+    offsets = (part.first + first, *(0 for _ in shape[1:]))
     if layer is None:
         return key, shape, offsets
     return key, (spec.num_layers, *shape), (layer, *offsets)
@@ -264,13 +281,18 @@ def _extra_state(rule: Rule, spec: ModelSpec) -> str:
     return name if layer is None else f"{name}/shard_{layer}_{spec.num_layers}"
 
 
-def _held_bytes(spec: ModelSpec, sizes: Mapping[str, int]) -> int:
-    """A layer beside the largest tensor: enough for all threads, half of what may be held."""
-    return sum(sizes.values()) // spec.num_layers + max(sizes.values())
+def stored_type(source: HFCheckpoint, dtype: str) -> torch.dtype:
+    """Type of a checkpoint's tensors: ``dtype``, or bfloat16 where all of the source's are, else float32."""
+    if dtype:
+        return DTYPES[dtype]
+    return torch.bfloat16 if set(source.dtypes.values()) == {torch.bfloat16} else torch.float32
 
 
-def _types_of(spec: ModelSpec) -> Mapping[str, torch.dtype]:
-    return open_checkpoint(spec).dtypes if has_weights(spec.path) else dict.fromkeys(hf_shapes(spec), spec.dtype)
+def export_types(spec: ModelSpec, dtype: str) -> Mapping[str, torch.dtype]:
+    """Type of each exported tensor: ``dtype``, or that in ``spec.path``, or the configuration's."""
+    if not dtype and has_weights(spec.path):
+        return open_checkpoint(spec).dtypes
+    return dict.fromkeys(hf_shapes(spec), DTYPES[dtype] if dtype else spec.dtype)
 
 
 def _copy_companions(spec: ModelSpec, directory: Path, dtype: str) -> None:
@@ -291,9 +313,26 @@ def _open_to_servers(directory: Path) -> None:
             shutil.copymode(directory / "config.json", file)
 
 
-def _insist_equal(got: Tensor, expected: Tensor, name: str, directory: Path) -> None:
-    if got.dtype != expected.dtype or not torch.equal(got, expected):
-        raise UserError(f"{name} in {directory} must be as its source has it, got other numbers; try another disk")
+def _compare(
+    fill: Callable[[Block, Tensor], object],
+    read_back: Callable[[Block, Tensor], object],
+    work: Sequence[Block],
+    dtypes: Mapping[str, torch.dtype],
+    workers: int,
+    directory: Path,
+) -> None:
+    """Insist that what was written is what the source gives once more."""
+
+    def compare(block: Block, tensor: Tensor) -> None:
+        fill(block, tensor)
+        read_back(block, written := torch.empty_like(tensor))
+        if not torch.equal(written, tensor):
+            raise UserError(
+                f"{block.name} in {directory} must be as its source has it, got other numbers; check disk and memory"
+            )
+
+    for _ in in_order(compare, work, dtypes, workers):
+        pass
 
 
 def _refusal(path: Path) -> str | None:

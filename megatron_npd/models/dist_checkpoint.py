@@ -36,15 +36,22 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, read_manifest, unlisted, verified_file
 from megatron_npd.models.checkpoint_files import COMMON_FILE, INDEX_FILE, KIND, MALFORMED, STATE_FILE, malformed
 from megatron_npd.models.streams import HashedFile, read_rows
 from megatron_npd.models.unpickle import read_index, read_layout, refused
+from megatron_npd.paths import is_megatron_lm
 from megatron_npd.stoppable import check_stop
 
 Shape = tuple[int, ...]
-_MAX_FILE_BYTES = 5 * 10**9
+_MAX_FILE_BYTES = 10**9  # several threads check the hashes of several files
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+# What Transformer Engine's fused layers call the norms, and with them what Megatron-LM writes.
+_FUSED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 _MODEL = ("embedding.", "decoder.", "output_layer.")  # how the names of parameters begin, beside the optimizer's state
 _CONTENT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _CONTENT |= {"common_backend": "torch", "common_backend_version": 1}
@@ -99,18 +106,27 @@ class DistCheckpoint:
         self._starts: dict[MetadataIndex, int] = {}
 
     @classmethod
-    def open_sealed(cls, path: str | Path, workers: int = 1) -> DistCheckpoint:
-        """Open what ``save_checkpoint`` sealed, after every file's hash has been checked, ``workers`` at a time.
+    def open(cls, path: str | Path, workers: int = 1, *, verify: bool = True) -> DistCheckpoint:
+        """Open what ``save_checkpoint`` sealed, or what Megatron-LM wrote, for which nobody vouches.
+
+        Args:
+            path: Directory of the checkpoint.
+            workers: Threads that check hashes.
+            verify: Check every file's hash first; else only that of the index.
 
         Raises:
             UserError: As for ``DistCheckpoint`` or ``read_manifest``, or a file lies there that no hash vouches for.
         """
+        if is_megatron_lm(path):
+            get_logger().warning("%s has no %s: damage to its files would not be seen", path, MANIFEST)
+            return cls(path, [file.name for file in Path(path).iterdir()])
         manifest = read_manifest(path, kind=KIND, verify=False)
         if foreign := unlisted(path, manifest):
             raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
         pool = ThreadPoolExecutor(workers)
         try:
-            for _ in pool.map(partial(verified_file, path, kind=KIND), manifest.files):
+            files = manifest.files if verify else [INDEX_FILE]
+            for _ in pool.map(partial(verified_file, path, kind=KIND), files):
                 check_stop()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -126,11 +142,9 @@ class DistCheckpoint:
         Raises:
             UserError: The checkpoint has none of that name, or one of another shape or type.
         """
-        layer, keys = None, [name]
-        if match := _LAYER.fullmatch(name):
-            layer, keys = int(match[1]), [f"decoder.layers.{match[2]}"]
-        if (key := next((key for key in keys if key in self._tensors), None)) is None:
-            raise self._another_model(f"no {keys[0]}")
+        key, layer = next(((key, layer) for key, layer in _keys(name) if key in self._tensors), (None, None))
+        if key is None:
+            raise self._another_model(f"no {_keys(name)[0][0]}")
         entry = self._tensors[key]
         size, pieces, dtype = _shape(entry.size), entry.chunks, getattr(entry.properties, "dtype", None)
         if layer is not None:
@@ -209,6 +223,16 @@ class DistCheckpoint:
         return UserError(f"{self.path} must hold this model, got {got}; give the directory that it started from")
 
 
+def _keys(name: str) -> list[tuple[str, int | None]]:
+    """The stored tensors that may hold a parameter, each with the layer of it; None: the tensor is of one layer."""
+    if not (match := _LAYER.fullmatch(name)):
+        return [(name, None)]
+    layer, inner = match.groups()
+    fused = next((new + inner.removeprefix(old) for old, new in _FUSED.items() if inner.startswith(old)), inner)
+    stacked: list[tuple[str, int | None]] = [(f"decoder.layers.{part}", int(layer)) for part in (inner, fused)]
+    return stacked + [(f"decoder.layers.{layer}.{part}", None) for part in (inner, fused)]
+
+
 def _shape(size: torch.Size) -> Shape:
     return (*size,)
 
@@ -281,7 +305,8 @@ class DistWriter:
             key: Name of the stored tensor.
             size: Its shape, of all layers.
             offsets: Where the piece lies in it.
-            piece: The piece; what it has fewer dimensions, it is one wide in the first ones.
+            piece: The piece; what it has fewer dimensions, it is one wide in the first ones. It must stay as it is
+                until the next one was written, or the file closed.
 
         Raises:
             OSError: The disk is full.
@@ -303,7 +328,7 @@ class DistWriter:
         Args:
             state: As for ``save_checkpoint``.
         """
-        self._close()
+        self.close()
         index = Metadata(self._index, None, self._places, StorageMeta(), CURRENT_DCP_VERSION)
         (self._directory / INDEX_FILE).write_bytes(pickle.dumps(index))
         (self._directory / "metadata.json").write_text(json.dumps(_CONTENT))
@@ -314,7 +339,7 @@ class DistWriter:
 
     def _save(self, key: MetadataIndex, value: Any) -> None:
         if self._file is None or self._file.bytes >= _MAX_FILE_BYTES:
-            self._close()
+            self.close()
             self._file = HashedFile(self._directory / f"__0_{len(self._hashes)}.distcp")
         start = self._file.bytes
         try:
@@ -323,7 +348,8 @@ class DistWriter:
             raise self._file.failure or error from error
         self._places[key] = _StorageInfo(self._file.path.name, start, self._file.bytes - start)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the file that is being written."""
         if self._file is not None:
             self._hashes[self._file.path.name] = self._file.close()
             self._file = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +16,11 @@ from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.models.families.base import ModelSpec, Rule
 from megatron_npd.models.mapping import hf_shapes
-from megatron_npd.models.streams import HashedFile, as_bytes, in_order, read_rows
+from megatron_npd.models.streams import Block, HashedFile, as_bytes, blocks, in_order, read_rows
 from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, ContentHash, check_finite, read_weights
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # in the order of safetensors' files
+_BLOCK_BYTES = 2**24  # of a tensor at a time: small enough for a cache, large enough for a thread
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -117,11 +119,10 @@ def write_weights(
     out_dir: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, torch.dtype],
-    make: Callable[[str], torch.Tensor],
+    fill: Callable[[Block, torch.Tensor], object],
     *,
     max_shard_bytes: int,
     workers: int,
-    held_bytes: int,
 ) -> tuple[str, dict[str, str]]:
     """Write safetensors files, named as transformers names them and byte for byte as safetensors lays them out.
 
@@ -129,10 +130,9 @@ def write_weights(
         out_dir: Existing directory.
         shapes: Shape of each tensor, in the order in which files take them up.
         dtypes: Type of each.
-        make: Gives a tensor by its name; called in several threads.
+        fill: Gives rows of a tensor their numbers; called in several threads.
         max_shard_bytes: Size that no file's tensors exceed (unless a single one does).
-        workers: Threads that make tensors ahead.
-        held_bytes: What tensors that are made and not yet written may take (a single one may take more).
+        workers: Threads that make rows ahead.
 
     Returns:
         The hash of the content, as servers compute it of what they load, and the sha256 of each weight file.
@@ -143,25 +143,27 @@ def write_weights(
     """
     sizes = {name: torch.Size(shape).numel() * dtypes[name].itemsize for name, shape in shapes.items()}
     files = _plan(sizes, dtypes, max_shard_bytes)
-    content = ContentHash()
 
-    def checked(name: str) -> torch.Tensor:
-        tensor = make(name)
-        data, dtype = as_bytes(tensor).numpy(), _NAMES[tensor.dtype]
-        check_finite(f"{name} of the model to export into {out_dir.parent}", dtype, data)
-        content.add(name, f"{dtype} {list(tensor.shape)}", data)
-        return tensor
+    def checked(block: Block, tensor: torch.Tensor) -> None:
+        fill(block, tensor)
+        what = f"{block.name} of the model to export into {out_dir.parent}"
+        check_finite(what, _NAMES[tensor.dtype], as_bytes(tensor).numpy())
 
-    order = {name: sizes[name] for names in files.values() for name in names}
-    made = in_order(checked, order, workers=workers, held_bytes=held_bytes)
-    hashes = {}
+    order = [name for names in files.values() for name in names]
+    work = [block for name in order for block in blocks(name, shapes[name], dtypes[name], _BLOCK_BYTES)]
+    made = in_order(checked, work, dtypes, workers)
+    hashes, tensor_hashes = {}, {name: hashlib.sha256() for name in order}
     try:
         for file, names in files.items():
             stream = HashedFile(out_dir / file)
             try:
                 stream.write(_header({name: (dtypes[name], shapes[name], sizes[name]) for name in names}))
-                for _ in names:
-                    stream.write(as_bytes(next(made)[1]).numpy().data)
+                for name in names:
+                    last = False
+                    while not last:
+                        block, tensor = next(made)
+                        stream.write(as_bytes(tensor).numpy().data, also=tensor_hashes[name])
+                        last = block.last
             finally:
                 hashes[file] = stream.close()
     finally:
@@ -170,6 +172,9 @@ def write_weights(
         weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_atomic(out_dir / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    content = ContentHash()
+    for name, sha256 in tensor_hashes.items():
+        content.add_hashed(name, f"{_NAMES[dtypes[name]]} {list(shapes[name])}", sha256.hexdigest())
     return content.hexdigest(), hashes
 
 

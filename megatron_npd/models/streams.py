@@ -1,4 +1,4 @@
-"""Tensors on their way between files: read row by row, made ahead within a bound of memory, hashed as they are written.
+"""Tensors on their way between files: read row by row, made ahead in a bound of memory, hashed as they are written.
 
 Legend: R rows; C all other dimensions.
 """
@@ -8,20 +8,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_npd.errors import UserError
 from megatron_npd.stoppable import check_stop
 
-_T = TypeVar("_T")
 _BLOCK_BYTES = 2**24  # of numbers on their way through another type or to other columns
-_WORTH_A_THREAD = 2**18  # bytes, hashed in 0.1 ms
+_LARGE = 2**18  # bytes, which take 0.1 ms to hash
 
 
 def default_workers() -> int:
@@ -69,34 +70,66 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Rows of a tensor, as many as fit into a part of memory.
+
+    Attributes:
+        name: The tensor.
+        first: The first row.
+        shape: Of these rows, [R, ...].
+        last: Whether the tensor ends with them.
+    """
+
+    name: str
+    first: int
+    shape: tuple[int, ...]
+    last: bool
+
+
+def blocks(name: str, shape: tuple[int, ...], dtype: torch.dtype, block_bytes: int) -> Iterator[Block]:
+    """Cut a tensor into blocks of at most so many bytes, or one row."""
+    rows = max(1, block_bytes // (torch.Size(shape[1:]).numel() * dtype.itemsize))
+    for first in range(0, shape[0], rows):
+        count = min(rows, shape[0] - first)
+        yield Block(name=name, first=first, shape=(count, *shape[1:]), last=first + count == shape[0])
+
+
 def in_order(
-    make: Callable[[str], _T], sizes: Mapping[str, int], *, workers: int, held_bytes: int
-) -> Generator[tuple[str, _T], None, None]:
-    """Results of ``make`` in the order of ``sizes``, made ahead by threads.
+    fill: Callable[[Block, Tensor], object], work: Sequence[Block], dtypes: Mapping[str, torch.dtype], workers: int
+) -> Generator[tuple[Block, Tensor], None, None]:
+    """Blocks in order, filled ahead by threads: three more than there are threads lie in memory at a time.
 
     Args:
-        make: Gives the result of a name; called in several threads.
-        sizes: Name -> bytes that its result takes.
+        fill: Gives a block its numbers; called in several threads.
+        work: The blocks.
+        dtypes: Type of each tensor.
         workers: Threads.
-        held_bytes: What all results together may take that are begun and that the caller has not done with (it has
-            when it asks for the next one): one alone may take more.
+
+    Returns:
+        Each block with its numbers, which stay until the one after the next is asked for.
     """
-    waiting: deque[tuple[str, Future[_T]]] = deque()
-    held = 0
+    sizes = [torch.Size(block.shape).numel() * dtypes[block.name].itemsize for block in work]
+    # Memory that is used again costs a tenth of what new pages do.
+    memory = [np.empty(max(sizes), np.uint8) for _ in range(workers + 3)]
+    waiting: deque[tuple[Block, Tensor, Future[object]]] = deque()
+
+    def taken() -> tuple[Block, Tensor]:
+        check_stop()
+        block, tensor, future = waiting.popleft()
+        future.result()
+        return block, tensor
+
     pool = ThreadPoolExecutor(workers)
     try:
-        for name, size in (*sizes.items(), (None, 0)):
-            while waiting and (name is None or held + size > held_bytes):
-                check_stop()
-                first, future = waiting.popleft()
-                result = future.result()
-                del future
-                yield first, result
-                del result
-                held -= sizes[first]
-            if name is not None:
-                waiting.append((name, pool.submit(make, name)))
-                held += size
+        for number, (block, size) in enumerate(zip(work, sizes, strict=True)):
+            if len(waiting) == len(memory) - 1:
+                yield taken()
+            data = torch.from_numpy(memory[number % len(memory)][:size])  # a storage of its own, as torch.save wants it
+            tensor = data.view(dtypes[block.name]).view(block.shape)
+            waiting.append((block, tensor, pool.submit(fill, block, tensor)))
+        while waiting:
+            yield taken()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -114,31 +147,40 @@ class HashedFile:
         """Create it.
 
         Raises:
-            UserError: It cannot be written.
+            OSError: It cannot be written.
         """
         self.path, self.bytes = path, 0
         self.failure: OSError | None = None
         self._sha256 = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)
+        self._pools = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # one for each hash: its bytes come in order
+        self._hashing: list[Future[None]] = []
         self._stream = open(path, "wb")  # noqa: SIM115  (closed by ``close``)
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Append bytes; OSError where the disk is full."""
+    def write(self, data: bytes | memoryview, also: Any = None) -> int:
+        """Append bytes; they must stay as they are until the next large part was written, or the file closed.
+
+        Args:
+            data: The bytes.
+            also: Another hash to update with them, which is done once the file is closed.
+
+        Raises:
+            OSError: The disk is full.
+        """
         view = memoryview(data)
-        hashing = None
-        if view.nbytes < _WORTH_A_THREAD:
-            self._sha256.update(view)
+        if view.nbytes < _LARGE:
+            view = memoryview(bytes(view))
         else:
-            hashing = self._pool.submit(self._sha256.update, view)
+            self._settle()
+        for pool, digest in zip(self._pools, (self._sha256, also), strict=True):
+            if digest is not None:
+                self._hashing.append(pool.submit(digest.update, view))
         try:
-            self._stream.write(view)
+            for start in range(0, view.nbytes, _LARGE):  # the system caches small parts in memory that it has at hand
+                self._stream.write(view[start : start + _LARGE])
         except OSError as error:
             error.filename = str(self.path)
             self.failure = error
             raise
-        finally:
-            if hashing is not None:
-                hashing.result()
         self.bytes += view.nbytes
         return view.nbytes
 
@@ -147,6 +189,13 @@ class HashedFile:
 
     def close(self) -> str:
         """Write what is left and return the content's sha256, in hex."""
-        self._pool.shutdown()
+        for pool in self._pools:
+            pool.shutdown()
+        self._settle()
         self._stream.close()
         return self._sha256.hexdigest()
+
+    def _settle(self) -> None:
+        for future in self._hashing:
+            future.result()
+        self._hashing.clear()

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_npd.errors import UserError
 
@@ -46,6 +47,8 @@ _KNOWN = {
     "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
     "pathlib": ("PosixPath",),
 }
+# megatron-core's own classes of the same, until 0.15.
+_OLDER = {"MCoreMetadata": Metadata, "MCoreSavePlan": SavePlan}
 # What content of another form ends in.
 _NO_INDEX = (AssertionError, AttributeError, EOFError, LookupError, MemoryError, OverflowError, RuntimeError)
 _NO_INDEX += (TypeError, ValueError)
@@ -70,6 +73,8 @@ class _Unpickler(_PythonUnpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "megatron.core.dist_checkpointing.strategies.torch" and name in _OLDER:
+            return _OLDER[name]
         module = "pathlib" if module == "pathlib._local" else module  # Python 3.13's name, unknown to others
         if name in _KNOWN.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
             return super().find_class(module, name)

@@ -19,6 +19,7 @@ from megatron_npd.models.convert import _open_to_servers, hf_to_megatron
 from megatron_npd.models.families import load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, write_weights
 from megatron_npd.models.mapping import hf_shapes
+from megatron_npd.models.streams import Block
 from megatron_npd.weights import INDEX_FILE, SINGLE_FILE, read_weights
 from tests.helpers import failing
 
@@ -50,8 +51,11 @@ def write(
 ) -> tuple[str, dict[str, str]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    bounds = {"max_shard_bytes": max_shard_bytes, "workers": workers, "held_bytes": 10**5}
-    return write_weights(out_dir, shapes, dtypes, tensors.__getitem__, **bounds)
+
+    def fill(block: Block, out: torch.Tensor) -> None:
+        out.copy_(tensors[block.name][block.first :][: len(out)])
+
+    return write_weights(out_dir, shapes, dtypes, fill, max_shard_bytes=max_shard_bytes, workers=workers)
 
 
 def check(model_dir: Path) -> None:

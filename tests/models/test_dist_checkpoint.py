@@ -51,6 +51,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
+def test_files_are_as_large_as_what_they_hold(work: Path) -> None:
+    """torch.save writes all of a tensor's memory, not the tensor alone."""
+    numbers = (work / "untied" / "model.safetensors").stat().st_size
+    written = sum(file.stat().st_size for file in (work / "untied-megatron" / "iter_0000000").iterdir())
+    assert written < numbers + 100_000
+
+
 def test_megatron_core_loads_what_is_written_in_any_layout(work: Path) -> None:
     run_distributed(make_and_load, 2, work)
 
@@ -255,3 +262,108 @@ def test_types_can_be_chosen(work: Path, tmp_path: Path) -> None:
     for name, tensor in load_file(work / "qwen2" / "model.safetensors").items():
         assert torch.equal(loaded[name], tensor.bfloat16().half()), name
     assert set(HFCheckpoint(tmp_path / "half").dtypes.values()) == {torch.float16}
+
+
+def write_as_megatron_lm(model: Path, root: Path, *, stacked: bool) -> Path:
+    """A checkpoint with Transformer Engine's names, by torch's own writer; returns its directory."""
+    from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+
+    hf = load_file(model / "model.safetensors")
+    state: dict[str, list[torch.Tensor]] = {}
+    for index in range(2):
+        layer = {name.removeprefix(f"model.layers.{index}."): tensor for name, tensor in hf.items()}
+        q, k, v = (
+            [layer[f"self_attn.{part}_proj.{kind}"].chunk(2) for kind in ("weight", "bias")] for part in ("q", "k", "v")
+        )
+        parts = {
+            "self_attention.linear_qkv.layer_norm_weight": layer["input_layernorm.weight"],
+            "self_attention.linear_proj.weight": layer["self_attn.o_proj.weight"],
+            "mlp.linear_fc1.layer_norm_weight": layer["post_attention_layernorm.weight"],
+            "mlp.linear_fc1.weight": torch.cat([layer["mlp.gate_proj.weight"], layer["mlp.up_proj.weight"]]),
+            "mlp.linear_fc2.weight": layer["mlp.down_proj.weight"],
+        }
+        for number, kind in enumerate(("weight", "bias")):
+            groups = zip(q[number], k[number], v[number], strict=True)
+            parts[f"self_attention.linear_qkv.{kind}"] = torch.cat([part for group in groups for part in group])
+        for name, tensor in parts.items():
+            key = f"decoder.layers.{name}" if stacked else f"decoder.layers.{index}.{name}"
+            state.setdefault(key, []).append(tensor)
+    tensors = {key: torch.stack(layers) if stacked else layers[0] for key, layers in state.items()}
+    tensors["embedding.word_embeddings.weight"] = torch.cat([hf["model.embed_tokens.weight"], torch.zeros(81, 64)])
+    tensors["output_layer.weight"] = torch.cat([hf["lm_head.weight"], torch.zeros(81, 64)])
+    tensors["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
+    others: dict[str, Any] = {f"optimizer.state.exp_avg.{key}": tensor for key, tensor in tensors.items()}
+    path = root / "iter_0000120"
+    save_distributed({**tensors, **others, "rng_state/shard_0_1": [1, 2]}, checkpoint_id=path, no_dist=True)
+    (root / "latest_checkpointed_iteration.txt").write_text("120\n")
+    return path
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_megatron_lm_s_own_checkpoints_are_read(work: Path, tmp_path: Path, stacked: bool) -> None:
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreMetadata
+
+    path = write_as_megatron_lm(work / "untied", tmp_path, stacked=stacked)
+    megatron_to_hf(tmp_path, work / "untied", tmp_path / "out", verify=True)  # the root, as Megatron-LM leaves it
+    expected = (work / "untied" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == expected
+    old, new = MCoreMetadata(), pickle.loads((path / ".metadata").read_bytes())  # as megatron-core had it until 0.15
+    old.__dict__.update(new.__dict__, mcore_data={})
+    (path / ".metadata").write_bytes(pickle.dumps(old))
+    megatron_to_hf(path, work / "untied", tmp_path / "older")
+    assert (tmp_path / "older" / "model.safetensors").read_bytes() == expected
+    (path / "state.json").write_text("{}")  # one of ours, that was never sealed
+    with pytest.raises(UserError, match="must be a sealed directory"):
+        megatron_to_hf(path, work / "untied", tmp_path / "unsealed")
+
+
+def test_the_table_says_where_every_tensor_goes(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_npd.cli.convert import main
+
+    model = str(work / "untied")
+    main(["--direction", "hf-to-megatron", "--hf-model", model, "--dry-run", "--dtype", "bfloat16"])
+    there = capsys.readouterr().out.splitlines()
+    checkpoint = str(work / "untied-megatron")
+    main(["--direction", "megatron-to-hf", "--hf-model", model, "--checkpoint", checkpoint, "--dry-run"])
+    back = capsys.readouterr().out.splitlines()
+    names = set(load_file(work / "untied" / "model.safetensors"))
+    for lines in (there, back):
+        assert {line.split()[0] for line in lines[1:]} == names
+    k_proj = "model.layers.1.self_attn.k_proj.weight"
+    line = next(" ".join(line.split()) for line in there if k_proj in line)
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    assert line == f"{k_proj} {name} 32:64, 128:160 64 x 64 float32 -> bfloat16"
+    line = next(" ".join(line.split()) for line in back if k_proj in line)
+    assert line == f"{k_proj} decoder.layers.self_attention.linear_qkv.weight[1] 32:64, 128:160 64 x 64 float32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [((), "out must be given, or dry_run"), (("--out", "o", "--workers=-1"), "workers must be at least 0")],
+)
+def test_flags_that_do_not_go_together_are_refused(flags: tuple[str, ...], words: str) -> None:
+    from megatron_npd.cli.convert import main
+
+    with pytest.raises(UserError, match=words):
+        main(["--direction", "hf-to-megatron", "--hf-model", "model", *flags])
+
+
+def test_what_was_written_otherwise_is_found(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By reading it back: the numbers are flipped between the hash and the disk."""
+    from megatron_npd.models import convert
+
+    real = convert.write_weights
+
+    def flipped(directory: Path, *args: Any, **options: Any) -> Any:
+        result = real(directory, *args, **options)
+        with open(directory / "model.safetensors", "r+b") as stream:
+            stream.seek(-1, 2)
+            last = stream.read(1)[0]
+            stream.seek(-1, 2)
+            stream.write(bytes([last ^ 1]))
+        return result
+
+    monkeypatch.setattr(convert, "write_weights", flipped)
+    with pytest.raises(UserError, match="must be as its source has it, got other numbers"):
+        megatron_to_hf(work / "qwen2-megatron", work / "qwen2", tmp_path / "out", verify=True)
+    assert not is_sealed(tmp_path / "out")
