@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 
-TIMES = {"step_seconds", "data_wait_seconds", "tokens_per_second"}
+TIMES = {"step_seconds", "data_wait_seconds", "round_wait_seconds", "tokens_per_second"}
 
 
 def equal_weights(first: Path, second: Path) -> bool:

@@ -23,7 +23,16 @@ ZONES = ("degenerate", "proximal", "disconnect", "undefined")
 LAG_BOUND = 0.10  # nats per token, METHOD section 4
 DROPPED_BOUND = CUT_BOUND = 0.10  # shares of a round's responses
 # Numbers of a step that are no parts of its objective, or have a table of their own.
-_NO_PARTS = ("lag_k1", "lag_k3", "lr", "grad_norm", "tokens_per_second", "step_seconds", "data_wait_seconds")
+_NO_PARTS = (
+    "lag_k1",
+    "lag_k3",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "step_seconds",
+    "data_wait_seconds",
+    "round_wait_seconds",
+)
 _ESSENTIAL = (
     *("teacher", "student", "prompts", "updates", "rollout.greedy_paths", "rollout.sampled_paths"),
     *("rollout.temperature", "rollout.max_tokens", "rollout.seed", "annotate.top_k", "annotate.backend"),
@@ -47,6 +56,7 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
         (``pipeline/evaluation.py``); ``zones``, ``lag`` and ``training`` (one entry per round; lag in nats per token);
         ``policies`` (names of finished ones); ``seconds`` by stage, ``distillation_seconds`` (what belongs to a round)
         and ``total_seconds``, in which stages that overlapped count once; ``timeline`` and ``busy`` (as below);
+        ``round_wait_seconds``, in which the trainer waited for packs;
         ``refreshes`` of the servers (with ``pause_s`` and ``gb_per_s``); ``environment`` (one entry a process),
         ``config`` (the essentials), ``rounds`` (planned) and ``written``.
     """
@@ -70,6 +80,7 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
         "total_seconds": _wall(timed),
         "timeline": (timeline := timeline_of(timed)),
         "busy": busy_shares(timeline),
+        "round_wait_seconds": sum(line.get("round_wait_seconds", 0.0) for line in metrics),
         "refreshes": [line for line in timed if "pause_s" in line],
         "environment": read_json(run.environment, []),
         "config": _essentials(config),
@@ -140,9 +151,11 @@ def duration(seconds: float) -> str:
 
 
 def busy_words(summary: Mapping[str, Any]) -> str:
-    """``servers 83 %, annotator 20 %, trainer 55 % of 3 min 7 s``."""
+    """``servers 83 %, annotator 20 %, trainer 55 % of 3 min 7 s, in which the trainer waited 8 s for rounds``."""
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in summary["busy"].items())
-    return f"{shares} of {duration(max(entry['end'] for entry in summary['timeline']))}"
+    whole = duration(max(entry["end"] for entry in summary["timeline"]))
+    waited = summary["round_wait_seconds"]
+    return f"{shares} of {whole}" + (f", in which the trainer waited {duration(waited)} for rounds" if waited else "")
 
 
 def refresh_words(summary: Mapping[str, Any]) -> str:

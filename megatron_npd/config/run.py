@@ -58,6 +58,10 @@ class NPDConfig(ClusterConfig):
     max_lead: int = 0
     """Rounds that may be ahead of the trainer: so much older is the policy that generates a round, and stages run
     beside one another; 0: the newest policy, and one stage after another."""
+    take_turns: bool = False
+    """Launched servers, annotator and trainer take turns on the devices, one of them in memory at a time: each ends
+    before the next begins, and starts again when it is needed. annotate.follow_seconds then needs servers elsewhere,
+    beside which the teacher may run; else it comes after them."""
     platform: PlatformName = "auto"
     """Device platform; auto: cuda, npu or cpu, the first that is there."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -114,6 +118,7 @@ class NPDConfig(ClusterConfig):
             "sample a path so, or use every_n",
         )
         serving = self.nnodes - self.training_nodes
+        require(not (self.take_turns and self.max_lead), "take_turns", "false with max_lead", True, "stages overlap")
         require(
             not (serving and self.rollout.urls),
             "rollout.urls",
@@ -128,8 +133,8 @@ class NPDConfig(ClusterConfig):
             self.train_nodes,
             "the other nodes serve",
         )
-        own = ("hf_model", "data_path", "save", "load", "exit_at_iteration", "metrics_path", "updates", "max_lead")
-        for name in own:
+        own = ("hf_model", "data_path", "save", "load", "metrics_path", "updates", "max_lead")
+        for name in (*own, "exit_at_iteration", "exit_at_refresh"):
             given = getattr(self.train, name)
             require(not given, f"train.{name}", "left to the run", given, "drop it; run_dir says where all of it lies")
         require(

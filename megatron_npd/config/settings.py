@@ -325,6 +325,8 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     """Optimizer steps of the whole run; the learning-rate schedule spans them."""
     exit_at_iteration: int = 0
     """Stop, with a checkpoint, after this step, and leave the rest to a later call; 0: go on to train_iters."""
+    exit_at_refresh: bool = False
+    """Stop at each checkpoint that becomes the next policy; npd run sets it where stages take turns on a device."""
 
     refresh: RefreshRule = "even"
     """When a checkpoint becomes the next policy: never before the end; at updates + 1 steps spread evenly; every

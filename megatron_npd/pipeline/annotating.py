@@ -27,8 +27,10 @@ class RunAnnotator:
 
     def __init__(self, run: RunDir, cfg: NPDConfig, launcher: Launcher) -> None:
         self.run, self.cfg, self.launcher = run, cfg, launcher
-        # Where stages overlap, this process's threads must share no state of megatron-core.
-        self.here = cfg.world_size == 1 and cfg.max_lead == 0 and cfg.annotate.backend == "megatron"
+        # Where stages overlap, this process's threads must share no state of megatron-core; where they take turns, it
+        # must leave the device.
+        turns = cfg.max_lead > 0 or cfg.take_turns
+        self.here = cfg.world_size == 1 and not turns and cfg.annotate.backend == "megatron"
         self._annotator: Annotator | None = None
         self._job: Job | None = None
         self._told: set[str] = set()

@@ -4,7 +4,8 @@ A stage whose output is sealed is skipped, so the runner may be stopped anywhere
 command of its own that lives through the rounds, as do the servers and the annotator; ``max_lead`` bounds how many
 rounds may be ahead of the trainer.
 
-With ``max_lead`` 0 one stage is at work at a time, here in the main thread. Else each has a thread of its own, one at a
+With ``max_lead`` 0 one stage is at work at a time, here in the main thread; with ``take_turns`` what it needs is alone
+on the devices. Else each has a thread of its own, one at a
 time on the servers, one on the ranks, and one of each stage on the host: while round 1 is generated, round 0 is
 annotated, selected, packed and trained on. What needs a model's ranks is then a command, so that these threads share no
 state of megatron-core; the main thread starts them, writes the reports, and ends all when one of them fails.
@@ -205,7 +206,7 @@ def _order(ctx: Context, task: Task) -> int:
 
 
 def _work_off(ctx: Context, pending: list[Task], report: Callable[[Path], object]) -> None:
-    ended = threading.Event()  # a thread has
+    ended, turn = threading.Event(), ""  # a thread has; what holds the devices
     while True:
         training = ctx.trainer is not None and ctx.trainer.running()  # asked first: it seals before it ends
         left = needless(ctx, pending)
@@ -217,9 +218,14 @@ def _work_off(ctx: Context, pending: list[Task], report: Callable[[Path], object
         finished = [task for task in near if _finished(ctx, task)]
         pending, near = ([task for task in some if task not in finished] for some in (pending, near))
         busy = {task.stage.occupies for task in near if task.at_work}
-        able = (task for task in near if not task.at_work and task.stage.occupies not in busy)
+        able = [task for task in near if not task.at_work and task.stage.occupies not in busy]
+        if ctx.cfg.take_turns:  # what has the devices goes on with all that it can
+            able.sort(key=lambda task: task.stage.needs != "host" and task.stage.occupies != turn)
         ready = next((task for task in able if task.ready(ctx)), None)
         if ready is not None:
+            if ctx.cfg.take_turns and ready.stage.needs != "host":
+                turn = ready.stage.occupies
+                _make_room(ctx, turn)
             if ready.stage.name == "rollout" and ready.index:
                 report(ctx.run.root)  # what the rounds before left
             _start(ctx, ready, ended)
@@ -281,6 +287,16 @@ def _start(ctx: Context, task: Task, ended: threading.Event) -> None:
         task.worker = Worker(partial(_do, ctx, task), ended)
     else:
         _do(ctx, task)
+
+
+def _make_room(ctx: Context, turn: str) -> None:
+    """End whatever else holds the devices of this run's nodes; servers that were given have their own."""
+    if turn != "trainer" and ctx.trainer is not None:
+        ctx.trainer.wait()  # it ends at each refresh
+    if turn != "ranks":
+        ctx.annotator.close()
+    if turn != "servers":
+        ctx.servers.stop()
 
 
 def _do(ctx: Context, task: Task) -> None:

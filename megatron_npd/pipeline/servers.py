@@ -64,6 +64,19 @@ class Servers:
         self._note()
         return self._pool
 
+    @property
+    def launches(self) -> bool:
+        """Whether they are launched here, rather than given."""
+        return not self.rollout.urls
+
+    def stop(self) -> None:
+        """Stop the servers that were launched here; the next policy that is asked for starts them again."""
+        if self._pool is not None and self.launches:
+            self._pool.close()
+            self._pool = self._served = None
+            with suppress(OSError):
+                self.run.servers.unlink(missing_ok=True)
+
     def _note(self) -> None:
         """Keep which servers are asked, and for what, in ``report/servers.json``, for those who look at the run.
 

@@ -196,7 +196,8 @@ def policy_is_due(ctx: Context, index: int) -> bool:
 
 def rollout(ctx: Context, index: int) -> None:
     """Generate a round of responses; with ``annotate.follow_seconds`` another command annotates them meanwhile."""
-    if ctx.cfg.annotate.follow_seconds and not ctx.overlaps:
+    alone = ctx.cfg.take_turns and ctx.servers.launches
+    if ctx.cfg.annotate.follow_seconds and not ctx.overlaps and not alone:
         ctx.annotator.begin(_order(ctx, index, ctx.run))
     ctx.generating = index
     try:
@@ -274,7 +275,7 @@ def packs_are_there(ctx: Context, index: int) -> bool:
 
 def train(ctx: Context, _: int) -> None:
     """See to it that the trainer runs; it takes each round's packs itself, once they are sealed."""
-    if ctx.trainer is None:
+    if ctx.trainer is None or (ctx.cfg.take_turns and not ctx.trainer.running()):
         ctx.trainer = ctx.launcher.start("train", trainer_settings(ctx.run, ctx.cfg))
     ctx.trainer.running()
 
@@ -291,6 +292,7 @@ def trainer_settings(run: RunDir, cfg: NPDConfig) -> dict[str, Any]:
             metrics_path=str(run.metrics),
             updates=cfg.updates,
             max_lead=cfg.max_lead,
+            exit_at_refresh=cfg.take_turns,
             platform=cfg.platform,
         )
     )

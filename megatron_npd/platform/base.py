@@ -70,6 +70,10 @@ class Platform(Protocol):
         """Highest memory use so far: allocated on the device, or resident on the CPU."""
         ...
 
+    def release_memory(self) -> None:
+        """Give memory that nothing holds any more back to the device, for other processes."""
+        ...
+
     def packed_attention(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
     ) -> Tensor:

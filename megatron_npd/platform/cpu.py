@@ -68,6 +68,9 @@ class Device:
     def max_memory_bytes(self) -> int:
         return resident_bytes()
 
+    def release_memory(self) -> None:
+        return
+
     def packed_attention(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
     ) -> Tensor:

@@ -62,6 +62,9 @@ class Device:
     def max_memory_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
 
+    def release_memory(self) -> None:
+        torch.cuda.empty_cache()
+
     def packed_attention(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
     ) -> Tensor:

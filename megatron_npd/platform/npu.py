@@ -79,6 +79,9 @@ class Device:
     def max_memory_bytes(self) -> int:
         return _npu().max_memory_allocated()
 
+    def release_memory(self) -> None:
+        _npu().empty_cache()
+
     def packed_attention(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
     ) -> Tensor:

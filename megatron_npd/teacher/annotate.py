@@ -33,6 +33,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import Manifest, read_manifest, seal, writing
 from megatron_npd.models.families.base import load_sizes, load_spec
+from megatron_npd.platform import get_platform
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined, in_words
 from megatron_npd.store.annotation_store import STORE_KIND
@@ -59,6 +60,7 @@ class Annotator:
         self.teacher_dir, self.cfg, self._servers = teacher_dir, cfg, servers
         self._teacher: TokenScorer | None = servers
         self._student: Scorer | None = None
+        self._student_dir: Path | None = None
 
     def join(self) -> None:
         """Meet the other ranks, in the teacher's layout."""
@@ -93,19 +95,25 @@ class Annotator:
                     self._annotate_wave(order, wave, setting)
             return _seal_round(waves, order) if rank == 0 else None
 
+    def _drop(self) -> None:
+        """Forget the models, and have their memory free for other processes."""
+        self._student, self._teacher = None, self._servers
+        get_platform().release_memory()
+
     def _load_student(self, setting: ScoringContext) -> Scorer:
         """The student, in the widest layout within the teacher's that its heads allow; the rest is data-parallel."""
         width = math.gcd(self.cfg.tensor_model_parallel_size, setting.student.num_kv_heads)
         initialize_distributed(tensor_model_parallel_size=width)
-        if self._student is None or self._student.spec.path != setting.student.path:
+        if self._student is None or self._student_dir != setting.student.path:
             self._student = None  # before the next one takes memory
             self._student = Scorer(setting.student.path, **_scorer_settings(self.cfg))
+            self._student_dir = setting.student.path
         return self._student
 
     def _load_teacher(self, setting: ScoringContext) -> TokenScorer:
         self.join()
         if not self.cfg.keep_loaded:
-            self._student = None
+            self._drop()
         if self._teacher is None:
             vocab_size = setting.student.vocab_size
             self._teacher = Scorer(self.teacher_dir, vocab_size=vocab_size, **_scorer_settings(self.cfg))
@@ -148,7 +156,7 @@ class Annotator:
                     reasons.update(counts["quarantined"])
                     check_quarantined(reasons, wave.round_size, order.max_quarantined, rollouts_dir)
         if not self.cfg.keep_loaded:
-            self._teacher = self._servers
+            self._drop()
         dist.barrier()
 
     def _student_losses(

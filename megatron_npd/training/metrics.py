@@ -17,7 +17,13 @@ METRICS_FILE = "metrics.jsonl"
 _wandb_runs: dict[str, Any] = {}  # those that are open: the rounds of a run are one of wandb's
 _OF_THE_LAST_STEP = ("lr",)  # beside whole numbers: what an interval's line does not average over its steps
 _LABELS = {"ce": "CE", "kd": "KD", "lag_k3": "lag k3", "grad_norm": "grad norm"}
-_NO_PARTS = ("lr", "tokens_per_second", "step_seconds", "data_wait_seconds")  # shown in units of their own
+_NO_PARTS = (
+    "lr",
+    "tokens_per_second",
+    "step_seconds",
+    "data_wait_seconds",
+    "round_wait_seconds",
+)  # shown in units of their own
 
 
 def metrics_file(cfg: TrainConfig) -> Path | None:

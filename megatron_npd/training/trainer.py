@@ -133,6 +133,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
     ):
         while iteration < stop:
+            looked = time.perf_counter()
             if (following := rounds.following(refresh.progress.policies, feed.rows_consumed)) is not None:
                 with together():  # some ranks alone look at all of it
                     feed.extend(following)
@@ -153,6 +154,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
                         "tokens_per_second": tokens / seconds,
                         "step_seconds": seconds,
                         "data_wait_seconds": feed.take_wait(),
+                        "round_wait_seconds": start - looked,
                     }
                 )
             marked = refresh.after(iteration, entry.round, values.get("lag_k3"))
@@ -162,6 +164,8 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
                 state = {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed}
                 state |= {"refresh": refresh.state(), "schedule": rounds.state(feed.rows_consumed)}
                 saver.save(step, state | ({"policy": refresh.progress.policies} if marked else {}))
+            if marked and cfg.exit_at_refresh:
+                break
     return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
 
 

@@ -223,3 +223,8 @@ def test_no_command_answers_a_mistake_with_its_usage(tool: str) -> None:
 )
 def test_items_of_a_list_of_texts_may_look_like_numbers(argv: list[str]) -> None:
     assert parse_config(RolloutConfig, argv).server_args == ("--tensor-parallel-size", "2")
+
+
+def test_turns_and_lead_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="take_turns must be false with max_lead, got True; stages overlap"):
+        parse_config(NPDConfig, ["--take-turns", "--max-lead=1"])

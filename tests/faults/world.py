@@ -25,7 +25,7 @@ SERVER, INPUTS = "NPD_FAULTS_SERVER", "NPD_FAULTS_INPUTS"  # environment of the 
 PROMPTS = 14
 STEPS, SAVE_EVERY = 3, 2  # of the training: checkpoints after steps 2 and 3
 UNSTABLE = (".metadata", "common.pt")  # of a dist checkpoint: pickles, whose bytes hold times and the order of sets
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")  # in a line of metrics
+TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "round_wait_seconds")  # in a line of metrics
 
 
 def make_inputs(root: Path) -> Path:

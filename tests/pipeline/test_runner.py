@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -148,6 +149,38 @@ def test_annotation_follows_the_rollouts(recipe: NPDConfig) -> None:
         assert other.read_bytes() == file.read_bytes(), file
     stages = [json.loads(line)["stage"] for line in (Path(cfg.run_dir) / "report/seconds.jsonl").open()]
     assert stages.index("rollout") < stages.index("annotate") < stages.index("select")
+
+
+def test_stages_take_turns_on_a_device(recipe: NPDConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of server, annotator and trainer one runs at a time, each as often as it must, and the results are the same."""
+    ours = psutil.Process()
+    before = set(ours.children())  # the session's server
+    present: list[tuple[str, set[str]]] = []
+    words = {"vllm.entrypoints": "servers", "megatron_npd annotate": "ranks", "megatron_npd train": "trainer"}
+
+    def starting(ctx: work.Context, task: runner.Task, ended: Any) -> None:
+        lines = [" ".join(child.cmdline()) for child in set(ours.children()) - before]
+        present.append((task.stage.occupies, {who for word, who in words.items() if any(word in x for x in lines)}))
+        begin(ctx, task, ended)
+
+    begin = runner._start
+    monkeypatch.setattr(runner, "_start", starting)
+    rollout = dataclasses.replace(recipe.rollout, urls=(), token_file="", concurrency=8)
+    cfg = dataclasses.replace(recipe, run_dir=str(tmp_path / "turns"), take_turns=True, rollout=rollout)
+    run_npd(cfg)
+    for turn, there in present:
+        assert turn in ("prompts", "select", "pack", "export") or there <= {turn}, present
+    order = [turn for turn, _ in present if turn in words.values()]
+    changes = [turn for turn, before in zip(order, ["", *order], strict=False) if turn != before]
+    assert changes == ["servers", "ranks", "trainer"] * 2 + ["servers", "ranks"]
+    undisturbed = RunDir(Path(recipe.run_dir))
+    for index in (0, 1):
+        files = sorted(undisturbed.round(index).rglob("[!.]*.*"))
+        assert any(file.name == "rollouts.parquet" for file in files)
+        for file in files:
+            assert (Path(cfg.run_dir) / file.relative_to(undisturbed.root)).read_bytes() == file.read_bytes(), file
+    expected, got = weights(undisturbed.root, "v0002"), weights(Path(cfg.run_dir), "v0002")
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from megatron_npd.training.trainer import BatchLoader, train
 from tests.dist import run_distributed
 from tests.training.make_run import config, make_round, read_metrics
 
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "round_wait_seconds")
 STEPS, ROWS, UPDATES = 9, 4, 2  # rounds of 3 steps
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),

@@ -20,7 +20,7 @@ from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
 from tests.training.make_run import config, make_packs, read_metrics
 
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "round_wait_seconds")
 STEPS, RANKS = 3, 2
 
 

@@ -26,7 +26,7 @@ from tests.helpers import VOCAB_SIZE, make_tiny_model
 from tests.teacher.reference import make_rollouts
 from tests.training.make_run import column, config, make_packs, make_sft_packs, read_metrics, sample_lengths
 
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "round_wait_seconds")
 
 
 @pytest.fixture(scope="module")
