@@ -60,7 +60,7 @@ class Annotator:
         self.teacher_dir, self.cfg, self._servers = teacher_dir, cfg, servers
         self._teacher: TokenScorer | None = servers
         self._student: Scorer | None = None
-        self._student_dir: Path | None = None
+        self._student_dir = ""
 
     def join(self) -> None:
         """Meet the other ranks, in the teacher's layout."""
