@@ -278,6 +278,7 @@ class PackedDataset:
         data_path: ``schedule.jsonl`` or a packs directory.
         seed: Seed of the row order.
         streams: What this rank reads.
+        replay: Share of the rows that come from earlier rounds.
         verify: Hash every file (once a process) before use.
 
     Attributes:
@@ -292,9 +293,11 @@ class PackedDataset:
             holds a link.
     """
 
-    def __init__(self, data_path: str | Path, *, seed: int, streams: Streams, verify: bool = True) -> None:
+    def __init__(
+        self, data_path: str | Path, *, seed: int, streams: Streams, replay: float = 0.0, verify: bool = True
+    ) -> None:
         path = Path(data_path)
-        self._path, self._seed, self._streams, self._verify = path, seed, streams, verify
+        self._path, self._seed, self._streams, self._replay, self._verify = path, seed, streams, replay, verify
         self._base, self._root = (path, None) if path.is_dir() else (path.parent, path.parent)
         self.entries: list[ScheduleEntry] = []
         self._packs: list[PackedRows] = []
@@ -315,7 +318,7 @@ class PackedDataset:
         for entry in entries:
             self._packs.append(self._open(entry))
             self.entries.append(entry)
-        self.schedule = RowSchedule(self.entries, [len(packs) for packs in self._packs], self._seed)
+        self.schedule = RowSchedule(self.entries, [len(packs) for packs in self._packs], self._seed, self._replay)
 
     def _open(self, entry: ScheduleEntry) -> PackedRows:
         packs = PackedRows(self._base / entry.packs, streams=self._streams, verify=self._verify, root=self._root)

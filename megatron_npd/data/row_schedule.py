@@ -1,8 +1,8 @@
 """The order of training rows: from ``schedule.jsonl`` and the seed to each rank's micro-batches.
 
 A row's position in training is the number of rows consumed before it, over all ranks. Position -> (round's packs,
-row) is a pure function of ``schedule.jsonl`` and the seed, so that any parallel layout trains on the same rows and a
-resumed run goes on where it stopped.
+row) is a pure function of ``schedule.jsonl``, the seed and the share that is replayed, so that any parallel layout
+trains on the same rows and a resumed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from heapq import heappop, heappush
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 
 PACKS_KIND = "packs"
+_REPLAYED = 1  # sets the orders of what is replayed apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,21 +91,26 @@ def load_schedule(path: str | Path) -> list[ScheduleEntry]:
 
 
 class RowSchedule:
-    """Which row trains at which position: a pure function of entries, their numbers of rows and the seed.
+    """Which row trains at which position: a pure function of its arguments.
 
-    Within an entry all rows are seen once before any is seen again; every epoch has its own order.
+    Within an entry all rows are seen once before any is seen again; every epoch has its own order. Positions that
+    replay lie evenly among the others, and go through the rows of all earlier entries in the same way.
 
     Args:
         entries: From ``load_schedule``.
         num_rows: Rows of each entry's packs.
         seed: Seed of the order.
+        replay: Share of the positions, from the second entry on, at which rows of earlier entries train.
     """
 
-    def __init__(self, entries: Sequence[ScheduleEntry], num_rows: Sequence[int], seed: int) -> None:
+    def __init__(
+        self, entries: Sequence[ScheduleEntry], num_rows: Sequence[int], seed: int, replay: float = 0.0
+    ) -> None:
         assert len(entries) == len(num_rows) > 0 and entries[0].from_row == 0 and min(num_rows) > 0
         self._starts = [entry.from_row for entry in entries]
-        self._num_rows, self._seed = list(num_rows), seed
-        self._orders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
+        self._num_rows, self._seed, self._replay = list(num_rows), seed, replay
+        self._ends = list(accumulate(num_rows))  # of each entry's rows among those of all
+        self._orders: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
 
     def entry(self, position: int) -> int:
         """The index of the entry that trains at ``position``; unlike ``locate`` it may be asked from any thread."""
@@ -113,22 +119,30 @@ class RowSchedule:
     def locate(self, position: int) -> tuple[int, int]:
         """The index of the entry and the row in its packs that train at ``position`` (rows consumed before)."""
         entry = self.entry(position)
-        epoch, place = divmod(position - self._starts[entry], self._num_rows[entry])
-        return entry, int(self._order(entry, epoch)[place])
+        done = position - self._starts[entry]
+        replayed, again = (int((done + more) * self._replay) if entry else 0 for more in (0, 1))
+        if again > replayed:
+            epoch, place = divmod(replayed, self._ends[entry - 1])
+            row = int(self._order(self._ends[entry - 1], entry, epoch, _REPLAYED)[place])
+            source = bisect_right(self._ends, row)
+            return source, row - (self._ends[source] - self._num_rows[source])
+        epoch, place = divmod(done - replayed, self._num_rows[entry])
+        return entry, int(self._order(self._num_rows[entry], entry, epoch)[place])
 
     def epoch(self, position: int) -> float:
         """Passes over the current entry's rows before ``position``."""
         entry = self.entry(position)
-        return (position - self._starts[entry]) / self._num_rows[entry]
+        done = position - self._starts[entry]
+        return (done - (int(done * self._replay) if entry else 0)) / self._num_rows[entry]
 
-    def _order(self, entry: int, epoch: int) -> npt.NDArray[np.int64]:
-        if (entry, epoch) not in self._orders:
-            if len(self._orders) > 1:  # a batch spans two orders at most
+    def _order(self, rows: int, *key: int) -> npt.NDArray[np.int64]:
+        if key not in self._orders:
+            if len(self._orders) > 3:  # a batch spans two orders at most, and two of what is replayed
                 self._orders.clear()
             # Sorted raw bits: numpy promises a stable bit stream, but not a stable shuffle, over its versions.
-            bits = np.random.PCG64(np.random.SeedSequence([self._seed, entry, epoch])).random_raw(self._num_rows[entry])
-            self._orders[entry, epoch] = np.argsort(bits, kind="stable")
-        return self._orders[entry, epoch]
+            bits = np.random.PCG64(np.random.SeedSequence([self._seed, *key])).random_raw(rows)
+            self._orders[key] = np.argsort(bits, kind="stable")
+        return self._orders[key]
 
 
 def microbatch_positions(

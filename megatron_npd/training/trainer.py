@@ -93,7 +93,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     if state["iteration"] >= stop:
         get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
         return _result(cfg, state)
-    _check_seed(cfg, state, checkpoint)
+    _check_order(cfg, state, checkpoint)
     spec = load_spec(cfg.hf_model)
     own = state if checkpoint is not None and checkpoint.parent == Path(cfg.save) else {}  # not another run's rounds
     rounds, refresh = Rounds(cfg), RefreshSchedule(cfg, own.get("refresh"))
@@ -162,6 +162,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
                 if writer is not None:
                     writer.sync()
                 state = {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed}
+                state |= {"replay": cfg.replay}
                 state |= {"refresh": refresh.state(), "schedule": rounds.state(feed.rows_consumed)}
                 saver.save(step, state | ({"policy": refresh.progress.policies} if marked else {}))
             if marked and cfg.exit_at_refresh:
@@ -169,12 +170,13 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
 
 
-def _check_seed(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path | None) -> None:
-    if state.get("seed", cfg.seed) != cfg.seed:  # converted weights have none
-        raise UserError(
-            f"seed must be {state['seed']}, with which {checkpoint} was trained, got {cfg.seed}: another one would "
-            "repeat some rows and leave others out; give the old seed"
-        )
+def _check_order(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path | None) -> None:
+    for name, given in (("seed", cfg.seed), ("replay", cfg.replay)):
+        if (trained := state.get(name, given)) != given:  # converted weights have none
+            raise UserError(
+                f"{name} must be {trained}, with which {checkpoint} was trained, got {given}: another one would repeat "
+                f"some rows and leave others out; give the old {name}"
+            )
 
 
 def _result(cfg: TrainConfig, state: Mapping[str, Any]) -> TrainResult:
@@ -206,7 +208,7 @@ def _open_data(cfg: TrainConfig, schedule: Path, spec: ModelSpec) -> PackedDatas
         **{name: last and name in OBJECTIVES[cfg.objective].streams for name in STREAMS},
     )
     # One process of a machine hashes the files.
-    data = PackedDataset(schedule, seed=cfg.seed, streams=streams, verify=local_rank() == 0)
+    data = PackedDataset(schedule, seed=cfg.seed, streams=streams, replay=cfg.replay, verify=local_rank() == 0)
     if data.vocab_size != spec.vocab_size:
         raise UserError(
             f"{cfg.data_path} must be made for the model's vocabulary of {spec.vocab_size} tokens, got "

@@ -44,6 +44,29 @@ def test_the_order_is_a_permutation_an_epoch_and_a_function_of_the_position() ->
     assert schedule.epoch(10) == 1.0 and schedule.epoch(25) == 0.0
 
 
+@pytest.mark.parametrize("replay", [0.25, 0.1, 0.7])
+def test_a_share_of_the_rows_comes_from_all_earlier_entries(replay: float) -> None:
+    """Evenly among the others; what is replayed, and what is not, goes through its rows once before any comes again."""
+    entries, rows = [entry(0), entry(25), entry(125)], [10, 7, 5]
+    schedule = RowSchedule(entries, rows, seed=5, replay=replay)
+    order = [schedule.locate(position) for position in range(425)]
+    assert order[:25] == [RowSchedule(entries, rows, seed=5).locate(position) for position in range(25)]
+    for index, first, end in ((1, 25, 125), (2, 125, 425)):
+        part = order[first:end]
+        again = [place for place in part if place[0] < index]
+        number = sum(rows[:index])
+        assert abs(len(again) - replay * len(part)) <= 1
+        gaps = np.diff([at for at, place in enumerate(part) if place[0] < index])
+        assert gaps.max() - gaps.min() <= 1
+        for epoch in range(len(again) // number):
+            seen = again[epoch * number : (epoch + 1) * number]
+            assert sorted(seen) == [(source, row) for source in range(index) for row in range(rows[source])]
+        own = [row for source, row in part if source == index]
+        assert sorted(own[: rows[index]]) == list(range(rows[index]))
+    assert [schedule.locate(position) for position in reversed(range(425))] == order[::-1]
+    assert schedule.epoch(125) == 0.0
+
+
 def test_the_order_never_changes_between_releases() -> None:
     schedule = RowSchedule([entry(0)], [8], seed=1234)
     assert [schedule.locate(position)[1] for position in range(16)] == [5, 6, 3, 7, 4, 1, 2, 0, 7, 3, 0, 2, 4, 6, 5, 1]
