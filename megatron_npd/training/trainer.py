@@ -116,17 +116,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         load_checkpoint(checkpoint, model=model, optimizer=step.optimizer, scheduler=step.scheduler)
         step.reapply_optimizer_config()
         get_logger().info("resumed from %s after %d rows", checkpoint, state["rows_consumed"])
-    get_logger().info(
-        "training %s to step %d of %d: %d rows of %d tokens per step, TP %d, PP %d, DP %d",
-        "bf16" if cfg.bf16 else "fp32",
-        stop,
-        cfg.train_iters,
-        rows_per_step,
-        data.seq_length,
-        cfg.tensor_model_parallel_size,
-        cfg.pipeline_model_parallel_size,
-        dp_size,
-    )
+    _log_start(cfg, stop, rows_per_step, data.seq_length)
     iteration, saver = state["iteration"], Saver(cfg, stop)
     with (
         BatchLoader(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
@@ -161,13 +151,27 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
             if saver.due(iteration, marked):
                 if writer is not None:
                     writer.sync()
-                state = {"iteration": iteration, "rows_consumed": feed.rows_consumed, "seed": cfg.seed}
-                state |= {"replay": cfg.replay}
+                state = {"iteration": iteration, "rows_consumed": feed.rows_consumed}
+                state |= {"seed": cfg.seed, "replay": cfg.replay}
                 state |= {"refresh": refresh.state(), "schedule": rounds.state(feed.rows_consumed)}
                 saver.save(step, state | ({"policy": refresh.progress.policies} if marked else {}))
             if marked and cfg.exit_at_refresh:
                 break
     return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
+
+
+def _log_start(cfg: TrainConfig, stop: int, rows_per_step: int, seq_length: int) -> None:
+    get_logger().info(
+        "training %s to step %d of %d: %d rows of %d tokens per step, TP %d, PP %d, DP %d",
+        "bf16" if cfg.bf16 else "fp32",
+        stop,
+        cfg.train_iters,
+        rows_per_step,
+        seq_length,
+        cfg.tensor_model_parallel_size,
+        cfg.pipeline_model_parallel_size,
+        parallel_state.get_data_parallel_world_size(),
+    )
 
 
 def _check_order(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path | None) -> None:
