@@ -341,6 +341,7 @@ class DistWriter:
         if self._file is None or self._file.bytes >= _MAX_FILE_BYTES:
             self.close()
             self._file = HashedFile(self._directory / f"__0_{len(self._hashes)}.distcp")
+        self._file.settle()
         start = self._file.bytes
         try:
             torch.save(value, self._file)  # pyright: ignore[reportArgumentType]  (it writes and flushes)

@@ -162,6 +162,7 @@ def write_weights(
                     last = False
                     while not last:
                         block, tensor = next(made)
+                        stream.settle()  # the memory of the block before is used again for the next one
                         stream.write(as_bytes(tensor).numpy().data, also=tensor_hashes[name])
                         last = block.last
             finally:

@@ -157,7 +157,7 @@ class HashedFile:
         self._stream = open(path, "wb")  # noqa: SIM115  (closed by ``close``)
 
     def write(self, data: bytes | memoryview, also: Any = None) -> int:
-        """Append bytes; they must stay as they are until the next large part was written, or the file closed.
+        """Append bytes; they must stay as they are until ``settle`` or ``close`` has returned.
 
         Args:
             data: The bytes.
@@ -169,8 +169,6 @@ class HashedFile:
         view = memoryview(data)
         if view.nbytes < _LARGE:
             view = memoryview(bytes(view))
-        else:
-            self._settle()
         for pool, digest in zip(self._pools, (self._sha256, also), strict=True):
             if digest is not None:
                 self._hashing.append(pool.submit(digest.update, view))
@@ -191,11 +189,12 @@ class HashedFile:
         """Write what is left and return the content's sha256, in hex."""
         for pool in self._pools:
             pool.shutdown()
-        self._settle()
+        self.settle()
         self._stream.close()
         return self._sha256.hexdigest()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait until all that was appended is hashed; call it before each next part, whose making goes on meanwhile."""
         for future in self._hashing:
             future.result()
         self._hashing.clear()
