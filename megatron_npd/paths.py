@@ -90,8 +90,9 @@ def check_training(cfg: TrainConfig) -> None:
         check_out_dir(name, getattr(cfg, name))
     if cfg.metrics_path:
         check_out_dir("the directory of metrics_path", str(Path(cfg.metrics_path).parent))
-    if cfg.exit_at_iteration and not cfg.save:
-        raise UserError("save must be given with exit_at_iteration, got none; the steps done would be lost")
+    for name in ("exit_at_iteration", "exit_at_refresh"):
+        if getattr(cfg, name) and not cfg.save:
+            raise UserError(f"save must be given with {name}, got none; the steps done would be lost")
     if grows and cfg.updates and not cfg.save:
         raise UserError(
             "save must be given with the directory of a run, got none; its policies are made of checkpoints"

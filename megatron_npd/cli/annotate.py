@@ -37,7 +37,8 @@ class AnnotateCommand(AnnotateConfig):
     """Annotate round after round with the same teacher, as npd run names them: each a line of JSON on the standard
     input, with rollouts, out, student and max_quarantined."""
     log_dir: str = ""
-    """Directory of the log of a teacher's server that is launched here; empty: logs beside out."""
+    """Directory of the log of a teacher's server that is launched here; empty: logs beside out, or with orders a
+    private one among the temporary files."""
     platform: PlatformName = "auto"
     """Device platform; auto: cuda, npu or cpu, the first that is there."""
 
@@ -56,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if cfg.backend == "vllm":
             from megatron_npd.teacher.vllm_scorer import ServerScorer
 
-            log_dir = command.log_dir or Path(command.out).parent / "logs"
-            servers = stack.enter_context(ServerScorer(command.teacher, cfg, log_dir=log_dir))
+            beside = Path(command.out).parent / "logs" if command.out else None
+            servers = stack.enter_context(ServerScorer(command.teacher, cfg, log_dir=command.log_dir or beside))
         annotator = Annotator(command.teacher, cfg, servers=servers)
         if command.orders:
             annotate_orders(annotator, sys.stdin)

@@ -339,7 +339,8 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     refresh_lag: float = 0.1
     """Policy lag (k3) that asks for a new policy, for by_lag, in nats per token; the paper's bound is 0.1."""
     replay: float = 0.0
-    """Share of the rows, from the second round on, that come from the rounds before, drawn from all of them alike."""
+    """Share of the rows, from the second round on, that come from the rounds before, drawn from all of them alike; the
+    policy lag is then that of all rows."""
     max_lead: int = 0
     """Rounds that may be generated ahead of the trainer; 0: it waits at each new policy for the packs made with it."""
 
@@ -375,6 +376,8 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
         OptimizerConfig.__post_init__(self)
         require_positive(self, "train_iters", "global_batch_size", "log_interval")
         require(0 <= self.replay < 1, "replay", "in [0, 1)", self.replay, "0 trains on the newest round alone")
+        by_lag = self.refresh == "by_lag"
+        require(not (by_lag and self.replay), "replay", "0 with refresh by_lag", self.replay, "old rows lag for ever")
         require_not_negative(self, "save_interval", "save_interval_in_mins", "exit_at_iteration", "global_batch_tokens")
         require_not_negative(self, "updates", "max_lead", "refresh_interval")
         needs_interval = self.refresh in ("every_n", "by_lag")

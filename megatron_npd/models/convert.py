@@ -248,7 +248,7 @@ def _fill(source: HFCheckpoint, part: _Part, first: int, tensor: Tensor, spec: M
     if not torch.stack(tensor.aminmax()).isfinite().all():
         raise UserError(
             f"{' and '.join(dict.fromkeys(run.name for run in part.runs))} in {spec.path} must hold finite numbers, "
-            f"got NaN or infinity; use weights from before they arose"
+            f"got NaN or infinity; use weights from before they arose, or a dtype that holds them"
         )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_npd.models.hf_checkpoint import HFCheckpoint
 from megatron_npd.probe import PROBED, probe_ids
+from megatron_npd.stoppable import check_stop
 from megatron_npd.weights import EMBEDDING, HEAD
 
 MOST_BYTES = 40 * 10**9  # of weights: each is read once more, from the page cache, and multiplied by 16 rows
@@ -46,6 +47,7 @@ def known_logprobs(directory: str | Path, vocab_size: int) -> dict[str, Any] | N
         hidden_1TH = hidden_1TH.float()
         rotary = type(model.rotary_emb)(config)(hidden_1TH, torch.arange(PROBED)[None])
         for index, layer in enumerate(model.layers):
+            check_stop()
             _fill(layer, checkpoint, f"model.layers.{index}.")
             hidden_1TH = layer(hidden_1TH, position_embeddings=rotary, attention_mask=None)
             layer.to("meta")

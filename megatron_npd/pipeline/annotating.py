@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.config.settings import AnnotateOrder
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.pipeline.launch import Job, Launcher
 from megatron_npd.run_dir import RunDir
 
@@ -28,9 +30,9 @@ class RunAnnotator:
     def __init__(self, run: RunDir, cfg: NPDConfig, launcher: Launcher) -> None:
         self.run, self.cfg, self.launcher = run, cfg, launcher
         # Where stages overlap, this process's threads must share no state of megatron-core; where they take turns, it
-        # must leave the device.
-        turns = cfg.max_lead > 0 or cfg.take_turns
-        self.here = cfg.world_size == 1 and not turns and cfg.annotate.backend == "megatron"
+        # must leave the device; where the annotator follows the rollouts, it would hold the models a second time.
+        apart = cfg.max_lead > 0 or cfg.take_turns or cfg.annotate.follow_seconds > 0
+        self.here = cfg.world_size == 1 and not apart and cfg.annotate.backend == "megatron"
         self._annotator: Annotator | None = None
         self._job: Job | None = None
         self._told: set[str] = set()
@@ -52,9 +54,9 @@ class RunAnnotator:
         """Annotate a round, or what of it was not annotated since ``begin``, until nothing of it is left to do.
 
         Raises:
-            UserError: As ``teacher.annotate.Annotator`` does; a command that failed is started again by the next order.
+            UserError: As ``teacher.annotate.Annotator`` does, or the command failed.
         """
-        if self.here and self._job is None:
+        if self.here:
             if self._annotator is None:
                 from megatron_npd.teacher.annotate import Annotator  # after the platform is chosen
 
@@ -69,8 +71,11 @@ class RunAnnotator:
             self._job = job
 
     def close(self) -> None:
-        """Let the command end, which nothing more is asked of."""
+        """Let the command end, which nothing more is asked of: all that it was told is done."""
         if self._job is not None:
             self._job.tell_end()
-            self._job.wait()
+            try:
+                self._job.wait()
+            except UserError as error:
+                get_logger().warning("%s; all of its rounds are annotated", error)
             self._job = None

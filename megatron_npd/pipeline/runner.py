@@ -5,10 +5,10 @@ command of its own that lives through the rounds, as do the servers and the anno
 rounds may be ahead of the trainer.
 
 With ``max_lead`` 0 one stage is at work at a time, here in the main thread; with ``take_turns`` what it needs is alone
-on the devices. Else each has a thread of its own, one at a
-time on the servers, one on the ranks, and one of each stage on the host: while round 1 is generated, round 0 is
-annotated, selected, packed and trained on. What needs a model's ranks is then a command, so that these threads share no
-state of megatron-core; the main thread starts them, writes the reports, and ends all when one of them fails.
+on the devices. Else each has a thread of its own, one at a time on the servers, one on the ranks, and one of each stage
+on the host: while round 1 is generated, round 0 is annotated, selected, packed and trained on. What needs a model's
+ranks is then a command, so that these threads share no state of megatron-core; the main thread starts them, writes the
+reports, and ends all when one of them fails.
 """
 
 from __future__ import annotations

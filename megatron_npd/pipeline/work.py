@@ -275,7 +275,10 @@ def packs_are_there(ctx: Context, index: int) -> bool:
 
 def train(ctx: Context, _: int) -> None:
     """See to it that the trainer runs; it takes each round's packs itself, once they are sealed."""
-    if ctx.trainer is None or (ctx.cfg.take_turns and not ctx.trainer.running()):
+    if ctx.trainer is not None and ctx.cfg.take_turns:
+        ctx.trainer.wait()  # it ends at each refresh
+        ctx.trainer = None
+    if ctx.trainer is None:
         ctx.trainer = ctx.launcher.start("train", trainer_settings(ctx.run, ctx.cfg))
     ctx.trainer.running()
 

@@ -113,6 +113,8 @@ def annotation_layouts(
         memory = annotation_memory(teacher, settings, layout)
         if settings.unconditional:
             students = annotation_memory(student, settings, student_layout(student, layout))
+            if settings.keep_loaded:
+                memory = replace(memory, weights=memory.weights + students.weights)
             memory = max(memory, students, key=lambda one: one.total)
         return Candidate(layout=layout, memory=memory, seconds=seconds(settings, layout))
 

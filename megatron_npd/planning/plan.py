@@ -206,17 +206,18 @@ def _annotation(plan: Plan, nodes: int) -> list[Candidate]:
 
 def _splits(plan: Plan) -> tuple[list[Split], dict[str, list[int]]]:
     """All nodes in turns, and every share of them with and without a lead; and which shares no layout fits, and why."""
-    nodes, lead = plan.cfg.num_nodes, max(plan.cfg.max_lead, 1)
+    nodes, turns, lead = plan.cfg.num_nodes, plan.cfg.take_turns, max(plan.cfg.max_lead, 1)
     found: list[Split] = []
     refused: dict[str, list[int]] = {}
     for train_nodes in range(nodes, 0, -1):
         in_turns = train_nodes == nodes
-        stages = _stages(plan, train_nodes, beside=not in_turns and plan.work.rounds > 1)
+        stages = _stages(plan, train_nodes, beside=not in_turns and not turns and plan.work.rounds > 1)
         if isinstance(stages, str):
             refused.setdefault(stages, []).append(train_nodes)
         elif plan.server is not None:
             servers = nodes if in_turns else nodes - train_nodes
-            found += [_split(plan, *stages, train_nodes, servers, ahead) for ahead in ((0,) if in_turns else (0, lead))]
+            leads = (0,) if in_turns or turns else (0, lead)
+            found += [_split(plan, *stages, train_nodes, servers, ahead) for ahead in leads]
     return sorted(found, key=lambda split: split.total), refused
 
 
@@ -245,7 +246,7 @@ def _stages(plan: Plan, nodes: int, *, beside: bool) -> tuple[Candidate, Candida
         least = min(_held(*pair) for pair in pairs) / GIB
         return (
             f"memory of the trainer, which lives through the rounds, and of the annotator beside it must be at most "
-            f"{room / GIB:.1f} GiB per rank, got {least:.1f}"
+            f"{room / GIB:.1f} GiB per rank, got {least:.1f}; --take-turns has one there at a time"
         )
     steps = plan.cfg.train.train_iters / plan.work.rounds
     return min(fitting, key=lambda pair: steps * by_time(pair[0])[0] + by_time(pair[1])[0])

@@ -257,10 +257,10 @@ def _settings(plan: Plan) -> list[str]:
         best = plan.splits[0]
         lines.append(f"shortest: {' '.join(_flags(plan, best))}")
         together = [split for split in plan.splits if not _in_turns(plan, split)]
-        if _in_turns(plan, best):
+        if _in_turns(plan, best) and plan.cfg.num_nodes > 1:
             lines.append(
-                "  in turns the servers must be gone while others compute: start it stage by stage (npd rollout, "
-                "annotate, ...); npd run keeps its servers"
+                "  in turns the servers must be gone while others compute: over several nodes start it stage by stage "
+                "(npd rollout, annotate, ...); npd run has nodes for servers alone"
             )
             lines += [f"shortest in one npd run: {' '.join(_flags(plan, split))}" for split in together[:1]]
     if plan.cfg.annotate.backend == "vllm":
@@ -282,6 +282,8 @@ def _flags(plan: Plan, split: Split) -> list[str]:
     assert server is not None
     devices = server.decoding.devices
     found: dict[str, object] = {"nproc-per-node": plan.machine.per_node}
+    if plan.cfg.take_turns or _in_turns(plan, split):
+        found["take-turns"] = "true"
     if not _in_turns(plan, split):
         found |= {"nnodes": plan.cfg.num_nodes, "train-nodes": split.train_nodes, "max-lead": split.max_lead}
     found["rollout.num-servers"] = plan.machine.per_node // devices

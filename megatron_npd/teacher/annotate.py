@@ -13,6 +13,7 @@ What a shard holds depends on the rollout shard and the models alone, never on t
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections import Counter
@@ -43,6 +44,7 @@ from megatron_npd.teacher.megatron_scorer import Scorer
 from megatron_npd.teacher.samples import ScoringContext, read_samples
 from megatron_npd.teacher.shard import write_shard
 from megatron_npd.teacher.shard_follower import ShardFollower, Wave
+from megatron_npd.teacher.vllm_scorer import ServerScorer
 from megatron_npd.weights import model_fingerprint
 
 
@@ -55,7 +57,7 @@ class Annotator:
         servers: What scores in the teacher's place with ``cfg.backend`` vllm (``teacher/vllm_scorer.py``).
     """
 
-    def __init__(self, teacher_dir: str | Path, cfg: AnnotateConfig, *, servers: TokenScorer | None = None) -> None:
+    def __init__(self, teacher_dir: str | Path, cfg: AnnotateConfig, *, servers: ServerScorer | None = None) -> None:
         assert (servers is not None) == (cfg.backend == "vllm")
         self.teacher_dir, self.cfg, self._servers = teacher_dir, cfg, servers
         self._teacher: TokenScorer | None = servers
@@ -93,11 +95,16 @@ class Annotator:
             while (wave := from_rank_0(waves.next)) is not None:
                 if wave.shards:
                     self._annotate_wave(order, wave, setting)
+                if not self.cfg.keep_loaded:
+                    self._drop()
             return _seal_round(waves, order) if rank == 0 else None
 
     def _drop(self) -> None:
-        """Forget the models, and have their memory free for other processes."""
+        """Forget the models, and have their memory free for other processes; called where nothing else holds them."""
         self._student, self._teacher = None, self._servers
+        if self._servers is not None:
+            self._servers.close()
+        gc.collect()  # modules refer to one another
         get_platform().release_memory()
 
     def _load_student(self, setting: ScoringContext) -> Scorer:
@@ -155,8 +162,6 @@ class Annotator:
                 if wave.round_size is not None:
                     reasons.update(counts["quarantined"])
                     check_quarantined(reasons, wave.round_size, order.max_quarantined, rollouts_dir)
-        if not self.cfg.keep_loaded:
-            self._drop()
         dist.barrier()
 
     def _student_losses(
@@ -184,7 +189,7 @@ def annotate_round(
     teacher_dir: str | Path,
     student_dir: str | Path,
     cfg: AnnotateConfig,
-    servers: TokenScorer | None = None,
+    servers: ServerScorer | None = None,
 ) -> Manifest | None:
     """Annotate one round; arguments, result and errors as for ``Annotator`` and its ``annotate``."""
     order = AnnotateOrder(

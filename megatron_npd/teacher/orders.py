@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from queue import Empty, SimpleQueue
 from threading import Thread
 
 import torch.distributed as dist
 
 from megatron_npd.config.settings import AnnotateOrder
+from megatron_npd.errors import UserError
 from megatron_npd.teacher.annotate import Annotator, from_rank_0
 
 _POLL_SECONDS = 0.2  # of ranks that are several: none may wait in a collective, which keeps a device busy
@@ -39,10 +41,18 @@ def annotate_orders(annotator: Annotator, lines: Iterable[str]) -> None:
             return ""
 
     while (line := from_rank_0(following)) is not None:
-        if line:
-            annotator.annotate(AnnotateOrder(**json.loads(line)))
+        if line.strip():
+            annotator.annotate(_order(line))
         else:
             time.sleep(_POLL_SECONDS)
+
+
+def _order(line: str) -> AnnotateOrder:
+    names = ", ".join(field.name for field in fields(AnnotateOrder))
+    try:
+        return AnnotateOrder(**json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"an order must be a line of JSON with {names}, got {line.strip()[:200]}; {error}") from error
 
 
 def _read(lines: Iterable[str], orders: SimpleQueue[str | None]) -> None:

@@ -53,8 +53,13 @@ class ServerScorer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop what was launched; the next call launches it again."""
         if self.pool is not None:
             self.pool.close()
+            self.pool = None
 
     def check(self) -> None:
         """Find or launch the servers, and insist that they serve the teacher as the stage needs it.

@@ -123,6 +123,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._pending and error is None:
+            self._show()
         self._bar.close()
         if self._jsonl is not None:
             self._jsonl.close()
@@ -143,10 +145,12 @@ class MetricsWriter:
             self._jsonl.write(json.dumps(record) + "\n")
         self._bar.update()
         self._pending.append(record)
-        step = record["iteration"]
-        if step % self._cfg.log_interval and step != self._stop:
-            return
-        means = average(self._pending)
+        if record["iteration"] % self._cfg.log_interval == 0 or record["iteration"] == self._stop:
+            self._show()
+
+    def _show(self) -> None:
+        """Log the mean of the steps since the last line."""
+        step, means = self._pending[-1]["iteration"], average(self._pending)
         self._pending.clear()
         self._bar.clear()
         get_logger().info(console_line(means, self._cfg.train_iters))

@@ -175,8 +175,10 @@ def _log_start(cfg: TrainConfig, stop: int, rows_per_step: int, seq_length: int)
 
 
 def _check_order(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path | None) -> None:
+    if "seed" not in state:  # converted weights
+        return
     for name, given in (("seed", cfg.seed), ("replay", cfg.replay)):
-        if (trained := state.get(name, given)) != given:  # converted weights have none
+        if (trained := state.get(name, 0.0)) != given:
             raise UserError(
                 f"{name} must be {trained}, with which {checkpoint} was trained, got {given}: another one would repeat "
                 f"some rows and leave others out; give the old {name}"

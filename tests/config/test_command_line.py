@@ -225,6 +225,11 @@ def test_items_of_a_list_of_texts_may_look_like_numbers(argv: list[str]) -> None
     assert parse_config(RolloutConfig, argv).server_args == ("--tensor-parallel-size", "2")
 
 
+def test_replay_and_a_refresh_by_lag_exclude_each_other() -> None:
+    with pytest.raises(UserError, match=r"replay must be 0 with refresh by_lag, got 0\.5"):
+        parse_config(NPDConfig, ["--train.replay=0.5", "--train.refresh=by_lag", "--train.refresh-interval=2"])
+
+
 def test_turns_and_lead_exclude_each_other() -> None:
     with pytest.raises(UserError, match="take_turns must be false with max_lead, got True; stages overlap"):
         parse_config(NPDConfig, ["--take-turns", "--max-lead=1"])

@@ -82,14 +82,17 @@ def test_the_recipe_for_72b_to_7b_fits_and_its_layouts_are_the_ones_planned(mode
 
 
 def test_a_trainer_that_lives_on_and_an_annotator_must_fit_side_by_side(models: Path) -> None:
-    """On 80 GB devices each of the recipe's two fits alone, both do not; in a run of one round one comes after."""
+    """On 80 GB devices each of the recipe's two fits alone, both do not: in turns, or in one round, one comes after."""
     reason = "memory of the trainer, which lives through the rounds, and of the annotator beside it must be at most"
-    plan = plan_of(models, "--nodes=6")
+    plan = plan_of(models, "--nodes=6", "--take-turns=false")
     assert next(words for words, nodes in plan.refused.items() if 4 in nodes).startswith(reason)
     assert [(split.train_nodes, split.server_nodes) for split in plan.splits if split.train_nodes == 4] == []
-    for flags in (("--updates=0",), ("--pack.seq-length=16384", "--train.global-batch-size=64")):
-        splits = plan_of(models, "--nodes=6", *flags).splits
+    smaller = ("--pack.seq-length=16384", "--train.global-batch-size=64")
+    for flags in (("--take-turns=true",), ("--updates=0",), smaller):
+        splits = plan_of(models, "--nodes=6", "--take-turns=false", *flags).splits
         assert (4, 2) in [(split.train_nodes, split.server_nodes) for split in splits]
+        leads = {split.max_lead for split in splits if split.server_nodes}
+        assert leads == ({0} if "--take-turns=true" in flags else {0, 1})
 
 
 def test_every_layout_is_listed_once_and_fits_or_has_a_reason(models: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -395,11 +396,19 @@ def _annotate_orders(rank: int, world_size: int, orders: list[str], teacher: Pat
     from megatron_npd.teacher import annotate as stage
     from megatron_npd.teacher.orders import annotate_orders
 
-    loaded = []
+    loaded, models, held = [], weakref.WeakSet(), []
     real = stage.Scorer
-    stage.Scorer = lambda path, **settings: (loaded.append(path), real(path, **settings))[1]
+
+    def load(path: Path, **settings: Any) -> Any:
+        models.add(scorer := real(path, **settings))
+        loaded.append(path)
+        return scorer
+
+    stage.Scorer = load
+    stage.get_platform().release_memory = lambda: held.append(len(models))
     annotate_orders(stage.Annotator(teacher, cfg), orders if rank == 0 else [])
     assert loaded.count(teacher) == (1 if cfg.keep_loaded else 4)
+    assert cfg.keep_loaded or (set(held) <= {0, 1} and held[-1] == 0)  # the teacher's own, while the student goes
     return len(loaded)
 
 

@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
     "dp2": (2, {}),
     "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "replay": (1, {"replay": 0.25}),
 }
 MOMENTS = (
     "before round 0 is appended",
@@ -212,6 +213,12 @@ def test_one_trainer_equals_one_stopped_and_resumed_each_round(
     assert marks(run) == {3: 1, 6: 2, 9: 3}
     assert [line["round"] for line in exact(run)] == [0] * 3 + [1] * 3 + [2] * 3
     assert len({line["loss"] for line in exact(run)}) == STEPS and len(saved(run)) >= 3
+    if layout == "replay":
+        pairs = zip(exact(undisturbed("one process")), exact(run), strict=True)
+        assert [one["loss"] == other["loss"] for one, other in pairs] == [True] * 3 + [False] * 6
+        other = run_config(tiny_model_dir, tmp_path, replay=0.5, train_iters=STEPS + 1)
+        with pytest.raises(UserError, match=r"replay must be 0\.25, with which .* was trained, got 0\.5"):
+            train(other)
 
 
 @pytest.mark.parametrize("layout", ["one process", "dp2"])
