@@ -13,18 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from clock import TreeClock, contend
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_npd.config.run import EvalConfig
@@ -47,59 +42,7 @@ OURS: Mapping[str, Sequence[str]] = {
 TRL: Mapping[str, Sequence[str]] = {"TRL GKD, lr 3e-3": ["--lr=3e-3"], "TRL GKD, lr 2e-3": ["--lr=2e-3"]}
 
 
-class TreeClock:
-    """CPU seconds of a process and all its descendants, those that have ended included, and when files appeared.
-
-    Args:
-        process: The root.
-        directory: Where to look for files.
-        pattern: Of files that are written once a policy is whole, below ``directory``.
-
-    Attributes:
-        seconds: So far.
-        seen: CPU seconds when each file was first there.
-    """
-
-    def __init__(self, process: subprocess.Popen[Any], directory: Path, pattern: str) -> None:
-        self._root, self._directory, self._pattern = psutil.Process(process.pid), directory, pattern
-        self._spent: dict[tuple[int, float], float] = {}
-        self.seen: dict[Path, float] = {}
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    @property
-    def seconds(self) -> float:
-        return sum(self._spent.values())
-
-    def join(self) -> None:
-        self._thread.join()
-
-    def _run(self) -> None:
-        while self._look():
-            for path in self._directory.glob(self._pattern):
-                self.seen.setdefault(path, self.seconds)
-            time.sleep(0.1)
-        for path in self._directory.glob(self._pattern):
-            self.seen.setdefault(path, self.seconds)
-
-    def _look(self) -> bool:
-        """Whether the root still runs."""
-        try:
-            processes = [self._root, *self._root.children(recursive=True)]
-            running = self._root.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-        for process in processes:
-            try:
-                with process.oneshot():
-                    times = process.cpu_times()
-                    self._spent[process.pid, process.create_time()] = times.user + times.system
-            except psutil.NoSuchProcess:
-                continue
-        return running
-
-
-def accuracies(models: Sequence[Path], test: Path) -> list[float]:
+def accuracies(models: Sequence[Path], test: Path, max_new_tokens: int = 64) -> list[float]:
     """Percent of the problems that each model answers rightly, greedily."""
     with open(test) as lines:
         problems = [json.loads(line) for line in lines]
@@ -118,7 +61,7 @@ def accuracies(models: Sequence[Path], test: Path) -> list[float]:
                 return_dict=True,
             )
             with torch.no_grad():
-                ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+                ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             right += sum(
                 find_answer(text, pattern) == find_answer(problem["response"], pattern)
@@ -128,19 +71,8 @@ def accuracies(models: Sequence[Path], test: Path) -> list[float]:
     return found
 
 
-def contend(command: Sequence[str], directory: Path, pattern: str, test: Path) -> list[tuple[float, float]]:
-    """Run a contender: (CPU seconds, accuracy) of each policy that it left, in order; the last one at its end."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    with open(directory / "log", "wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        )
-        clock = TreeClock(process, directory, pattern)
-        code = process.wait()
-        clock.join()
-    if code:
-        sys.exit(f"error: {command[2:4]} must exit with 0, got {code}; see {directory / 'log'}")
+def curve(clock: TreeClock, test: Path) -> list[tuple[float, float]]:
+    """(CPU seconds, accuracy) of each policy that a contender left, in order; the last one at its end."""
     found = sorted(clock.seen.items(), key=lambda item: item[1])
     scores = accuracies([path.parent for path, _ in found], test)
     points = [(seconds, score) for (_, seconds), score in zip(found, scores, strict=True)]
@@ -172,7 +104,7 @@ def main() -> None:
             runs[name] = ([*script, *models, f"--out={args.work / 'npd'}"], "checkpoint-*/trainer_state.json")
         for name, (command, pattern) in runs.items():
             if name in args.only if args.only else name != "flags":
-                points = contend(command, args.work / "npd", pattern, data / "test.jsonl")
+                points = curve(contend(command, args.work / "npd", pattern), data / "test.jsonl")
                 reached = [next((f"{at:.0f} s" for at, score in points if score >= level), "-") for level in LEVELS]
                 cells = " | ".join([*reached, f"{points[-1][0]:.0f} s", f"{points[-1][1]:.1f} %"])
                 print(f"| {name} | {seed} | {cells} |", flush=True)

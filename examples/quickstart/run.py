@@ -130,7 +130,7 @@ class Quickstart:
         steps, warmup = recipe.train_iters // FAST, recipe.lr_warmup_iters // FAST
         return dataclasses.replace(recipe, train_iters=steps, save_interval=steps, lr_warmup_iters=warmup)
 
-    def _sft(self, name: str, recipe: TrainConfig, *, problems: str, start: Path, until: int) -> Path:
+    def sft(self, name: str, recipe: TrainConfig, *, problems: str, start: Path, until: int) -> Path:
         """Train with ``npd train`` up to a step, and export to an HF directory, which is returned."""
         out = self.work / name / f"hf-{until:05d}"
         if is_sealed(out):
@@ -150,7 +150,7 @@ class Quickstart:
     def _teacher(self) -> Path:
         recipe = self._recipe(self.cfg.teacher_config)
         start = self.work / "models" / "teacher"
-        model = self._sft("teacher", recipe, problems="teacher", start=start, until=recipe.train_iters)
+        model = self.sft("teacher", recipe, problems="teacher", start=start, until=recipe.train_iters)
         result = self.work / "teacher" / "accuracy.json"
         if not result.exists():
             with ServerPool.open(model, self.npd.rollout, version="teacher", log_dir=self.work / "logs") as pool:
@@ -168,7 +168,7 @@ class Quickstart:
         steps, best, stale = 0, 0.0, 0
         while stale < self.cfg.patience and steps < recipe.train_iters:
             steps = min(steps + recipe.save_interval, recipe.train_iters)
-            model = self._sft("student", recipe, problems="student", start=start, until=steps)
+            model = self.sft("student", recipe, problems="student", start=start, until=steps)
             if str(steps) not in known:
                 known[str(steps)] = self._accuracy(self._serve(model, f"sft-{steps}"), model)
                 write_atomic(path, json.dumps(known) + "\n")
@@ -188,7 +188,7 @@ class Quickstart:
             return
         known["teacher"] = json.loads((self.work / "teacher" / "accuracy.json").read_text())["accuracy"]
         recipe = dataclasses.replace(self.npd.train, objective="sft")
-        model = self._sft("further", recipe, problems="student", start=student, until=recipe.train_iters)
+        model = self.sft("further", recipe, problems="student", start=student, until=recipe.train_iters)
         known["further_sft"] = self._accuracy(self._serve(model, "further"), model)
         write_atomic(path, json.dumps(known, indent=1) + "\n")
 
