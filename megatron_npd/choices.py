@@ -1,7 +1,7 @@
 """What may be chosen by name, each list once: types and help texts take these, and a table has an entry for each.
 
-``tests/test_choices.py`` compares them with the tables: ``ACCELERATORS``, ``DIVERGENCES``, ``FILTERS``, ``OBJECTIVES``,
-``PLATFORMS``, ``REFRESH`` and those of the losses' modes.
+``tests/test_choices.py`` compares them with the tables: ``ACCELERATORS``, ``DIVERGENCES``, ``FILTERS``, ``LAUNCHERS``,
+``OBJECTIVES``, ``PLATFORMS``, ``REFRESH`` and those of the losses' modes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 PlatformName = Literal["auto", "cpu", "cuda", "npu"]
+LauncherName = Literal["torchrun", "ray"]
 FilterName = Literal[
     "delta_ifd", "delta_ifd_lower", "delta_ifd_upper", "student_ifd", "teacher_ifd", "perplexity", "none"
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+USER_ERROR = 2  # exit code of a command that it ended
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: bad input, configuration or environment.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from megatron_npd.errors import UserError
+from megatron_npd.errors import USER_ERROR, UserError
 from megatron_npd.lifeline import end_with_starter, has_starter
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -75,7 +75,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = USER_ERROR
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
@@ -86,7 +86,7 @@ def run_main(main: Callable[[], int | None]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        code = 2
+        code = USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
         code = 130

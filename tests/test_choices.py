@@ -8,6 +8,7 @@ import pytest
 
 from megatron_npd import choices
 from megatron_npd.ops.divergences import DIVERGENCES
+from megatron_npd.pipeline.launch import LAUNCHERS
 from megatron_npd.planning.devices import ACCELERATORS
 from megatron_npd.platform import PLATFORMS, get_platform
 from megatron_npd.selection.metrics import FILTERS
@@ -27,8 +28,9 @@ from megatron_npd.training.refresh_schedule import REFRESH  # noqa: E402
         (choices.ObjectiveName, OBJECTIVES),
         (choices.PlatformName, ["auto", *PLATFORMS]),
         (choices.GpuName, ACCELERATORS),
+        (choices.LauncherName, LAUNCHERS),
     ],
-    ids=["divergences", "filters", "refresh rules", "objectives", "platforms", "accelerators"],
+    ids=["divergences", "filters", "refresh rules", "objectives", "platforms", "accelerators", "launchers"],
 )
 def test_a_table_has_an_entry_for_each_choice(names: Any, table: Any) -> None:
     assert sorted(get_args(names)) == sorted(table)

@@ -62,6 +62,8 @@ def test_imports_keep_the_floors(file: Path) -> None:
             assert name == "serving/worker_extension.py", f"{name} imports vllm: it is spoken to over HTTP"
         if module.split(".")[0] == "triton":
             assert name.endswith("_triton.py"), f"{name} imports triton"
+        if module.split(".")[0] == "ray":
+            assert name.startswith("pipeline/launch_ray"), f"{name} imports ray, which only launcher ray needs"
         if module.split(".")[0] in ("torch_npu", "mindspeed"):
             assert name == "platform/npu.py", f"{name} imports {module}"
 

@@ -32,12 +32,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(plan(cfg))
         return
-    if cfg.nnodes == 1:  # before anything heavy is imported; with several nodes the others must hear of it
-        check_paths(cfg)
+    if cfg.nnodes == 1 or cfg.launcher == "ray":
+        check_paths(cfg)  # before anything heavy is imported; other nodes would have to hear of it
+    if cfg.launcher == "ray":
+        from megatron_npd.pipeline.launch import ray_launcher
+
+        print(ray_launcher().run_on_ray(cfg, run_here))
+        return
+    if table := run_here(cfg):
+        print(table)
+
+
+def run_here(cfg: NPDConfig) -> str:
+    """Run this node's part in this process; the report's table and where the results are, on the first node."""
     get_platform(cfg.platform)
     from megatron_npd.audit.report import write_report  # after the platform is chosen
     from megatron_npd.pipeline.runner import results, run_npd
 
     table = run_npd(cfg, write_report)
-    if cfg.node_rank == 0:
-        print(f"{table}\n\n{results(cfg)}")
+    return f"{table}\n\n{results(cfg)}" if cfg.node_rank == 0 else ""

@@ -6,12 +6,14 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 
+from megatron_npd.choices import LauncherName
 from megatron_npd.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """The nodes of a run. Each starts the same command with the same recipe, and its own ``node_rank``."""
+    """The nodes of a run. Each starts the same command with the same recipe, and its own ``node_rank``; with launcher
+    ray the command is started once."""
 
     nnodes: int = 1
     """Nodes: the first train_nodes annotate and train, the others run the rollout servers; 1 does all of it here."""
@@ -31,6 +33,9 @@ class ClusterConfig:
     """Port of the first server of a node; the others follow."""
     attempt: str = ""
     """Name of this start, the same on every node and new at each start; needed with several nodes."""
+    launcher: LauncherName = "torchrun"
+    """What starts processes on the nodes: npd run on each and torchrun there, or a Ray cluster that runs already: it
+    places them, finds master_addr and the servers' hosts, and needs no node_rank and no attempt."""
 
     def __post_init__(self) -> None:
         for name in ("nnodes", "nproc_per_node", "master_port", "server_port"):
@@ -44,6 +49,10 @@ class ClusterConfig:
             raise UserError(
                 f"train_nodes must be from 0 to nnodes ({self.nnodes}), got {self.train_nodes}; the rest serves"
             )
+        if self.launcher == "ray":
+            if self.nnodes == 1:
+                raise UserError("nnodes must be at least 2 with launcher ray, got 1; one node needs no Ray")
+            return
         if self.nnodes > 1 and not self.attempt:
             raise UserError("attempt must be the same on every node and new at each start, got none; give one")
         if "/" in self.attempt or self.attempt.startswith("."):
@@ -84,3 +93,8 @@ class ClusterConfig:
     def world_size(self) -> int:
         """Processes of the teacher's and trainer's stages, over all nodes."""
         return self.training_nodes * self.nproc_per_node
+
+    @property
+    def alone(self) -> bool:
+        """Whether a stage that needs ranks may compute in the runner's process."""
+        return self.world_size == 1 and self.launcher == "torchrun"

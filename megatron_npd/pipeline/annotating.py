@@ -32,7 +32,7 @@ class RunAnnotator:
         # Where stages overlap, this process's threads must share no state of megatron-core; where they take turns, it
         # must leave the device; where the annotator follows the rollouts, it would hold the models a second time.
         apart = cfg.max_lead > 0 or cfg.take_turns or cfg.annotate.follow_seconds > 0
-        self.here = cfg.world_size == 1 and not apart and cfg.annotate.backend == "megatron"
+        self.here = cfg.alone and not apart and cfg.annotate.backend == "megatron"
         self._annotator: Annotator | None = None
         self._job: Job | None = None
         self._told: set[str] = set()

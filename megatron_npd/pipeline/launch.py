@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
+from megatron_npd.choices import LauncherName
 from megatron_npd.config.cluster import ClusterConfig
 from megatron_npd.config.command_line import command_flags
 from megatron_npd.errors import UserError
 from megatron_npd.lifeline import child_environment
 from megatron_npd.pipeline.nodes import END, Call, Nodes
+from megatron_npd.serving.access import read_token
 from megatron_npd.stoppable import Stopped, check_stop
 
 _POLL_SECONDS = 0.05
@@ -128,10 +132,11 @@ class Launcher:
         self.cfg, self.nodes = cfg, nodes
         self._jobs: list[Job] = []
 
-    @property
-    def alone(self) -> bool:
-        """Whether a stage may compute in this process."""
-        return self.cfg.world_size == 1
+    def given(self) -> tuple[tuple[str, ...], str] | None:
+        """URLs and token of the rollout servers that other nodes run; None: there are no such nodes."""
+        if self.nodes is None or self.cfg.training_nodes == self.cfg.nnodes:
+            return None
+        return self.nodes.urls(), read_token(self.nodes.token_file)
 
     def start(self, command: str, fields: Mapping[str, Any], *, told: bool = False) -> Job:
         """Start a command on all training nodes; the other nodes follow (``follow``); ``told``: as ``Job`` has it."""
@@ -178,3 +183,24 @@ class Launcher:
     def __exit__(self, *_: object) -> None:
         for job in self._jobs:
             job.stop()
+
+
+def ray_launcher() -> ModuleType:
+    """The module that launches on Ray, which nothing but this imports.
+
+    Raises:
+        UserError: Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(
+            "launcher ray must go with the package ray, got none installed; pip install 'megatron-npd[ray]'"
+        )
+    from megatron_npd.pipeline import launch_ray
+
+    return launch_ray
+
+
+LAUNCHERS: dict[LauncherName, Callable[[ClusterConfig, Nodes | None], Launcher]] = {
+    "torchrun": Launcher,
+    "ray": lambda cfg, _: ray_launcher().RayLauncher(cfg),
+}

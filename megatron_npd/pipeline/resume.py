@@ -40,7 +40,7 @@ _PATHS = ("run_dir", "teacher", "student", "prompts", "eval.prompts")
 # gives up.
 _FREE = {
     "": "run_dir platform take_turns redo nnodes node_rank train_nodes nproc_per_node master_addr master_port "
-    "server_host server_port attempt",
+    "server_host server_port attempt launcher",
     "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout server_patience "
     "max_quarantined",
     "annotate.": "urls token_file concurrency max_quarantined follow_seconds keep_loaded micro_batch_size "

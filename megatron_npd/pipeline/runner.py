@@ -31,7 +31,7 @@ from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.pipeline import work
 from megatron_npd.pipeline.environment import note_seconds, timed
-from megatron_npd.pipeline.launch import Launcher, command_line
+from megatron_npd.pipeline.launch import LAUNCHERS, Launcher, command_line
 from megatron_npd.pipeline.nodes import Nodes
 from megatron_npd.pipeline.preflight import check_run
 from megatron_npd.pipeline.resume import keep_config
@@ -66,7 +66,7 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
     run = RunDir(Path(cfg.run_dir))
     with ExitStack() as stack:
         # Before anything that may be refused on this node alone: the others would wait for it.
-        nodes = stack.enter_context(Nodes(run, cfg)) if cfg.nnodes > 1 else None
+        nodes = stack.enter_context(Nodes(run, cfg)) if cfg.nnodes > 1 and cfg.launcher == "torchrun" else None
         check_run(cfg)
         run.root.mkdir(parents=True, exist_ok=True)
         if cfg.node_rank == 0:
@@ -75,12 +75,11 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
         if nodes is not None and cfg.serves:
             run_server_node(run, cfg, nodes)
             return ""
-        launcher = stack.enter_context(Launcher(cfg, nodes))
+        launcher = stack.enter_context(LAUNCHERS[cfg.launcher](cfg, nodes))
         if cfg.node_rank:
             launcher.follow()
             return ""
-        given = (nodes.urls(), nodes.token_file) if nodes is not None and cfg.training_nodes < cfg.nnodes else None
-        servers = stack.enter_context(Servers(run, cfg, given))
+        servers = stack.enter_context(Servers(run, cfg, launcher.given))
         ctx = Context(run=run, cfg=cfg, servers=servers, launcher=launcher)
         _run(ctx, _seldom(report))
         ctx.annotator.close()

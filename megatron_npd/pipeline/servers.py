@@ -31,19 +31,24 @@ def policy_dir(run: RunDir, cfg: NPDConfig, index: int) -> Path:
     return run.policy(index) if index else Path(cfg.student)
 
 
+def newest_policy(run: RunDir, cfg: NPDConfig) -> int:
+    """Number of the newest policy that the run has exported; 0: none yet."""
+    return max((index for index in range(1, cfg.updates + 2) if is_sealed(run.policy(index))), default=0)
+
+
 class Servers:
     """The pool with the policy that is on it; a context, which stops what was launched.
 
     Args:
         run: The run.
         cfg: Its configuration.
-        given: The servers of other nodes: their URLs, and the file with their token; None: as ``cfg`` says.
+        given: Tells the servers of other nodes, their URLs and their token, or None: as ``cfg`` says.
     """
 
-    def __init__(self, run: RunDir, cfg: NPDConfig, given: tuple[tuple[str, ...], Path] | None = None) -> None:
-        self.run, self.cfg, self.rollout = run, cfg, cfg.rollout
-        if given is not None:
-            self.rollout = replace(cfg.rollout, urls=given[0], token_file=str(given[1]))
+    def __init__(
+        self, run: RunDir, cfg: NPDConfig, given: Callable[[], tuple[tuple[str, ...], str] | None] = lambda: None
+    ) -> None:
+        self.run, self.cfg, self._given = run, cfg, given
         self._pool: ServerPool | None = None
         self._served: int | None = None  # number of the policy on the servers
         self._noting = Lock()  # a server may be found in another thread
@@ -53,10 +58,16 @@ class Servers:
         policy = policy_dir(self.run, self.cfg, index)
         if self._pool is None:
             with timed(self.run, "server start", index):
-                self._pool = ServerPool.open(policy, self.rollout, version=version(index), log_dir=self.run.logs)
+                urls, token = self._given() or (self.cfg.rollout.urls, "")
+                rollout = replace(self.cfg.rollout, urls=urls)
+                self._pool = ServerPool.open(
+                    policy, rollout, version=version(index), log_dir=self.run.logs, token=token
+                )
             self._pool.changed = self._note
-            if not self.rollout.urls:  # given servers may hold another run's weights under the same version
+            if not urls:  # given servers may hold another run's weights under the same version
                 self._served = index
+        elif (given := self._given()) is not None:
+            self._pool.follow(given[0])
         if self._served != index:
             with timed(self.run, "refresh", index) as measured:
                 measured |= refresh(self._pool, policy, version(index)).as_record()
@@ -67,7 +78,7 @@ class Servers:
     @property
     def launches(self) -> bool:
         """Whether they are launched here, rather than given."""
-        return not self.rollout.urls
+        return not self.cfg.rollout.urls and self.cfg.training_nodes == self.cfg.nnodes
 
     def stop(self) -> None:
         """Stop the servers that were launched here; the next policy that is asked for starts them again."""
@@ -119,7 +130,7 @@ def run_server_node(run: RunDir, cfg: NPDConfig, nodes: Nodes) -> None:
     Raises:
         UserError: A server could not be started, or as for ``watch_servers``.
     """
-    newest = max((index for index in range(1, cfg.updates + 2) if is_sealed(run.policy(index))), default=0)
+    newest = newest_policy(run, cfg)
     token, host = keep_token(nodes.token_file), cfg.host_name()
     servers = [
         VLLMServer(

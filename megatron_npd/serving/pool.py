@@ -71,7 +71,13 @@ class ServerPool(Control):
 
     @classmethod
     def open(
-        cls, model_dir: str | Path, cfg: RolloutConfig, *, version: str, log_dir: str | Path | None = None
+        cls,
+        model_dir: str | Path,
+        cfg: RolloutConfig,
+        *,
+        version: str,
+        log_dir: str | Path | None = None,
+        token: str = "",
     ) -> ServerPool:
         """The servers of ``cfg.urls``, or ``cfg.num_servers`` launched with ``model_dir``, all at the same time.
 
@@ -80,12 +86,13 @@ class ServerPool(Control):
             cfg: Rollout settings; launched servers keep their token in ``cfg.token_file``, if it names one.
             version: Policy version that launched servers are tagged with.
             log_dir: Directory of their logs; None: a private one among the temporary files.
+            token: Of running ones; empty: what ``cfg.token_file`` holds, if it names one.
 
         Raises:
             UserError: ``model_dir`` is a damaged policy, or a server could not be started.
         """
         if cfg.urls:
-            return cls(cfg.urls, cfg)
+            return cls(cfg.urls, cfg, token=token)
         if is_sealed(model_dir):  # a flipped bit loads silently
             read_manifest(model_dir)
         token = keep_token(cfg.token_file) if cfg.token_file else make_token()
@@ -204,6 +211,13 @@ class ServerPool(Control):
             self.urls.remove(url)
         self.lost[url] = error
         self.changed()
+
+    def follow(self, urls: Sequence[str]) -> None:
+        """Take it that servers are at these URLs now: others are asked no more, new ones once they are found."""
+        self.urls = [url for url in self.urls if url in urls]
+        known = {url: self.lost[url] for url in self.lost if url in urls}
+        new = [url for url in urls if url not in self.urls and url not in known]
+        self.lost = known | {url: UserError(f"the server {url} must hold the others' policy; load it") for url in new}
 
     def find(self, url: str) -> bool:
         """Bring a lost server back, with what the others serve: one that was launched here is started again.

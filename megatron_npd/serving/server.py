@@ -25,6 +25,7 @@ from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.serving.access import SECRET_VARIABLE, TOKEN_VARIABLE, bearer, make_token, proves_secret
+from megatron_npd.serving.devices import device_environment
 from megatron_npd.serving.interface import listen_on, reach
 from megatron_npd.stoppable import check_stop
 from megatron_npd.weights import language_config, read_config, read_weights
@@ -160,7 +161,7 @@ class VLLMServer:
             command += _cpu_arguments(self.cfg, self.model_dir, hf_config)
             environment |= _CPU_ENVIRONMENT
         elif self.cfg.num_servers > 1:
-            environment |= _device_environment(self.cfg, self.index)
+            environment |= device_environment(self.cfg, self.index)
         command += self.cfg.server_args  # last, so that they win
         get_logger().info("starting vLLM on %s for %s, log in %s", self.url, self.model_dir, self.log_path)
         self._started = time.monotonic()
@@ -375,23 +376,6 @@ def _cpu_arguments(cfg: RolloutConfig, model_dir: Path, hf_config: dict[str, Any
         *("--distributed-executor-backend", "uni"),
         *("--kv-cache-memory-bytes", str(max(64 * 2**20, min(wanted, memory // 4)))),
     ]
-
-
-def _device_environment(cfg: RolloutConfig, index: int) -> dict[str, str]:
-    """The devices of the ``index``-th of several servers: consecutive ones, as many as it has tensor-parallel ranks."""
-    from megatron_npd.platform import get_platform
-
-    name = get_platform().visible_devices_env
-    arguments = [part for argument in cfg.server_args for part in argument.split("=", 1)]
-    sizes = [arguments[i + 1] for i, part in enumerate(arguments[:-1]) if part in ("--tensor-parallel-size", "-tp")]
-    size = int(sizes[-1]) if sizes else 1
-    visible = os.environ.get(name, "")
-    devices = visible.split(",") if visible else [str(i) for i in range((index + 1) * size)]
-    if len(devices) < (index + 1) * size:
-        raise UserError(
-            f"{name} must list {size} devices for each of {cfg.num_servers} servers, got {visible}; lower num_servers"
-        )
-    return {name: ",".join(devices[index * size : (index + 1) * size])}
 
 
 def _signal_group(group: int, number: int) -> None:

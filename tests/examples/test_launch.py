@@ -146,6 +146,30 @@ def test_slurm_says_which_node_this_is(tmp_path: Path) -> None:
     assert f" examples/launch/{SCRIPT.name} " in sbatch and "--ntasks-per-node=1" in sbatch
 
 
+def test_ray_starts_in_the_allocation_and_one_command_on_it(tmp_path: Path) -> None:
+    programs = {"srun": 'echo "srun $*"', "hostname": "echo gpu07", "ray": "true", "scontrol": "echo gpu07"}
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NUM_NODES": "6", "SLURM_JOB_NODELIST": "gpu[07-12]", "SLURM_JOB_ID": "7", "PYTHON": "echo"}
+    done = subprocess.run(
+        [SCRIPT.parent / "npd_ray.sbatch", "--train.lr=1e-5"],
+        env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    lines = done.stdout.splitlines()  # in any order: the steps are in the background
+    words = ("--head", "--exclude", "megatron_npd run")
+    head, workers, run = (next(line for line in lines if word in line) for word in words)
+    step = "srun --overlap --ntasks-per-node=1 --cpu-bind=none --label"
+    assert head == f"{step} --nodes=1 --ntasks=1 --nodelist=gpu07 ray start --head --port=6379 --block"
+    assert workers == f"{step} --nodes=5 --ntasks=5 --exclude=gpu07 ray start --address=gpu07:6379 --block"
+    assert "--nnodes 6 --node-rank 0 --train-nodes 4 " in run and run.endswith("--launcher ray --train.lr=1e-5")
+
+
 def start_nodes(environment: dict[str, str], logs: list[Path], *flags: str) -> list[int]:
     """Exit codes of the script's processes, one a node."""
     nodes = []
