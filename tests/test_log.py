@@ -65,10 +65,10 @@ def test_a_command_says_what_it_wrote_and_to_a_user_what_comes_next(
 
 @pytest.mark.parametrize("tool", sorted(ROOT.glob("megatron_npd/cli/[a-z]*.py")), ids=lambda path: path.name)
 def test_every_command_that_writes_says_so(tool: Path) -> None:
-    """serve.py prints its URLs, verify.py and status.py their tables, run.py where policy and report are."""
+    """serve.py prints its URLs, verify.py, status.py and plan.py their tables, run.py where policy and report are."""
     source = tool.read_text()
     ends = {"serve.py": "print(urls", "verify.py": "print(result.table())", "run.py": "results(cfg)"}
-    ends["status.py"] = "print(status("
+    ends |= {"status.py": "print(status(", "plan.py": "print(json.dumps(as_dict(plan)"}
     assert ends.get(tool.name, "wrote(") in source
 
 
