@@ -144,14 +144,16 @@ def smollm(made: Path, work: Path) -> Workload:
     recipe = replace(recipe, lr_warmup_iters=5, weight_decay=0.0, log_interval=1)
     student = quickstart.sft("student", recipe, problems="sft", start=made / "student", until=20)
     flags = ["--updates=0", "--annotate.seq-length=2048", "--pack.seq-length=2048", "--train.train-iters=6"]
-    flags += ["--train.global-batch-size=1", "--rollout.max-model-len=1024", "--train.lr=3e-4", "--train.kd-alpha=1.0"]
-    flags += ["--rollout.greedy-paths=0", "--select.filter=none", "--annotate.unconditional=false"]
+    flags += ["--train.global-batch-size=1", "--rollout.max-model-len=1024", "--train.kd-alpha=1.0"]
+    flags += ["--rollout.greedy-paths=0", "--select.filter=none", "--train.fused-linear-loss=true"]
+    # Both stay at their first policy: the teacher answers at length, and a student grows longer with each update.
+    flags += ["--train.lr=1e-6", "--train.lr-warmup-iters=1"]
     return Workload(
         teacher=made / "teacher",
         student=student,
         prompts=made / "prompts.jsonl",
-        ours=["--config", str(ROOT / "examples" / "recipes" / "pretrained.yaml"), *flags, "--train.lr-warmup-iters=1"],
-        shared=["--lr=3e-4", "--max-length=1024"],
+        ours=["--config", str(ROOT / "examples" / "recipes" / "pretrained.yaml"), *flags],
+        shared=["--lr=1e-6", "--max-length=1024"],
         trl={"GKD on-policy, batch 8": (["--batch=8"], 3), "GKD on-policy, batch 4": (["--batch=4"], 6)},
     )
 
