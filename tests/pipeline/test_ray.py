@@ -56,6 +56,8 @@ def cluster(mark: str) -> Iterator[str]:
     directory = tempfile.mkdtemp(prefix="ray-")  # paths of sockets must be short
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", MARK: mark}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["RAY_TMPDIR"] = directory  # of the file that names the cluster, which must not be another one's
+    (Path(directory) / "ray").mkdir()
     # The address is the one that ray.init takes for this machine's.
     node = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "node_ip_address": ray.util.get_node_ip_address()}
     with pytest.MonkeyPatch.context() as patch:
