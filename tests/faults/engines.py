@@ -98,6 +98,7 @@ class Disturbed:
         self.command, self.run, self.log = [*command, f"--run-dir={run.root}"], run, log
         self.mark = uuid.uuid4().hex
         self.starts = 0
+        self._groups: set[int] = set()  # of its servers: vLLM's engine writes its title over its environment
 
     def start(self) -> subprocess.Popen[bytes]:
         self.starts += 1
@@ -108,8 +109,13 @@ class Disturbed:
     def processes(self) -> Iterator[tuple[str, psutil.Process]]:
         """What there is of it, with its kind; empty: another, like a guard's shell."""
         for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+            with suppress(psutil.Error, ProcessLookupError):
+                group = os.getpgid(process.pid)
+                if process.environ().get(MARK) == self.mark:
+                    self._groups |= {group} - {os.getpgid(0)}
+                elif group not in self._groups:
+                    continue
+                if process.status() != psutil.STATUS_ZOMBIE:
                     line = f"{process.name()} {' '.join(process.cmdline())}"
                     yield next((kind for kind, part in KINDS.items() if part in line), ""), process
 
