@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+from annotate import make_model
 from measure import best_seconds
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.log import get_logger, run_main
@@ -28,21 +28,8 @@ from megatron_npd.weights import read_weights
 
 def make_policy(path: Path, layers: int, seed: int) -> Path:
     """A model with random weights."""
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=layers,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
-    return path
+    return make_model(path, layers, "bfloat16")
 
 
 def read_files(directory: Path) -> None:

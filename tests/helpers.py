@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,3 +132,12 @@ def failing(number: int) -> Callable[..., Any]:
 def hear_interrupts() -> None:
     """For ``preexec_fn``: what a shell started in the background ignores SIGINT, and so would what it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 300.0) -> Any:
+    """What the function finds, looked for until it finds something, while the process runs."""
+    until = time.monotonic() + seconds
+    while not (found := what()):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    return found

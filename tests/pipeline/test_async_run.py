@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from megatron_npd.audit.status import status  # noqa: E402
 from megatron_npd.audit.verify import verify_run  # noqa: E402
 from megatron_npd.pipeline.runner import run_npd  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
-from tests.helpers import hear_interrupts  # noqa: E402
+from tests.helpers import hear_interrupts, wait_for  # noqa: E402
 from tests.pipeline.test_overlap import workers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,15 +71,6 @@ def test_rounds_that_overlap(ahead: NPDConfig) -> None:
     assert begun["rollout", 1] < begun["select", 0], "round 1 was generated while round 0 was annotated"
     assert "at work: servers " in table and is_sealed(run.held_out.annotations(3))
     assert (run.report / "timeline.png").exists()
-
-
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
-    """What the function finds, looked for until it finds something."""
-    until = time.monotonic() + PATIENCE
-    while not (found := what()):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.005)
-    return found
 
 
 def annotators(runner: psutil.Process) -> list[psutil.Process]:

@@ -10,8 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.pipeline.launch import LAUNCHERS
 from megatron_npd.platform import get_platform
-from tests.helpers import make_tiny_model
+from tests.helpers import make_tiny_model, wait_for
 
 get_platform("cpu")
 
@@ -154,15 +153,6 @@ def processes(mark: str, *words: str) -> list[psutil.Process]:
                 found.append(process)
         except psutil.Error:
             continue
-    return found
-
-
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
-    """What the function finds, looked for until it finds something."""
-    until = time.monotonic() + PATIENCE
-    while not (found := what()):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
     return found
 
 
