@@ -30,7 +30,7 @@ from chains import write_splits
 from run import HERE, Quickstart, QuickstartConfig
 
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.row_schedule import load_schedule
 from megatron_npd.manifest import read_manifest
 from megatron_npd.run_dir import RunDir

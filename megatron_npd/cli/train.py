@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from megatron_npd.config.command_line import parse_config
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.log import wrote
 from megatron_npd.paths import check_training
 from megatron_npd.platform import get_platform

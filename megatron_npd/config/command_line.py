@@ -1,6 +1,6 @@
 """The command line of a configuration: a frozen dataclass from a recipe and flags, and back to another process's flags.
 
-A recipe is a YAML file of the fields of ``config/settings.py``; any of them can be overridden by a flag, with dashes or
+A recipe is a YAML file of the fields of a class in ``config/``; any of them can be overridden by a flag, with dashes or
 underscores (``--tensor-model-parallel-size 2``).
 """
 
@@ -31,7 +31,7 @@ def parse_config(cls: type[Config], argv: Sequence[str] | None = None, *, descri
     """Build a frozen configuration from ``--config recipe.yaml`` and overriding flags.
 
     Args:
-        cls: A dataclass of ``config/settings.py``, or a tool's own; its fields become flags, nested ones
+        cls: A dataclass of ``config/``, or a tool's own; its fields become flags, nested ones
             ``--train.lr``.
         argv: Arguments without the program name; default: the process's.
         description: First lines of ``--help``.

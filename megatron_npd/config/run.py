@@ -7,7 +7,8 @@ from typing import Literal
 
 from megatron_npd.choices import PlatformName
 from megatron_npd.config.cluster import ClusterConfig
-from megatron_npd.config.settings import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig, TrainConfig, require
+from megatron_npd.config.settings import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig, require
+from megatron_npd.config.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_npd.config.plan import Assumptions
-from megatron_npd.config.settings import AnnotateConfig, TrainConfig
+from megatron_npd.config.settings import AnnotateConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.models.families import ModelSpec
 from megatron_npd.planning.devices import Accelerator
 from megatron_npd.planning.memory import GRADIENT, ServerMemory, element_bytes

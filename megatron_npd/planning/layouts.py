@@ -12,7 +12,8 @@ from functools import partial
 from typing import TypeVar
 
 from megatron_npd.config.plan import PlanConfig
-from megatron_npd.config.settings import AnnotateConfig, LayoutConfig, TrainConfig
+from megatron_npd.config.settings import AnnotateConfig, LayoutConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import ModelSpec
 from megatron_npd.models.layout import check_layout

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_npd.config.settings import AnnotateConfig, TrainConfig
+from megatron_npd.config.settings import AnnotateConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.models.families import ModelSpec
 from megatron_npd.ops import fused_linear
 from megatron_npd.planning.model import Layout, cache_bytes, rank_parameters

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.durable import fsync, write_atomic
 from megatron_npd.log import get_logger, progress
 

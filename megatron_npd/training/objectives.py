@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_npd.choices import Impl, ObjectiveName
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.ops.arguments import LossOptions
 from megatron_npd.ops.distill_loss import DistillLoss, distill_loss

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from megatron_npd.choices import RefreshRule
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 
 _LAG_DECAY = 0.9  # of the moving average, per step

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.row_schedule import PACKS_KIND, ScheduleEntry, load_schedule, schedule_text
 from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError

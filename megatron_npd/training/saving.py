@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.durable import fsync_path
 from megatron_npd.manifest import is_sealed
 from megatron_npd.models.checkpoint import save_checkpoint, saved_state, together

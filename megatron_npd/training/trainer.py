@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.packed_dataset import PackedDataset, Streams
 from megatron_npd.data.prefetch import Prefetcher

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd.config.settings import AnnotateConfig, PackConfig, SelectConfig, TrainConfig
+from megatron_npd.config.settings import AnnotateConfig, PackConfig, SelectConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.manifest import MANIFEST, is_sealed
 from megatron_npd.training.metrics import METRICS_FILE
 from tests.helpers import VOCAB_SIZE, make_tiny_model

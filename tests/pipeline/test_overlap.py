@@ -15,7 +15,8 @@ import pytest
 
 from megatron_npd.config.cluster import ClusterConfig
 from megatron_npd.config.run import NPDConfig
-from megatron_npd.config.settings import AnnotateConfig, TrainConfig
+from megatron_npd.config.settings import AnnotateConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.row_schedule import ScheduleEntry
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, seal

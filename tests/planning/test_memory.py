@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.models.families import FAMILIES, load_spec
 from megatron_npd.planning.memory import RankMemory, server_memory, training_memory

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_npd.config.settings import PackConfig, TrainConfig
+from megatron_npd.config.settings import PackConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.packing import pack_prompts, pack_selection
 from tests.data.test_packing import make_prompts, make_selection
 from tests.helpers import VOCAB_SIZE

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.build import build_model, load_spec
 from megatron_npd.models.checkpoint import load_checkpoint

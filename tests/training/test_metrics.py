@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.training.metrics import MetricsWriter, average, console_line, metrics_file, truncate_metrics
 
 

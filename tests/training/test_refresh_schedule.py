@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_npd.config.run import NPDConfig
-from megatron_npd.config.settings import RolloutConfig, TrainConfig
+from megatron_npd.config.settings import RolloutConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.training.refresh_schedule import REFRESH, RefreshSchedule
 

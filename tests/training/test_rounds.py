@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.row_schedule import ScheduleEntry, load_schedule
 from megatron_npd.errors import UserError
 from megatron_npd.run_dir import RunDir

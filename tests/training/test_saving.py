@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, seal, writing
 from megatron_npd.training.trainer import train

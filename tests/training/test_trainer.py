@@ -12,7 +12,8 @@ import pytest
 from megatron_npd.audit.verify import verify_run
 from megatron_npd.choices import Mode
 from megatron_npd.cli import train as train_command
-from megatron_npd.config.settings import PackConfig, TrainConfig
+from megatron_npd.config.settings import PackConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.packing import pack_rollouts
 from megatron_npd.data.row_schedule import ScheduleEntry, schedule_text
 from megatron_npd.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_npd.config.settings import TrainConfig
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.links import links_of
 from megatron_npd.run_dir import RunDir
