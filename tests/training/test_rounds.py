@@ -22,10 +22,11 @@ from megatron_npd.data.row_schedule import ScheduleEntry, load_schedule
 from megatron_npd.errors import UserError
 from megatron_npd.run_dir import RunDir
 from megatron_npd.training import rounds, saving
+from megatron_npd.training.batch_loader import BatchLoader
 from megatron_npd.training.refresh_schedule import round_boundaries
 from megatron_npd.training.schedule import append_entry
 from megatron_npd.training.step import TrainStep
-from megatron_npd.training.trainer import BatchLoader, train
+from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
 from tests.training.make_run import config, make_round, read_metrics
 
