@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -27,7 +26,8 @@ from torch import Tensor
 
 from megatron_npd.errors import UserError
 from megatron_npd.models.attention import PackedAttention, Rotary, packed_params
-from megatron_npd.models.families.base import ModelSpec, load_spec
+from megatron_npd.models.families import ModelSpec, load_spec
+from megatron_npd.models.families.rope import inverse_frequencies
 from megatron_npd.models.hf_checkpoint import open_checkpoint, widest
 from megatron_npd.models.layout import check_layout
 from megatron_npd.models.mapping import global_parameters, local_shape, parameter_rules, pieces
@@ -65,6 +65,20 @@ class RMSNorm(torch.nn.Module):
         return self.platform.rms_norm(x, self.weight, self.eps)
 
 
+class _BiasedColumn(ColumnParallelLinear):
+    """With a bias, whatever the configuration has for the other linear layers."""
+
+    def __init__(self, *sizes: Any, bias: bool, **options: Any) -> None:
+        super().__init__(*sizes, bias=True, **options)
+
+
+class _BiasedRow(RowParallelLinear):
+    """With a bias, whatever the configuration has for the other linear layers."""
+
+    def __init__(self, *sizes: Any, bias: bool, **options: Any) -> None:
+        super().__init__(*sizes, bias=True, **options)
+
+
 def build_model(
     spec: ModelSpec,
     *,
@@ -100,8 +114,8 @@ def build_model(
         torch.bfloat16 if bf16 else torch.float32,
         sequence_parallel and tensor_size > 1,
     )
-    layer, norm = _layer_spec(Rotary(*_inverse_frequencies(spec)), qk_layernorm=config.qk_layernorm), cast(Any, RMSNorm)
-    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    layers, norm = [_layer_spec(spec)] * get_num_layers_to_build(config), cast(Any, RMSNorm)
+    block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
     model = GPTModel(
         config,
         cast(Any, block),  # megatron-core takes a block's submodules too, though its annotation does not say so
@@ -183,7 +197,8 @@ def _transformer_config(
         layernorm_epsilon=spec.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=False,  # it means all linear layers; those that have a bias are _Biased
+        qk_layernorm=spec.has("self_attention.q_layernorm.weight"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor_size,
@@ -205,13 +220,20 @@ def _transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=False,
-        **spec.family.transformer_config,
     )
 
 
-def _layer_spec(rotary: Rotary, *, qk_layernorm: bool) -> ModuleSpec:
+def _layer_spec(spec: ModelSpec) -> ModuleSpec:
     bias_dropout_add: Any = get_bias_dropout_add  # megatron-core's annotations allow classes only
-    head_norm: Any = RMSNorm if qk_layernorm else None  # and have None for a default alone
+    head_norm: Any = RMSNorm if spec.has("self_attention.q_layernorm.weight") else None  # and have None for a default
+
+    def linear(name: str) -> type:
+        """The class of the linear layer that a layer's rules name."""
+        column = name.endswith(("linear_qkv", "linear_fc1"))
+        if spec.has(f"{name}.bias"):
+            return _BiasedColumn if column else _BiasedRow
+        return ColumnParallelLinear if column else RowParallelLinear
+
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -220,9 +242,9 @@ def _layer_spec(rotary: Rotary, *, qk_layernorm: bool) -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=_with_rotary(rotary),
-                    linear_proj=RowParallelLinear,
+                    linear_qkv=linear("self_attention.linear_qkv"),
+                    core_attention=_with_rotary(Rotary(*inverse_frequencies(spec))),
+                    linear_proj=linear("self_attention.linear_proj"),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -230,7 +252,8 @@ def _layer_spec(rotary: Rotary, *, qk_layernorm: bool) -> ModuleSpec:
             self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=linear("mlp.linear_fc1"), linear_fc2=linear("mlp.linear_fc2")),
             ),
             mlp_bda=bias_dropout_add,
         ),
@@ -242,20 +265,3 @@ def _with_rotary(rotary: Rotary) -> Any:
         return PackedAttention(rotary=rotary, **options)
 
     return core_attention
-
-
-def _inverse_frequencies(spec: ModelSpec) -> tuple[Tensor, float]:
-    """float32 [head_dim / 2] and the factor on cos and sin."""
-    if spec.rope_scaling is None:
-        exponents = torch.arange(0, spec.head_dim, 2).float() / spec.head_dim
-        return 1.0 / spec.rope_theta**exponents, 1.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = SimpleNamespace(
-        rope_parameters={"rope_theta": spec.rope_theta, **spec.rope_scaling},
-        head_dim=spec.head_dim,
-        max_position_embeddings=spec.max_position_embeddings,
-        standardize_rope_params=lambda: None,
-    )
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[spec.rope_scaling["rope_type"]](config, torch.device("cpu"))
-    return inv_freq.float(), scaling

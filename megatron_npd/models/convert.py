@@ -23,7 +23,8 @@ from megatron_npd.log import get_logger
 from megatron_npd.manifest import config_hash, is_sealed, seal, writing
 from megatron_npd.models.checkpoint_files import KIND
 from megatron_npd.models.dist_checkpoint import DistCheckpoint, DistWriter, Stored
-from megatron_npd.models.families.base import DTYPES, ModelSpec, Rule, load_spec
+from megatron_npd.models.families.base import ModelSpec, Rule
+from megatron_npd.models.families.config import DTYPES, load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, open_checkpoint, write_weights
 from megatron_npd.models.known import known_logprobs
 from megatron_npd.models.mapping import Run, hf_shapes, local_shape, parameter_rules, row_runs

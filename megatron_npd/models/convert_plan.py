@@ -9,7 +9,7 @@ import torch
 
 from megatron_npd.models.convert import export_types, find_all, stored_type
 from megatron_npd.models.dist_checkpoint import DistCheckpoint
-from megatron_npd.models.families.base import load_spec
+from megatron_npd.models.families.config import load_spec
 from megatron_npd.models.hf_checkpoint import open_checkpoint
 from megatron_npd.models.mapping import Run, hf_shapes, parameter_rules, row_runs
 from megatron_npd.paths import find_checkpoint

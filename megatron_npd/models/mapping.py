@@ -39,7 +39,7 @@ def parameter_rules(spec: ModelSpec) -> dict[str, Rule]:
     embedding, norm, head = spec.family.outer_rules
     if spec.tied:
         head = replace(head, hf=embedding.hf)
-    layers = (_of_layer(rule, index) for index in range(spec.num_layers) for rule in spec.family.layer_rules)
+    layers = (_of_layer(rule, index) for index in range(spec.num_layers) for rule in spec.layer_rules)
     return {rule.mcore: rule for rule in (embedding, *layers, norm, head)}
 
 

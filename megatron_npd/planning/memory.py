@@ -124,7 +124,7 @@ def layer_activations(spec: ModelSpec, tp: int, e: int, *, sequence_parallel: bo
     qkv = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim / tp * gathered
     hidden = 2 * (_norm(spec.hidden_size, 1, e, norms) + spec.hidden_size * e) / split  # norms; inputs of products
     attention = (qkv + query + key + query) * e + heads * 4  # the product, rotated q and k, output; log-sum-exp
-    if spec.family.transformer_config.get("qk_layernorm"):
+    if spec.has("self_attention.q_layernorm.weight"):
         attention += _norm(query, heads, e, norms) + _norm(key, kv_heads, e, norms)
         if norms != "cpu":
             attention -= key * e  # the key's norm keeps a view of the product

@@ -33,7 +33,7 @@ from megatron_npd.data.tokenizer import check_vocabularies, document_start, gene
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger, progress
 from megatron_npd.manifest import Manifest, read_manifest, seal, writing
-from megatron_npd.models.families.base import load_sizes, load_spec
+from megatron_npd.models.families.config import load_sizes, load_spec
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined, in_words

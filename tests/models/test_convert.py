@@ -54,6 +54,23 @@ CASES: dict[str, dict[str, Any]] = {family.name: {"family": family.name} for fam
             "original_max_position_embeddings": 32,
         },
     },
+    "llama_biases": {"family": "llama", "attention_bias": True, "mlp_bias": True, "vocab_size": 305},
+    "qwen2_yarn": {
+        "family": "qwen2",
+        "num_key_value_heads": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral_linear": {
+        "family": "mistral",
+        "head_dim": 24,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
 }
 SEGMENTS = (40, 7, 1, 16)
 LAYOUTS = ((1, 1), (2, 1), (1, 2))  # TP, PP of two processes; the first one is data-parallel

@@ -12,10 +12,10 @@ from transformers import AutoConfig, LlamaConfig
 
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import FAMILIES, load_spec
-from megatron_npd.models.families.base import load_sizes
+from megatron_npd.models.families.config import load_sizes
 from tests.helpers import present
 
-# As published (transformers 4): Qwen2.5-7B-Instruct and Llama-3.2-1B.
+# As published (transformers 4): Qwen2.5-7B-Instruct, Llama-3.2-1B, Qwen3-0.6B and Mistral-7B-v0.3.
 QWEN25_7B = {
     "architectures": ["Qwen2ForCausalLM"],
     "attention_dropout": 0.0,
@@ -102,7 +102,30 @@ QWEN3_06B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-PUBLISHED = {"qwen2": QWEN25_7B, "llama": LLAMA32_1B, "qwen3": QWEN3_06B}
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32768,
+}
+PUBLISHED = {"qwen2": QWEN25_7B, "llama": LLAMA32_1B, "qwen3": QWEN3_06B, "mistral": MISTRAL_7B}
 LLAMA3_SCALING = LLAMA32_1B["rope_scaling"]
 DROP = object()
 
@@ -183,8 +206,8 @@ def test_padding_is_to_a_multiple_of_tp_only(tmp_path: Path) -> None:
         (QWEN25_7B, {"hidden_act": "gelu"}, "hidden_act"),
         (QWEN25_7B, {"attention_dropout": 0.1}, "attention_dropout"),
         (QWEN25_7B, {"attention_bias": True}, "attention_bias"),
-        (LLAMA32_1B, {"attention_bias": True}, "attention_bias"),
-        (LLAMA32_1B, {"mlp_bias": True}, "mlp_bias"),
+        (LLAMA32_1B, {"attention_bias": 1}, "attention_bias"),
+        (LLAMA32_1B, {"mlp_bias": None}, "mlp_bias"),
         (LLAMA32_1B, {"pretraining_tp": 2}, "pretraining_tp"),
         (LLAMA32_1B, {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         (LLAMA32_1B, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
@@ -192,7 +215,13 @@ def test_padding_is_to_a_multiple_of_tp_only(tmp_path: Path) -> None:
         (LLAMA32_1B, {"rope_scaling": LLAMA3_SCALING | {"attention_factor": 2.0}}, "attention_factor"),
         (LLAMA32_1B, {"rope_parameters": LLAMA3_SCALING | {"factor": 8.0}}, "rope_parameters"),
         (LLAMA32_1B, {"rope_parameters": LLAMA3_SCALING | {"rope_theta": 1e4}}, "rope_theta"),
-        (QWEN25_7B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+        (QWEN25_7B, {"rope_scaling": {"type": "yarn"}}, "factor"),
+        (QWEN25_7B, {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}}, "truncate"),
+        (QWEN25_7B, {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 2}}, "beta_slow"),
+        (MISTRAL_7B, {"sliding_window": 4096}, "sliding_window"),
+        (MISTRAL_7B, {"sliding_window": DROP}, "sliding_window"),
+        (MISTRAL_7B, {"sliding_window": 32767.5}, "sliding_window"),
+        (QWEN25_7B, {"dual_chunk_attention_config": {}}, "dual_chunk_attention_config.*annotate.backend vllm"),
         (QWEN25_7B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (QWEN25_7B, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (QWEN25_7B, {"quantization_config": {"bits": 4}}, "quantization_config"),

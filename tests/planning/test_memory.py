@@ -175,8 +175,9 @@ def test_each_part_is_what_a_step_allocates(models: Path, measured: Any, family:
     assert memory.activations + memory.logits == pytest.approx(found["kept"], rel=TOLERANCE)
 
 
-def test_every_family_is_measured() -> None:
-    assert {family.name for family in FAMILIES.values()} == set(SHAPES)
+def test_the_layers_of_every_family_are_measured() -> None:
+    measured = [family.layer_rules for family in FAMILIES.values() if family.name in SHAPES]
+    assert all(family.layer_rules in measured for family in FAMILIES.values())
 
 
 @pytest.mark.parametrize("family", SHAPES)

@@ -1,4 +1,4 @@
-"""Llama 3, 3.1 and 3.2: grouped queries, no biases, plain or llama3-scaled rotary embedding, tied or untied."""
+"""Llama 2 and 3, and models of its form (SmolLM2, TinyLlama, Yi): with biases where the configuration says so."""
 
 from __future__ import annotations
 
@@ -40,13 +40,38 @@ LAYER_RULES = (
     ),
     Rule(mcore=f"{_MCORE}.mlp.linear_fc2.weight", hf={f"{_HF}.mlp.down_proj.weight": ("hidden", "ffn")}, kind="row"),
 )
+QKV_BIAS = Rule(
+    mcore=f"{_MCORE}.self_attention.linear_qkv.bias",
+    hf={
+        f"{_HF}.self_attn.q_proj.bias": ("query",),
+        f"{_HF}.self_attn.k_proj.bias": ("kv",),
+        f"{_HF}.self_attn.v_proj.bias": ("kv",),
+    },
+    kind="qkv",
+)
+ATTENTION_BIAS = (
+    QKV_BIAS,
+    Rule(
+        mcore=f"{_MCORE}.self_attention.linear_proj.bias",
+        hf={f"{_HF}.self_attn.o_proj.bias": ("hidden",)},
+        kind="replicated",
+    ),
+)
+_MLP_BIAS = (
+    Rule(
+        mcore=f"{_MCORE}.mlp.linear_fc1.bias",
+        hf={f"{_HF}.mlp.gate_proj.bias": ("ffn",), f"{_HF}.mlp.up_proj.bias": ("ffn",)},
+        kind="gate_up",
+    ),
+    Rule(mcore=f"{_MCORE}.mlp.linear_fc2.bias", hf={f"{_HF}.mlp.down_proj.bias": ("hidden",)}, kind="replicated"),
+)
 
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
     model_type="llama",
-    rope_types=("default", "llama3"),
-    neutral={"attention_bias": (False,), "mlp_bias": (False,), "pretraining_tp": (1,)},
+    switches={"attention_bias": ATTENTION_BIAS, "mlp_bias": _MLP_BIAS},
+    neutral={"pretraining_tp": (1,)},
     outer_rules=OUTER_RULES,
     layer_rules=LAYER_RULES,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_npd.models.families.base import Family, Rule
-from megatron_npd.models.families.llama import LAYER_RULES, OUTER_RULES
+from megatron_npd.models.families.llama import ATTENTION_BIAS, LAYER_RULES, OUTER_RULES
 
 _QK_NORMS = tuple(
     Rule(
@@ -18,10 +18,9 @@ QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
-    transformer_config={"qk_layernorm": True},
     defaults={"num_key_value_heads": 32, "head_dim": 128},
-    rope_types=("default",),
-    neutral={"attention_bias": (False,), "use_sliding_window": (False,)},
+    switches={"attention_bias": ATTENTION_BIAS},
+    neutral={"use_sliding_window": (False,)},
     harmless=("sliding_window", "max_window_layers"),  # without effect where use_sliding_window is false
     outer_rules=OUTER_RULES,
     layer_rules=(*LAYER_RULES, *_QK_NORMS),
