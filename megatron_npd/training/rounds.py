@@ -23,6 +23,7 @@ from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.models.checkpoint import together
 from megatron_npd.run_dir import RunDir
+from megatron_npd.training.refresh_schedule import Progress
 from megatron_npd.training.schedule import append_entry
 
 _POLL_SECONDS = 0.2
@@ -35,8 +36,8 @@ class Rounds:
     """The schedule of a trainer's data: of a run that grows, or of packs that are all there.
 
     Args:
-        cfg: ``data_path``: a run's directory, a ``schedule.jsonl``, or a sealed directory of packs; ``updates`` and
-            ``max_lead``.
+        cfg: ``data_path``: a run's directory, a ``schedule.jsonl``, or a sealed directory of packs; ``updates``,
+            ``max_lead`` and ``train_iters``.
 
     Attributes:
         schedule: What the packed data set is opened from.
@@ -46,7 +47,7 @@ class Rounds:
     def __init__(self, cfg: TrainConfig) -> None:
         path = Path(cfg.data_path)
         self._run = RunDir(path) if path.is_dir() and not is_sealed(path) else None
-        self._updates, self._max_lead = cfg.updates, cfg.max_lead
+        self._updates, self._max_lead, self._train_iters = cfg.updates, cfg.max_lead, cfg.train_iters
         self.schedule = path if self._run is None else self._run.schedule
         self.entries: list[ScheduleEntry] = []
 
@@ -63,24 +64,30 @@ class Rounds:
             entries = [ScheduleEntry(**entry) for entry in trained]
             self.entries = self._wait(0, lambda seconds: self._begin(entries, seconds))
 
-    def following(self, policies: int, rows_consumed: int) -> ScheduleEntry | None:
+    def following(self, progress: Progress, iteration: int, rows_consumed: int) -> ScheduleEntry | None:
         """The round that trains from this row on, if a new one does; all ranks call it together before each step.
 
         A round may train once the policy of its number is marked. The trainer waits for its packs where more than
-        ``max_lead`` policies would be marked without it; else it takes them when it sees them.
+        ``max_lead`` policies would be marked without it; else it takes them when it sees them. After the last refresh
+        it waits for the rounds that are ahead of it too, one after another, so that each trains for an even share of
+        the steps that are left: nothing is generated for nothing.
 
         Args:
-            policies: Checkpoints that were marked so far.
+            progress: Checkpoints that were marked so far, and steps since.
+            iteration: Steps done.
             rows_consumed: At the boundary of a global batch.
 
         Raises:
             UserError: The packs, or the schedule, are damaged.
         """
-        index, due = len(self.entries), min(policies, self._updates)
+        index, due = len(self.entries), min(progress.policies, self._updates)
+        lead = min(self._max_lead, self._updates)
         # What an earlier attempt scheduled for a later row stands: this one takes nothing before it.
         if self._run is None or index > due or self.entries[-1].from_row >= rows_consumed:
             return None
-        if index <= due - self._max_lead:
+        if due == self._updates:
+            lead -= (lead + 1) * progress.steps // (progress.steps + self._train_iters - iteration)
+        if index <= due - lead:
             entry = self._wait(index, lambda seconds: self._append(index, rows_consumed, seconds))
         else:
             entry = _on_rank_0(lambda: self._append(index, rows_consumed, 0.0))

@@ -120,7 +120,7 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     ):
         while iteration < stop:
             looked = time.perf_counter()
-            if (following := rounds.following(refresh.progress.policies, feed.rows_consumed)) is not None:
+            if (following := rounds.following(refresh.progress, iteration, feed.rows_consumed)) is not None:
                 with together():  # some ranks alone look at all of it
                     feed.extend(following)
             start, entry = time.perf_counter(), feed.entry()

@@ -333,9 +333,10 @@ def ahead(
     [
         (1, {1: 1, 2: 2}, [0, 12, 24], []),  # sealed before the mark: each begins with its policy
         (1, {1: 5, 2: 8}, [0, 20, 32], []),  # later: at the next boundary
-        (1, {2: 9}, [0, 24], [1]),  # two marked policies without a round would be one too many
+        (1, {2: 9}, [0, 24, 32], [1, 2]),  # two marked policies without a round would be one too many
         (2, {1: 7, 2: 7}, [0, 28, 32], []),  # both late: one after the other
-        (2, {}, [0], []),
+        (2, {}, [0, 28, 32], [1, 2]),  # after the last mark each trains for a third of the steps
+        (5, {1: 9}, [0, 28, 32], [1, 2]),
     ],
 )
 def test_with_a_lead_rounds_are_taken_when_they_are_seen(
