@@ -19,6 +19,7 @@ SAMPLES_FILE = "samples.parquet"
 SELECTION_FILE = "selection.parquet"
 PACKS_FILE = "packs.arrow"
 
+SEEDS = 2**31  # sampling seeds are below it
 SOURCES = ("student", "teacher", "dataset")  # whose a response is: the policy's, another model's, the data's
 
 _IDS = pa.list_(pa.int32())
@@ -39,7 +40,8 @@ PROMPT_SCHEMA = pa.schema(
     ]
 )
 
-# One row per generated response. logprobs: of the raw, full-vocabulary distribution of the generator at temperature 1.
+# One row per response. logprobs: of the raw, full-vocabulary distribution of the generator at temperature 1; of a data
+# set's response, that of the policy that served the round, whose version it bears. seed says which those are, too.
 ROLLOUT_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string(), nullable=False),
@@ -165,6 +167,6 @@ def sample_id(prompt_id: str, round_index: int, path: int) -> str:
 
 
 def sample_seed(run_seed: int, round_index: int, prompt_id: str, path: int) -> int:
-    """The sampling seed of a response, below 2**31, from (run, round, prompt, path)."""
+    """The sampling seed of a response, below ``SEEDS``, from (run, round, prompt, path)."""
     digest = hashlib.sha256(f"{run_seed}\0{round_index}\0{prompt_id}\0{path}".encode()).digest()
-    return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
+    return int.from_bytes(digest[:4], "little") % SEEDS

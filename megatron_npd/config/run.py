@@ -110,6 +110,13 @@ class NPDConfig(ClusterConfig):
             self.updates,
             "the teacher stays as it is: more prompts or paths give more responses",
         )
+        require(
+            self.responses == "student" or not self.rollout.dataset_fraction,
+            "rollout.dataset_fraction",
+            "0 with responses teacher",
+            self.rollout.dataset_fraction,
+            "the student's responses alone are mixed with the data set's",
+        )
         require(self.max_lead >= 0, "max_lead", "at least 0", self.max_lead, "0 waits for the newest policy")
         require(
             self.train.refresh != "by_lag" or self.rollout.measures_lag,

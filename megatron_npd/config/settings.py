@@ -64,6 +64,9 @@ class RolloutConfig:
     """Sampled responses per prompt; the policy-lag meter needs at least one, at temperature 1 and top_p 1."""
     prompts_per_round: int = 0
     """Most prompts that a round asks: rounds take turns with the prompts; 0: each round asks all of them."""
+    dataset_fraction: float = 0.0
+    """Share of a round's responses that are the prompts' own (response) in place of the student's, as GKD mixes them;
+    the servers give their log-probabilities."""
     temperature: float = 1.0
     """Sampling temperature of the sampled paths."""
     top_p: float = 1.0
@@ -106,6 +109,8 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p, "1 keeps the whole distribution")
         require_positive(self, "num_servers", "max_tokens", "max_model_len", "concurrency", "shard_size")
         require_not_negative(self, "prompts_per_round")
+        share = self.dataset_fraction
+        require(0 <= share <= 1, "dataset_fraction", "in [0, 1]", share, "0 has the student answer all")
         require_share("max_quarantined", self.max_quarantined)
         for name in ("request_timeout", "start_timeout"):
             require(getattr(self, name) > 0, name, "> 0 seconds", getattr(self, name), "600 is the default")

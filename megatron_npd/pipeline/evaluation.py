@@ -127,6 +127,7 @@ def measure_settings(cfg: RolloutConfig) -> RolloutConfig:
         greedy_paths=1,
         sampled_paths=_PATHS - 1,
         prompts_per_round=0,
+        dataset_fraction=0.0,
         temperature=1.0,
         top_p=1.0,
         merge_identical=False,

@@ -95,8 +95,9 @@ def check_prompts(run: RunDir, cfg: NPDConfig) -> None:
     """Check the sealed prompts against settings that only a later stage reads.
 
     Raises:
-        UserError: A held-out problem has no answer, or a prompt no domain.
+        UserError: A held-out problem has no answer, or a prompt no domain, or no response where those are mixed in.
     """
+    from megatron_npd.data.prompt_rows import PromptRows
     from megatron_npd.rollout.evaluate import read_problems
     from megatron_npd.selection.select import check_domains
 
@@ -104,6 +105,14 @@ def check_prompts(run: RunDir, cfg: NPDConfig) -> None:
         read_problems(run.eval_prompts, cfg.eval.answer_regex)
     if cfg.select.domain_column:
         check_domains(run.prompts, cfg.select.domain_column)
+    if cfg.rollout.dataset_fraction:
+        for prompt_ids, responses in PromptRows(run.prompts).batches("prompt_id", "response_ids"):
+            without = prompt_ids.filter(responses.is_null())
+            if len(without):
+                raise UserError(
+                    f"prompts of {cfg.prompts} must all have a response with rollout.dataset_fraction "
+                    f"{cfg.rollout.dataset_fraction:g}, got none for {without[0]}; give it, or leave these prompts out"
+                )
 
 
 def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:

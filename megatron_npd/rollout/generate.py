@@ -40,6 +40,7 @@ _SETTINGS = (
     "merge_identical",
     "seed",
 )
+_LATER = ("prompts_per_round", "dataset_fraction")  # named where they are not 0: rounds were made before there were any
 _LOG_SECONDS = 30.0
 _SYNC_SECONDS = 1.0  # between flushes of the journals
 
@@ -57,9 +58,13 @@ def generate_round(
 ) -> Manifest:
     """Let the pool answer every prompt ``greedy_paths + sampled_paths`` times and seal the responses.
 
+    With ``dataset_fraction`` a share of the responses, which their seeds choose, are those that the prompts have (source
+    ``dataset``); the pool gives their log-probabilities.
+
     Responses are kept in their shard's journal as they arrive; a second call asks only for the missing ones.
     Quarantined, by reason, in a shard's ``quarantine.jsonl``: ``prompt_too_long`` (over max_model_len - 1),
-    ``empty_prompt``, ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``,
+    ``empty_prompt``, ``no_response`` and ``response_too_long`` (of the data set's, with ``dataset_fraction``),
+    ``empty_response`` (nothing before the stop token), ``mixed_versions``, ``timeout``,
     ``undefined_logprob``, ``token_outside_vocabulary``, ``request_failed`` and ``server_lost``; a later call asks for
     the last six again where their shard is not sealed yet. ``duplicate`` are responses that another one stands for
     (``merge_identical``).
@@ -218,10 +223,9 @@ def _settings(
     """Everything that the round's files depend on."""
     assert source in SOURCES, source
     prompts = read_manifest(prompts_dir, kind="prompts")
-    turns = {"prompts_per_round": cfg.prompts_per_round} if cfg.prompts_per_round else {}
     return (
         {name: getattr(cfg, name) for name in _SETTINGS}
-        | turns
+        | {name: getattr(cfg, name) for name in _LATER if getattr(cfg, name)}
         | {
             "stop_ids": prompts.provenance["stop_ids"],
             "round": round_index,
@@ -255,7 +259,7 @@ def _seal_round(out_dir: Path, settings: dict[str, Any]) -> Manifest:
 
 def _read_sealed(directory: Path, settings: dict[str, Any]) -> Manifest:
     manifest = read_manifest(directory, kind="rollouts")
-    made, asked = ({"prompts_per_round": 0, **given} for given in (manifest.provenance, settings))
+    made, asked = (dict.fromkeys(_LATER, 0) | given for given in (manifest.provenance, settings))
     if differing := [name for name, value in asked.items() if made.get(name) != value]:
         name = differing[0]
         raise UserError(

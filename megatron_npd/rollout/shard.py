@@ -19,7 +19,7 @@ from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.data.prompt_rows import PromptRows
 from megatron_npd.manifest import Manifest, is_sealed, seal, writing
 from megatron_npd.quarantine import write_quarantine
-from megatron_npd.records import ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
+from megatron_npd.records import ROLLOUT_SCHEMA, ROLLOUTS_FILE, SEEDS, sample_id, sample_seed
 from megatron_npd.rollout.journal import Journal, Recorded
 from megatron_npd.serving.protocol import Failure, Request
 
@@ -93,6 +93,7 @@ class Shard:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            given=self._prompt(index, "response_ids") if self._is_given(index) else (),
         )
 
     def _asked(self, index: int) -> list[int]:
@@ -167,7 +168,8 @@ class Shard:
     @cached_property
     def _table_of_prompts(self) -> pa.Table:
         first, after = self.samples.start // self.paths, self.samples.stop // self.paths
-        return self._prompts.read(first, after, *_PROMPT_COLUMNS)
+        given = ("response_ids",) if self.cfg.dataset_fraction else ()
+        return self._prompts.read(first, after, *_PROMPT_COLUMNS, *given)
 
     def _place(self, index: int) -> int:
         """The row of a sample's prompt among the shard's."""
@@ -185,7 +187,19 @@ class Shard:
             return Failure(reason="empty_prompt", detail="a prompt must have at least one token")
         if length > self.cfg.max_model_len - 1:
             return Failure(reason="prompt_too_long", detail=f"{length} tokens, max_model_len {self.cfg.max_model_len}")
+        if self._is_given(index):
+            response = self._prompt(index, "response_ids")
+            if not response:
+                return Failure(reason="no_response", detail="the prompt has none, for dataset_fraction")
+            if length + len(response) > self.cfg.max_model_len - 1:  # the server adds a token to what it scores
+                detail = f"{length} + {len(response)} tokens, max_model_len {self.cfg.max_model_len}"
+                return Failure(reason="response_too_long", detail=detail)
         return None
+
+    def _is_given(self, index: int) -> bool:
+        """Whether a sample's response is the data set's."""
+        share = self.cfg.dataset_fraction
+        return share > 0 and self._sampling(index)[0] < share * SEEDS
 
     def _sampling(self, index: int) -> tuple[int, float, float]:
         """Seed, temperature and top_p of a sample; the first ``greedy_paths`` paths of a prompt are greedy."""
@@ -208,9 +222,9 @@ class Shard:
 
         A sampled one stands for the greedy one: the policy lag is defined for it.
         """
-        alike: dict[tuple[int, str, bytes], list[int]] = {}
+        alike: dict[tuple[int, bool, str, bytes], list[int]] = {}
         for index, response in kept.items():
-            content = (index // self.paths, response.finish_reason, response.token_ids.tobytes())
+            content = (index // self.paths, self._is_given(index), response.finish_reason, response.token_ids.tobytes())
             alike.setdefault(content, []).append(index)
         copies = {}
         for indices in alike.values():
@@ -237,7 +251,7 @@ class Shard:
             "seed": [seed for seed, _, _ in sampling],
             "temperature": [temperature for _, temperature, _ in sampling],
             "top_p": [top_p for _, _, top_p in sampling],
-            "source": [self.settings["source"]] * len(kept),
+            "source": ["dataset" if self._is_given(index) else self.settings["source"] for index in kept],
             "policy_version": [self.settings["policy_version"]] * len(kept),
         }
         return pa.table({field.name: columns[field.name] for field in ROLLOUT_SCHEMA}, schema=ROLLOUT_SCHEMA)

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_npd.errors import UserError
 from megatron_npd.probe import PROBED, known_probe, probe_ids
 from megatron_npd.serving.control import Control
-from megatron_npd.serving.protocol import Malformed, field, is_defined
+from megatron_npd.serving.protocol import Malformed, read_scores, scoring_body
 from megatron_npd.serving.server import GENERATE, ServerLost
 
 # Nats that the median token may differ by between kernels and tensor-parallel layouts. With SmolLM2-135M in 1, 2, 4
@@ -61,15 +61,8 @@ class Answer:
             if type(size) is not int or size < 1:
                 raise Malformed(f"a vocabulary of {size!r}")
             ids = probe_ids(size)
-            sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "prompt_logprobs": 0}
-            body = {"token_ids": ids, "sampling_params": sampling}
-            positions = field(servers.control(url, GENERATE, body=body, timeout=servers.patience), "prompt_logprobs")
-            if not isinstance(positions, list) or len(positions) != PROBED:
-                raise Malformed(f"prompt_logprobs for other than {PROBED} tokens")
-            pairs = zip(ids[1:], positions[1:], strict=True)
-            logprobs = [field(field(position, str(token)), "logprob") for token, position in pairs]
-            if not all(map(is_defined, logprobs)):
-                raise Malformed(f"NaN or infinity among {logprobs}")
+            answer = servers.control(url, GENERATE, body=scoring_body(ids), timeout=servers.patience)
+            logprobs = read_scores(ids, answer)
         except ServerLost:
             raise
         except (Malformed, UserError) as error:  # vLLM answers 400 where one is NaN, which is no JSON

@@ -31,6 +31,7 @@ class Request:
         temperature: 0 is greedy.
         top_p: Nucleus probability.
         seed: Seed of the sampling.
+        given: The response, where it is there already: its log-probabilities are all that is asked for.
     """
 
     key: int
@@ -40,6 +41,7 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    given: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,9 @@ class Failure:
 
 
 def generate_body(request: Request) -> dict[str, Any]:
-    """The JSON object that asks for a response, with the log-probabilities of the sampled tokens alone."""
+    """The JSON object that asks for a response, with the log-probabilities of its own tokens alone."""
+    if request.given:
+        return scoring_body([*request.token_ids, *request.given])
     sampling = {
         "max_tokens": request.max_tokens,
         "stop_token_ids": list(request.stop_ids),
@@ -79,6 +83,28 @@ def generate_body(request: Request) -> dict[str, Any]:
         "logprobs": 0,
     }
     return {"token_ids": request.token_ids, "sampling_params": sampling}
+
+
+def scoring_body(token_ids: Sequence[int]) -> dict[str, Any]:
+    """The JSON object that asks for the log-probabilities of given tokens."""
+    sampling = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "prompt_logprobs": 0}
+    return {"token_ids": token_ids, "sampling_params": sampling}
+
+
+def read_scores(token_ids: Sequence[int], body: Any) -> list[float]:
+    """Log-probabilities of all given tokens but the first, from the JSON value that came back.
+
+    Raises:
+        Malformed: It does not hold them, or one is not defined.
+    """
+    positions = field(body, "prompt_logprobs")
+    if not isinstance(positions, list) or len(positions) != len(token_ids):
+        raise Malformed(f"prompt_logprobs for other than {len(token_ids)} tokens")
+    pairs = zip(token_ids[1:], positions[1:], strict=True)
+    logprobs = [field(field(position, str(token)), "logprob") for token, position in pairs]
+    if not all(map(is_defined, logprobs)):
+        raise Malformed(f"NaN or infinity among {logprobs}")
+    return logprobs
 
 
 def read_response(request: Request, body: Any, vocab_size: int) -> Response | Failure:
@@ -93,6 +119,8 @@ def read_response(request: Request, body: Any, vocab_size: int) -> Response | Fa
         Malformed: It is no response to the request.
     """
     choice = first_of(field(body, "choices"), "choices")
+    if request.given:
+        return _read_given(request, body, choice)
     ids, reason = field(choice, "token_ids"), field(choice, "finish_reason")
     if reason not in ("stop", "length"):  # "abort" of a server that was interrupted, "error", null
         raise Malformed(f"finish reason {str(reason)[:100]} in place of stop or length")
@@ -109,9 +137,19 @@ def read_response(request: Request, body: Any, vocab_size: int) -> Response | Fa
     logprobs = [field(entry, "logprob") for entry in content]
     if not all(map(is_defined, logprobs)):
         return Failure(reason=UNDEFINED, detail=f"log-probabilities {logprobs[:8]}")
+    return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=_versions(choice))
+
+
+def _read_given(request: Request, body: Any, choice: Any) -> Response:
+    ids = list(request.given)
+    logprobs = read_scores([*request.token_ids, *ids], body)[-len(ids) :]
+    reason = "stop" if ids[-1] in request.stop_ids else "length"
+    return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=_versions(choice))
+
+
+def _versions(choice: Any) -> tuple[str, ...]:
     first_of(spans := field(choice, "weight_versions"), "weight_versions")
-    versions = tuple(str(field(span, "version")) for span in spans)
-    return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=versions)
+    return tuple(str(field(span, "version")) for span in spans)
 
 
 def json_of(content: bytes) -> Any:

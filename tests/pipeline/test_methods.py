@@ -72,29 +72,36 @@ def test_seqkd_trains_on_the_teachers_responses_without_its_scores(
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("method", ["on_policy", "gkd"])
 def test_on_policy_every_step_trains_on_responses_of_the_policy_before_it(
-    tmp_path: Path, tiny_model_dir: Path, served_pool: ServerPool, token_file: Path
+    tmp_path: Path, tiny_model_dir: Path, served_pool: ServerPool, token_file: Path, method: str
 ) -> None:
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n} + 1?"}) + "\n" for n in range(5)))
+    """With GKD some of them are the data set's, which that policy has scored."""
+    lines = [{"prompt": f"{n} + 1?", "response": f"{n + 1}"} for n in range(5)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     inputs = {"run_dir": tmp_path / "run", "prompts": tmp_path / "prompts.jsonl", "teacher": tiny_model_dir}
     servers = {"rollout.urls": json.dumps(served_pool.urls), "rollout.token_file": token_file}
     steps = {"updates": 2, "train.train_iters": 3, "rollout.prompts_per_round": 2, "annotate.seq_length": 256}
-    cfg = recipe("on_policy", **inputs, student=tiny_model_dir, **servers, **steps, **{"annotate.top_k": 4})
+    cfg = recipe(method, **inputs, student=tiny_model_dir, **servers, **steps, **{"annotate.top_k": 4})
     try:
         run_npd(cfg, write_report)
     finally:
         refresh(served_pool, tiny_model_dir, "v0000")
-    run, asked = tmp_path / "run", []
+    run, asked, sources = tmp_path / "run", [], []
     for index in range(3):
         shards = sorted((run / f"rounds/{index:04d}/rollouts").glob("shard-*"))
         rows = pq.read_table(shards[0] / ROLLOUTS_FILE).to_pydict()
         assert len(shards) == 1 and set(rows["policy_version"]) == {f"v{index:04d}"}
         asked += rows["prompt_id"]
+        sources.append(set(rows["source"]))
     assert len(asked) == len(set(asked)) == 5
     metrics = [json.loads(line) for line in (run / "report/metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in metrics] == [1, 2, 3] and verify_run(run).problems == []
+    assert set.union(*sources) == ({"student"} if method == "on_policy" else {"student", "dataset"})
     # On the policy that is trained, the ratio of policy and generator is 1 but for their engines' rounding.
-    assert all(line["lag_k3"] < 1e-6 for line in metrics)
+    lags = [line.get("lag_k3") for line in metrics]
+    assert [lag is None for lag in lags] == ["student" not in source for source in sources]
+    assert all(lag is None or lag < 1e-6 for lag in lags)
 
 
 @pytest.mark.parametrize(

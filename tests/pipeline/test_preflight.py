@@ -162,6 +162,17 @@ def test_a_damaged_model_is_refused(
         check_run(dataclasses.replace(config(inputs, "--eval.teacher=true"), **{name: str(tmp_path / name)}))
 
 
+def test_prompts_without_a_response_are_refused_where_theirs_are_mixed_in(inputs: Path, tmp_path: Path) -> None:
+    lines = [{"id": "one", "prompt": "1?", "response": "1"}, {"id": "two", "prompt": "2?"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = [f"--run-dir={tmp_path}/run", f"--prompts={tmp_path}/prompts.jsonl", "--rollout.dataset-fraction=0.5"]
+    with pytest.raises(UserError, match=r"must all have a response with rollout.dataset_fraction 0\.5, got none for two"):
+        run_npd(config(inputs, *flags))
+    assert not (tmp_path / "run" / "rounds").exists()
+    with pytest.raises(UserError, match=r"dataset_fraction must be 0 with responses teacher, got 0\.5"):
+        config(inputs, "--responses=teacher", "--updates=0", *flags)
+
+
 def test_held_out_problems_without_an_answer_are_refused_before_any_server_starts(inputs: Path, tmp_path: Path) -> None:
     cfg = config(inputs, f"--run-dir={tmp_path}/run", f"--eval.prompts={inputs / 'unanswered.jsonl'}")
     with pytest.raises(UserError, match="must have a response that answer_regex matches, got 'seven'"):

@@ -24,7 +24,7 @@ from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import MANIFEST, Manifest, is_sealed, read_manifest, seal, writing
 from megatron_npd.quarantine import QUARANTINE_FILE
-from megatron_npd.records import PROMPTS_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, sample_id, sample_seed
+from megatron_npd.records import PROMPTS_FILE, ROLLOUT_SCHEMA, ROLLOUTS_FILE, SEEDS, sample_id, sample_seed
 from megatron_npd.rollout import shard as shard_module
 from megatron_npd.rollout.generate import generate_round
 from megatron_npd.rollout.journal import Journal, Recorded
@@ -122,6 +122,34 @@ def test_samples_order_seeds_and_books(prompts: Path, tmp_path: Path) -> None:
         "shards": 3,
     }
     assert 0 < manifest.counts["stopped"] < 36
+
+
+def test_a_share_of_the_responses_is_the_data_set_s(tmp_path: Path) -> None:
+    """Chosen by their seeds, scored by the server, without its sampling; too long or none: quarantined by reason."""
+    lengths = [60] * 4 + [4, 5] * 28  # of 60 prompts the first four's responses do not fit into 64 tokens with them
+    prompts = write_prompts(tmp_path / "prompts", [6] * 60, responses=lengths)
+    given = pq.read_table(prompts / PROMPTS_FILE).to_pylist()
+    cfg = dataclasses.replace(CFG, greedy_paths=1, sampled_paths=1, dataset_fraction=0.5, max_quarantined=1.0)
+    with FakeServer() as server:
+        manifest = generate(prompts, tmp_path / "out", server, cfg=cfg)
+    rows = [row for shard in sorted((tmp_path / "out").glob("shard-*")) for row in rollout_rows(shard)]
+    own = [row for row in rows if row["source"] == "dataset"]
+    assert manifest.provenance["dataset_fraction"] == 0.5
+    assert 40 < sum(row["copies"] for row in own) < 70 and len(rows) - len(own) > 40
+    for row in own:
+        prompt = given[int(row["prompt_id"][1:])]
+        assert row["response_ids"] == prompt["response_ids"] and row["finish_reason"] == "stop"
+        assert row["logprobs"] == [np.float32(-0.7)] * len(row["response_ids"]) and row["policy_version"] == "v0000"
+        copies = [sample_seed(CFG.seed, 3, row["prompt_id"], path) < SEEDS / 2 for path in (0, 1)]
+        assert row["copies"] == sum(copies) > 0, "both paths of a prompt may be the same response"
+    others = [sample_seed(CFG.seed, 3, row["prompt_id"], row["path"]) for row in rows if row["source"] == "student"]
+    assert min(others) >= SEEDS / 2 and all(len(body["token_ids"]) == 6 for body in server.asked)
+    wrong = manifest.counts["quarantined"]
+    long = [sample_seed(CFG.seed, 3, f"p{index}", path) < SEEDS / 2 for index in range(4) for path in (0, 1)]
+    assert wrong["response_too_long"] == sum(long) > 0
+    assert manifest.counts["in"] == 120 == len(rows) + sum(wrong.values())
+    with FakeServer() as server, pytest.raises(UserError, match=r"quarantined \(\d+ no_response\)"):
+        generate(write_prompts(tmp_path / "bare", [6] * 60), tmp_path / "other", server, cfg=dataclasses.replace(cfg, max_quarantined=0.1))
 
 
 @pytest.mark.parametrize("greedy", [0, 1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -211,8 +211,8 @@ def die_after(server: FakeServer, answers: int) -> Trouble:
     return trouble
 
 
-def write_prompts(path: Path, lengths: list[int], seed: int = 0) -> Path:
-    """A sealed prompts directory with random prompts of these lengths; ids p0, p1, ..."""
+def write_prompts(path: Path, lengths: list[int], seed: int = 0, responses: Sequence[int] = ()) -> Path:
+    """A sealed prompts directory with random prompts of these lengths, and responses; ids p0, p1, ..."""
     rng = np.random.default_rng(seed)
     rows = [
         {
@@ -221,7 +221,7 @@ def write_prompts(path: Path, lengths: list[int], seed: int = 0) -> Path:
             "generation_prompt_len": min(3, length),
             "teacher_prompt_ids": [1, 2, 3] if i % 3 == 0 else None,
             "response": f"The answer is #### {i}",
-            "response_ids": None,
+            "response_ids": [*rng.integers(3, 300, responses[i] - 1).tolist(), EOS] if responses else None,
             "extras": "{}",
         }
         for i, length in enumerate(lengths)

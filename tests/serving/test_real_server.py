@@ -83,6 +83,22 @@ def test_answers_equal_transformers(served_pool: ServerPool, tiny_model_dir: Pat
     assert {answer.versions for _, answer in answers} == {(tag("v0000", read_weights(tiny_model_dir).content_hash()),)}
 
 
+def test_given_responses_are_scored_as_transformers_scores_them(served_pool: ServerPool, tiny_model_dir: Path) -> None:
+    rng, answers = np.random.default_rng(6), dict[int, tuple[list[int], Response]]()
+    requests = [replace(request, given=rng.integers(3, 300, 3 + request.key).tolist()) for request in make_requests(8)]
+
+    def on_result(request: Request, answer: Response | Failure) -> None:
+        assert isinstance(answer, Response), answer
+        answers[request.key] = (list(request.token_ids), answer)
+
+    served_pool.run(requests, on_result)
+    assert [answers[request.key][1].token_ids for request in requests] == [request.given for request in requests]
+    assert_equal_to_transformers(tiny_model_dir, list(answers.values()), greedy=False)
+    assert {answer.versions for _, answer in answers.values()} == {
+        (tag("v0000", read_weights(tiny_model_dir).content_hash()),)
+    }
+
+
 def test_responses_end_at_the_turn_end_of_the_template(
     served_pool: ServerPool, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
