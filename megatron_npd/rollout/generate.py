@@ -58,7 +58,7 @@ def generate_round(
 ) -> Manifest:
     """Let the pool answer every prompt ``greedy_paths + sampled_paths`` times and seal the responses.
 
-    With ``dataset_fraction`` a share of the responses, which their seeds choose, are those that the prompts have (source
+    With ``dataset_fraction`` a share of the responses, which their seeds choose, is that of the prompts (source
     ``dataset``); the pool gives their log-probabilities.
 
     Responses are kept in their shard's journal as they arrive; a second call asks only for the missing ones.
@@ -259,7 +259,7 @@ def _seal_round(out_dir: Path, settings: dict[str, Any]) -> Manifest:
 
 def _read_sealed(directory: Path, settings: dict[str, Any]) -> Manifest:
     manifest = read_manifest(directory, kind="rollouts")
-    made, asked = (dict.fromkeys(_LATER, 0) | given for given in (manifest.provenance, settings))
+    made, asked = ({**dict.fromkeys(_LATER, 0), **given} for given in (manifest.provenance, settings))
     if differing := [name for name, value in asked.items() if made.get(name) != value]:
         name = differing[0]
         raise UserError(

@@ -148,8 +148,9 @@ def test_a_share_of_the_responses_is_the_data_set_s(tmp_path: Path) -> None:
     long = [sample_seed(CFG.seed, 3, f"p{index}", path) < SEEDS / 2 for index in range(4) for path in (0, 1)]
     assert wrong["response_too_long"] == sum(long) > 0
     assert manifest.counts["in"] == 120 == len(rows) + sum(wrong.values())
+    bare, strict = write_prompts(tmp_path / "bare", [6] * 60), dataclasses.replace(cfg, max_quarantined=0.1)
     with FakeServer() as server, pytest.raises(UserError, match=r"quarantined \(\d+ no_response\)"):
-        generate(write_prompts(tmp_path / "bare", [6] * 60), tmp_path / "other", server, cfg=dataclasses.replace(cfg, max_quarantined=0.1))
+        generate(bare, tmp_path / "other", server, cfg=strict)
 
 
 @pytest.mark.parametrize("greedy", [0, 1])
