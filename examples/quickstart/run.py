@@ -26,7 +26,7 @@ sys.path[:0] = [str(HERE)]  # problems.py and models.py
 from megatron_npd.cli import train as train_command  # noqa: E402
 from megatron_npd.config.command_line import command_flags, parse_config  # noqa: E402
 from megatron_npd.config.run import NPDConfig  # noqa: E402
-from megatron_npd.config.settings import TrainConfig  # noqa: E402
+from megatron_npd.config.training import TrainConfig  # noqa: E402
 from megatron_npd.durable import write_atomic  # noqa: E402
 from megatron_npd.log import get_logger, run_main  # noqa: E402
 from megatron_npd.manifest import is_sealed  # noqa: E402
