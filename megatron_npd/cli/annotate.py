@@ -92,4 +92,4 @@ def _check(command: AnnotateCommand) -> None:
         return
     from megatron_npd.platform.initialize import check_world_size
 
-    check_world_size(world, command.tensor_model_parallel_size, command.pipeline_model_parallel_size)
+    check_world_size(world, **command.parallel_sizes)

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_objective(**cfg.kd_settings())
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    check_world_size(world, cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size)
+    check_world_size(world, **cfg.parallel_sizes)
     get_platform(cfg.platform)  # before megatron.core is imported
     from megatron_npd.training.trainer import train
 

@@ -88,6 +88,9 @@ class PlanConfig(NPDConfig):
             self.mean_prompt + self.mean_response,
             "raise rollout.max_model_len",
         )
+        for name, stage in (("train", self.train), ("annotate", self.annotate)):
+            size = stage.context_parallel_size
+            require(size == 1, f"{name}.context_parallel_size", "1", size, "npd plan knows TP, PP and DP alone")
 
     @property
     def mean_prompt(self) -> int:

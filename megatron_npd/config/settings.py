@@ -41,11 +41,20 @@ class LayoutConfig:
     """Ranks that share a layer."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the depth; training runs the 1F1B schedule."""
+    context_parallel_size: int = 1
+    """Ranks that share a row, a part of each segment each: for rows too long for one; 2 x as many must divide
+    pack.segment_align where they train."""
     bf16: bool = False
     """Compute in bfloat16 rather than float32; the optimizer's main weights are float32 either way."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "micro_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        require_positive(self, "micro_batch_size", *self.parallel_sizes)
+
+    @property
+    def parallel_sizes(self) -> dict[str, int]:
+        """The sizes that ``platform.initialize.initialize_distributed`` takes."""
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +174,9 @@ class AnnotateConfig(LayoutConfig):
         none_follows = self.backend == "none" and self.follow_seconds > 0
         require(not none_follows, "follow_seconds", "0 with backend none", self.follow_seconds, "nobody follows")
         require_positive(self, "top_k", "seq_length", "concurrency")
+        shared = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+        rule = f"a multiple of 2 x context_parallel_size ({shared})"
+        require(self.seq_length % shared == 0, "seq_length", rule, self.seq_length, "round it up")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The packed data set: training rows gathered from the memory-mapped store, in the order of ``data/row_schedule.py``.
 
-Legend: T tokens of a micro-batch, K teacher columns, S segments, R rows of a packs directory, P prompt tokens, n
-response tokens.
+Legend: T tokens of a micro-batch on this rank, K teacher columns, S segments, R rows of a packs directory, P prompt
+tokens, n response tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_npd.data.row_schedule import PACKS_KIND, RowSchedule, ScheduleEntr
 from megatron_npd.errors import UserError
 from megatron_npd.links import refuse_links
 from megatron_npd.manifest import MANIFEST, file_inside, file_sha256, is_sealed, read_manifest, verified_file
+from megatron_npd.models.zigzag import ContextShare, check_alignment
 from megatron_npd.records import PACK_SCHEMA, PACKS_FILE
 from megatron_npd.store.annotation_store import AnnotationStore, check_token_ids
 from megatron_npd.store.decode import as_items, check_records, empty_records
@@ -47,6 +48,7 @@ class Streams(frozenset[str]):
         return ["tokens"] * bool(self & {"tokens", "targets"}) + [name for name in STREAMS if name in self]
 
 
+WHOLE = ContextShare()
 _CHECKED = 2**20  # segments checked at a time, so that a process holds no array of all
 
 
@@ -169,32 +171,36 @@ class PackedRows:
         return int((self._lengths[part] - self._prompt_lens[part]).sum())
 
 
-def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = False) -> HostBatch:
+def make_batch(
+    rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = False, share: ContextShare = WHOLE
+) -> HostBatch:
     """Gather rows, laid end to end, from one or more packs directories of one shape (``seq_length``, ``top_k``).
 
-    Labels, mask and teacher rows are shifted inside each segment before padding: record i of a response belongs to
-    input position P - 1 + i. The gap up to the next aligned start is masked tail of the segment before it; what is
-    left of a row is a masked segment of its own.
+    Labels, mask and teacher rows are shifted inside each segment before padding and context-parallel slicing: record i
+    of a response belongs to input position P - 1 + i. The gap up to the next aligned start is masked tail of the
+    segment before it; what is left of a row is a masked segment of its own.
 
     Args:
         rows: Packs and the row in them, for each row of the batch.
         pin_memory: Allocate where a device can copy from while the host goes on.
+        share: What of each segment is gathered.
 
     Raises:
         UserError: The store holds what no writer of it leaves: ids out of range, numbers that are no log-probs.
     """
     packs = rows[0][0]
-    streams, T = packs.streams, packs.seq_length * len(rows)
-    reads_tokens, targets = "tokens" in streams.files, "targets" in streams
-    tokens_T = torch.zeros(T if reads_tokens else 0, dtype=torch.int32, pin_memory=pin_memory)
+    streams, whole = packs.streams, packs.seq_length * len(rows)
+    T, targets = whole // share.size, "targets" in streams
+    tokens_T = torch.zeros(T if "tokens" in streams else 0, dtype=torch.int32, pin_memory=pin_memory)
+    labels_T = torch.zeros(T if targets else 0, dtype=torch.int32, pin_memory=pin_memory)
     mask_T = torch.zeros(T if targets else 0, dtype=torch.bool, pin_memory=pin_memory)
     weighted = targets and any(source.weighted for source, _ in rows)
     weights_T = torch.ones(T if weighted else 0, dtype=torch.float32, pin_memory=pin_memory)
-    tokens, mask, weights = tokens_T.numpy(), mask_T.numpy(), weights_T.numpy()
+    tokens, labels, mask, weights = tokens_T.numpy(), labels_T.numpy(), mask_T.numpy(), weights_T.numpy()
     gathers = [
         _Gather(name, item, T, pin_memory) for name, item in stream_items(packs.top_k).items() if name in streams
     ]
-    starts = []
+    starts, place = [], 0  # of segments in the rows, and of the next run on this rank
     for index, (source, row) in enumerate(rows):
         assert (source.seq_length, source.top_k, source.streams) == (packs.seq_length, packs.top_k, streams)
         base = index * packs.seq_length
@@ -204,37 +210,59 @@ def make_batch(rows: Sequence[tuple[PackedRows, int]], *, pin_memory: bool = Fal
             starts.append(start)
             tail = -(-end // source.align) * source.align
             first = start + prompt_len - 1  # predicts the first response token
-            if targets:
-                mask[first : end - 1] = True
-            if weighted:
-                weights[first : end - 1] = weight
-            if reads_tokens:
-                tokens[start:end] = source.store.tokens(sample)[:length]
-            for gather in gathers:
-                gather.put(first, end - 1, source.store.items(gather.name, sample))
+            ids = source.store.tokens(sample)[:length] if streams.files else None
+            items = {gather: source.store.items(gather.name, sample) for gather in gathers}
+            for run in share.runs(start, tail):
+                if len(tokens):
+                    assert ids is not None
+                    here, there = _common(start, end, run, place)
+                    tokens[here] = ids[there]
+                here, there = _common(first, end - 1, run, place)
+                if targets:
+                    assert ids is not None
+                    mask[here] = True
+                    labels[here] = ids[prompt_len:][there]
+                if weighted:
+                    weights[here] = weight
+                for gather, values in items.items():
+                    gather.put(here, values[there])
+                place += len(run)
         if tail < end_of_row:
             starts.append(tail)
-    for gather in gathers:
-        gather.fill(T)
-    where = str(packs.store.path)
-    check_token_ids(tokens, packs.vocab_size, where)
-    if not all(source.checked[row] for source, row in rows):
-        for gather in gathers:
-            gather.check(packs.top_k, packs.vocab_size, where)
-        for source, row in rows:
-            source.checked[row] = True
-    bounds = np.array([*starts, T], np.int32)
-    lens = np.diff(bounds)
+            place += (end_of_row - tail) // share.size
+    for ids in (tokens, labels):
+        check_token_ids(ids, packs.vocab_size, str(packs.store.path))
+    _finish(rows, gathers, T)
+    bounds = np.array([*starts, whole], np.int32)
     return HostBatch(
-        tokens_T=tokens_T if reads_tokens else None,
+        tokens_T=tokens_T if "tokens" in streams else None,
+        labels_T=labels_T if targets else None,
         mask_T=mask_T if targets else None,
         weights_T=weights_T if weighted else None,
         cu_seqlens=torch.from_numpy(bounds),
-        max_seqlen=int(lens.max()),
+        max_seqlen=int(np.diff(bounds).max()),
         streams={gather.name: gather.tensor for gather in gathers},
         top_k=packs.top_k,
-        feeds_tokens="tokens" in streams,
+        share=share,
     )
+
+
+def _finish(rows: Sequence[tuple[PackedRows, int]], gathers: Sequence[_Gather], T: int) -> None:
+    """Fill up what was gathered, and check it where one of the rows is read for the first time."""
+    packs = rows[0][0]
+    for gather in gathers:
+        gather.fill(T)
+        if not all(source.checked[row] for source, row in rows):
+            gather.check(packs.top_k, packs.vocab_size, str(packs.store.path))
+    for source, row in rows:
+        source.checked[row] = True
+
+
+def _common(first: int, after: int, run: range, place: int) -> tuple[slice, slice]:
+    """Where tokens ``first`` to ``after`` of the rows meet a run, which lies at ``place``: there, and among them."""
+    low = max(first, run.start)
+    high = max(min(after, run.stop), low)
+    return slice(place + low - run.start, place + high - run.start), slice(low - first, high - first)
 
 
 class _Gather:
@@ -252,11 +280,12 @@ class _Gather:
             self._items = self.tensor.numpy()
             self._filler = STREAMS[name].filler(0)
 
-    def put(self, first: int, after: int, items: np.ndarray) -> None:
-        """Set the items of one segment's response; of a truncated sample the first of them."""
-        self.fill(first)
-        self._items[first:after] = items[: after - first].view(self._items.dtype)
-        self._written = after
+    def put(self, where: slice, items: np.ndarray) -> None:
+        """Set the items of a run of one segment's response, after those of earlier runs."""
+        if len(items):
+            self.fill(where.start)
+            self._items[where] = items.view(self._items.dtype)
+            self._written = where.stop
 
     def fill(self, after: int) -> None:
         """Set fillers up to a position."""
@@ -279,6 +308,7 @@ class PackedDataset:
         seed: Seed of the row order.
         streams: What this rank reads.
         replay: Share of the rows that come from earlier rounds.
+        share: What of each segment this rank reads.
         verify: Hash every file (once a process) before use.
 
     Attributes:
@@ -289,14 +319,22 @@ class PackedDataset:
         schedule: Position -> (entry, row).
 
     Raises:
-        UserError: An entry cannot be read, its rows have another shape than the first entry's, or the schedule's run
-            holds a link.
+        UserError: An entry cannot be read, its rows have another shape than the first entry's or segments that cannot
+            be shared, or the schedule's run holds a link.
     """
 
     def __init__(
-        self, data_path: str | Path, *, seed: int, streams: Streams, replay: float = 0.0, verify: bool = True
+        self,
+        data_path: str | Path,
+        *,
+        seed: int,
+        streams: Streams,
+        replay: float = 0.0,
+        share: ContextShare = WHOLE,
+        verify: bool = True,
     ) -> None:
         path = Path(data_path)
+        self._share = share
         self._path, self._seed, self._streams, self._replay, self._verify = path, seed, streams, replay, verify
         self._base, self._root = (path, None) if path.is_dir() else (path.parent, path.parent)
         self.entries: list[ScheduleEntry] = []
@@ -331,12 +369,14 @@ class PackedDataset:
                 f"{self._path}: all packs must have the (seq_length, top_k, vocab_size) {expected} of the first, "
                 f"got {shape} in {entry.packs}; pack that round again"
             )
+        check_alignment(packs.align, self._share.size, f"segment_align of {packs.path}")
         return packs
 
     def batch(self, positions: Sequence[int], *, pin_memory: bool = False) -> HostBatch:
-        """The rows that train at these positions, laid end to end: T = ``len(positions) * seq_length``."""
+        """The rows that train at these positions, laid end to end, or this rank's share of them."""
         located = [self.schedule.locate(position) for position in positions]
-        return make_batch([(self._packs[entry], row) for entry, row in located], pin_memory=pin_memory)
+        rows = [(self._packs[entry], row) for entry, row in located]
+        return make_batch(rows, pin_memory=pin_memory, share=self._share)
 
     def will_need(self, positions: Sequence[int]) -> None:
         """Have the kernel read these positions' rows ahead, in the order of the files."""

@@ -3,7 +3,12 @@
 megatron-core's own rotary embedding for packed rows loops over segments in every layer. Here the angles of a row are
 computed once, on its first layer, and applied to all of its tokens at once.
 
-Legend: T packed tokens, S segments, H heads, D head size.
+Under context parallelism a rank has its share of each segment's queries (``models/zigzag.py``). The keys, rotated where
+they are, and the values of all ranks are gathered; the backward sums what the ranks' queries say of them and gives each
+rank its own.
+
+Legend: T packed tokens of this rank, S segments, C chunks of them, K keys that the chunks attend to, H heads, D head
+size.
 """
 
 from __future__ import annotations
@@ -12,11 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_npd.models.zigzag import ContextShare
 from megatron_npd.platform import get_platform
 
 
@@ -24,28 +32,48 @@ from megatron_npd.platform import get_platform
 class PackedRow(PackedSeqParams):
     """megatron-core's description of a packed row, with what its layers share.
 
+    ``cu_seqlens_q`` [C + 1] are the bounds of this rank's chunks, ``cu_seqlens_kv`` those of the keys that each attends
+    to; without context parallelism both are the segments'.
+
     Attributes:
+        positions_T: int64 on the CPU, place of each token in its segment.
+        keys_K: int64, where the keys are among those of all context-parallel ranks, laid rank after rank; None where
+            this rank's are all there are.
         rotary: (cos, sin) [T, 1, D / 2] by (rotary embedding, dtype, device), filled by the first layer.
     """
 
+    positions_T: Tensor
+    keys_K: Tensor | None
     rotary: dict[tuple[Rotary, torch.dtype, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def packed_params(cu_seqlens: Tensor) -> PackedRow:
-    """What the model needs to know of a packed row; make it anew for each row.
+    """What the model needs to know of a packed row, or of this rank's share of it; make it anew for each row.
 
     Args:
-        cu_seqlens: int32 [S + 1] on the CPU, from 0 to T: where segments start and end (a padding tail is a segment).
+        cu_seqlens: int32 [S + 1] on the CPU, from 0 to CP * T: where segments start and end (a padding tail is one).
     """
     assert cu_seqlens.dtype == torch.int32 and cu_seqlens.device.type == "cpu", "cu_seqlens is int32 on the CPU"
-    longest = int(cu_seqlens.diff().max())
+    share = context_share()
+    queries, keys = share.chunk_lengths(cu_seqlens), share.key_lengths(cu_seqlens)
+    bounds = [torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int() for lengths in (queries, keys)]
     return PackedRow(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=bounds[0],
+        cu_seqlens_kv=bounds[1],
+        max_seqlen_q=int(queries.max()),
+        max_seqlen_kv=int(keys.max()),
+        positions_T=share.positions(cu_seqlens, int(bounds[0][-1])),
+        keys_K=share.keys(cu_seqlens) if share.size > 1 else None,
     )
+
+
+def context_share() -> ContextShare:
+    """This rank's share of packed rows."""
+    if not parallel_state.model_parallel_is_initialized():
+        return ContextShare()
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    return ContextShare(rank=rank, size=size)
 
 
 class Rotary:
@@ -60,10 +88,7 @@ class Rotary:
         """cos and sin [T, 1, D / 2] of a row's tokens, whose positions count from 0 in each segment."""
         key = (self, dtype, device)
         if key not in row.rotary:
-            bounds = row.cu_seqlens_q.long()
-            starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
-            positions = torch.arange(int(bounds[-1])) - starts
-            angles = torch.outer(positions.float(), self.inv_freq).unsqueeze(1)
+            angles = torch.outer(row.positions_T.float(), self.inv_freq).unsqueeze(1)
             cos, sin = angles.cos() * self.scaling, angles.sin() * self.scaling
             row.rotary[key] = (cos.to(device, dtype), sin.to(device, dtype))
         return row.rotary[key]
@@ -121,11 +146,22 @@ class PackedAttention(MegatronModule):
         row = packed_seq_params
         assert isinstance(row, PackedRow), "call the model with packed_seq_params=packed_params(cu_seqlens)"
         cos, sin = self.rotary.of_row(row, query.dtype, query.device)
+        query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
+        if row.keys_K is None:
+            return self.platform.packed_attention(
+                query, key, value, row.cu_seqlens_q, row.max_seqlen_q, self.softmax_scale
+            )
+        row.keys_K = row.keys_K.to(query.device, non_blocking=True)  # once a row: the layers share it
+        group = parallel_state.get_context_parallel_group()
+        gathered = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=group)
+        key, value = (gathered[:, index].index_select(0, row.keys_K) for index in (0, 1))
         return self.platform.packed_attention(
-            _Rotate.apply(query, cos, sin),
-            _Rotate.apply(key, cos, sin),
+            query,
+            key,
             value,
             row.cu_seqlens_q,
             row.max_seqlen_q,
             self.softmax_scale,
+            cu_seqlens_kv=row.cu_seqlens_kv,
+            max_seqlen_kv=row.max_seqlen_kv,
         )

@@ -89,10 +89,11 @@ def build_model(
 ) -> GPTModel:
     """Build this rank's part of the model; its weights are zero (the norms' one) until they are loaded.
 
-    Call it after ``initialize_distributed``, whose tensor and pipeline sizes it takes. Call the model with tokens int64
-    [1, T] as ``model(tokens, positions, None, packed_seq_params=packed_params(cu_seqlens))``; the positions are not
-    read, those that cu_seqlens implies are used. The last stage gives logits [1, T, V / TP], its slice of the
-    vocabulary padded to a multiple of TP; other stages give hidden states [T, 1, H] (T / TP where sequence-parallel).
+    Call it after ``initialize_distributed``, whose sizes it takes. Call the model with tokens int64 [1, T], those of
+    this context-parallel rank, as ``model(tokens, positions, None, packed_seq_params=packed_params(cu_seqlens))``; the
+    positions are not read, those that cu_seqlens implies are used. The last stage gives logits [1, T, V / TP], its
+    slice of the vocabulary padded to a multiple of TP; other stages give hidden states [T, 1, H] (T / TP where
+    sequence-parallel).
 
     Args:
         spec: The model's shape.
@@ -203,6 +204,7 @@ def _transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor_size,
         pipeline_model_parallel_size=pipeline_size,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

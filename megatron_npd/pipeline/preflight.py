@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,6 +119,7 @@ def check_prompts(run: RunDir, cfg: NPDConfig) -> None:
 def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     """Check the objective and both layouts; ``specs``: the student's, then the teacher's where it runs here."""
     from megatron_npd.models.layout import check_layout
+    from megatron_npd.models.zigzag import check_alignment
     from megatron_npd.ops.arguments import check_objective
     from megatron_npd.ops.implementation import use_triton
     from megatron_npd.platform import get_platform
@@ -127,13 +129,11 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     check_objective(**cfg.train.kd_settings())
     use_triton(cfg.train.loss_impl, get_platform().device(0), name="train.loss_impl")
     check_devices(cfg.nproc_per_node)
-    layouts = [(cfg.train.tensor_model_parallel_size, cfg.train.pipeline_model_parallel_size)]
-    layouts += [(cfg.annotate.tensor_model_parallel_size, cfg.annotate.pipeline_model_parallel_size)]
-    for spec, (tensor_size, pipeline_size) in zip(specs, layouts, strict=False):
-        check_world_size(cfg.world_size, tensor_size, pipeline_size)
-        check_layout(spec, tensor_size, pipeline_size)
-    tensor_size, pipeline_size = layouts[0]
-    check_batch(cfg.train, cfg.pack.seq_length, cfg.world_size // (tensor_size * pipeline_size))
+    check_alignment(cfg.pack.segment_align, cfg.train.context_parallel_size, "pack.segment_align")
+    for spec, stage in zip(specs, (cfg.train, cfg.annotate), strict=False):
+        check_world_size(cfg.world_size, **stage.parallel_sizes)
+        check_layout(spec, stage.tensor_model_parallel_size, stage.pipeline_model_parallel_size)
+    check_batch(cfg.train, cfg.pack.seq_length, cfg.world_size // prod(cfg.train.parallel_sizes.values()))
 
 
 def _check_lengths(cfg: NPDConfig, context: int, longest: int) -> None:

@@ -161,7 +161,8 @@ def _looked_at(
     from megatron_npd.platform.initialize import check_world_size
 
     try:
-        check_world_size(nodes * machine.per_node, layout.tp, layout.pp)
+        sizes = {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp}
+        check_world_size(nodes * machine.per_node, **sizes)
         check_layout(spec, layout.tp, layout.pp)
         candidate = look(layout)
     except UserError as error:

@@ -75,7 +75,16 @@ class Platform(Protocol):
         ...
 
     def packed_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+        *,
+        cu_seqlens_kv: Tensor | None = None,
+        max_seqlen_kv: int = 0,
     ) -> Tensor:
         """Causal attention inside each segment of a packed row.
 
@@ -85,6 +94,9 @@ class Platform(Protocol):
             cu_seqlens: int32 [S + 1] on the CPU, from 0 to T: where segments start and end.
             max_seqlen: Length of the longest segment.
             softmax_scale: Factor on the scores.
+            cu_seqlens_kv: int32 [S + 1] on the CPU, where a segment has at least as many keys as queries: the queries
+                are its last tokens, and k and v [K, H_kv, D]. None: as many.
+            max_seqlen_kv: Keys of the longest segment, with ``cu_seqlens_kv``.
 
         Returns:
             [T, H, D] in q's dtype, differentiable.
@@ -100,22 +112,29 @@ class Platform(Protocol):
         ...
 
 
-def attention_by_segment(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, softmax_scale: float) -> Tensor:
+def attention_by_segment(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, softmax_scale: float, cu_seqlens_kv: Tensor | None = None
+) -> Tensor:
     """``Platform.packed_attention``, one SDPA call a segment: right everywhere, slow for many short segments."""
     q_HTD, k_HTD, v_HTD = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    bounds = cu_seqlens.tolist()
-    out = [
-        F.scaled_dot_product_attention(
-            q_HTD[:, :, start:end],
-            k_HTD[:, :, start:end],
-            v_HTD[:, :, start:end],
-            is_causal=True,
-            scale=softmax_scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        for start, end in itertools.pairwise(bounds)
-        if end > start
-    ]
+    bounds, bounds_kv = cu_seqlens.tolist(), (cu_seqlens if cu_seqlens_kv is None else cu_seqlens_kv).tolist()
+    out = []
+    for (start, end), (start_kv, end_kv) in zip(itertools.pairwise(bounds), itertools.pairwise(bounds_kv), strict=True):
+        queries, mask = end - start, None
+        if earlier := end_kv - start_kv - queries:  # keys before the first query's own
+            mask = torch.ones(queries, queries + earlier, dtype=torch.bool, device=q.device).tril(earlier)
+        if queries:
+            out.append(
+                F.scaled_dot_product_attention(
+                    q_HTD[:, :, start:end],
+                    k_HTD[:, :, start_kv:end_kv],
+                    v_HTD[:, :, start_kv:end_kv],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=softmax_scale,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            )
     return torch.cat(out, dim=2).squeeze(0).transpose(0, 1)
 
 

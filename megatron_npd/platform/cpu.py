@@ -20,6 +20,7 @@ from megatron_npd.platform.base import (
     GroupStepAdamW,
     alias_tensor_type,
     assert_megatron_not_imported,
+    attention_by_segment,
     install_adamw,
     resident_bytes,
     silence_library_warnings,
@@ -72,8 +73,19 @@ class Device:
         return
 
     def packed_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+        *,
+        cu_seqlens_kv: Tensor | None = None,
+        max_seqlen_kv: int = 0,
     ) -> Tensor:
+        if cu_seqlens_kv is not None:
+            return attention_by_segment(q, k, v, cu_seqlens, softmax_scale, cu_seqlens_kv)
         return grouped_attention(q, k, v, cu_seqlens, softmax_scale)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

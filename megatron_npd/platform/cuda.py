@@ -66,13 +66,24 @@ class Device:
         torch.cuda.empty_cache()
 
     def packed_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+        *,
+        cu_seqlens_kv: Tensor | None = None,
+        max_seqlen_kv: int = 0,
     ) -> Tensor:
         varlen = _varlen_attention()
         if varlen is None or q.dtype not in (torch.float16, torch.bfloat16):
-            return attention_by_segment(q, k, v, cu_seqlens, softmax_scale)
-        on_device = _to_device(tuple(cu_seqlens.tolist()), q.device)
-        return varlen(q, k, v, on_device, max_seqlen, softmax_scale)
+            return attention_by_segment(q, k, v, cu_seqlens, softmax_scale, cu_seqlens_kv)
+        bounds = bounds_kv = _to_device(tuple(cu_seqlens.tolist()), q.device)
+        if cu_seqlens_kv is not None:
+            bounds_kv = _to_device(tuple(cu_seqlens_kv.tolist()), q.device)
+        return varlen(q, k, v, (bounds, bounds_kv), (max_seqlen, max_seqlen_kv or max_seqlen), softmax_scale)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)
@@ -90,8 +101,10 @@ def _to_device(bounds: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def _varlen_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor] | None:
+def _varlen_attention() -> Callable[..., Tensor] | None:
     """Torch's variable-length flash attention behind one signature: its arguments differ between versions.
+
+    Like FlashAttention it takes a segment's queries for the last of its keys where there are fewer of them.
 
     Returns:
         None where torch has none, or one whose scale cannot be given.
@@ -105,13 +118,20 @@ def _varlen_attention() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, float]
         return None
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float) -> Tensor:
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bounds: tuple[Tensor, Tensor],
+        longest: tuple[int, int],
+        softmax_scale: float,
+    ) -> Tensor:
         options = dict(causal, scale=softmax_scale)
         if "enable_gqa" in names:
             options["enable_gqa"] = q.shape[1] != k.shape[1]
         elif q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        out = varlen_attn(q, k, v, *bounds, *longest, **options)
         assert isinstance(out, Tensor)
         return out
 

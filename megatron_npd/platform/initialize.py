@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from datetime import timedelta
+from math import prod
 from typing import Any
 
 import torch.distributed as dist
@@ -16,12 +17,16 @@ from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import local_rank
 
 _STORE_PATIENCE = timedelta(minutes=10)
-_layouts: dict[tuple[int, int] | None, dict[str, Any]] = {}  # megatron-core's private names in each; None: in none
+# Where megatron-core keeps the size of each axis; data parallelism takes what the world has left.
+_SIZES = {
+    "tensor_model_parallel_size": "get_tensor_model_parallel_world_size",
+    "pipeline_model_parallel_size": "get_pipeline_model_parallel_world_size",
+    "context_parallel_size": "get_context_parallel_world_size",
+}
+_layouts: dict[tuple[int, ...] | None, dict[str, Any]] = {}  # megatron-core's private names in each; None: in none
 
 
-def initialize_distributed(
-    *, tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1, seed: int = 1234
-) -> None:
+def initialize_distributed(*, seed: int = 1234, **sizes: int) -> None:
     """Set up this process for model-parallel work; call it again at will, with other sizes or another seed.
 
     Under torchrun the process joins its peers; without torchrun's environment it is a world of its own. The
@@ -29,12 +34,12 @@ def initialize_distributed(
     another; each layout's groups are made once. Models are used in the layout that they were built in.
 
     Args:
-        tensor_model_parallel_size: Ranks that share a layer.
-        pipeline_model_parallel_size: Ranks that share the depth.
         seed: Seed of the random streams (the tensor-parallel one differs by rank, as megatron-core has it).
+        sizes: ``tensor_model_parallel_size``, ranks that share a layer; ``pipeline_model_parallel_size``, that share
+            the depth; ``context_parallel_size``, that share a row; each 1 where it is not given.
 
     Raises:
-        UserError: The world size is not a multiple of the two sizes' product, or this machine has no device for this
+        UserError: The world size is not a multiple of the sizes' product, or this machine has no device for this
             process.
     """
     platform = get_platform()
@@ -44,14 +49,14 @@ def initialize_distributed(
         check_devices(local_rank() + 1)
         platform.set_device(local_rank())
         _join(platform.distributed_backend)
-    check_world_size(dist.get_world_size(), tensor_model_parallel_size, pipeline_model_parallel_size)
-    _lay_out((tensor_model_parallel_size, pipeline_model_parallel_size))
+    check_world_size(dist.get_world_size(), **sizes)
+    _lay_out(tuple(sizes.get(name, 1) for name in _SIZES))
     platform.seed(seed)
     model_parallel_cuda_manual_seed(seed)
 
 
-def _lay_out(sizes: tuple[int, int]) -> None:
-    """Make the groups of a layout (tensor, pipeline), or take up those that it had before.
+def _lay_out(sizes: tuple[int, ...]) -> None:
+    """Make the groups of a layout, or take up those that it had before; ``sizes`` in the order of ``_SIZES``.
 
     megatron-core keeps one layout, in its module's private names, and forgets most groups of the one before without
     destroying them: a round annotated in waves, student and teacher by turns, would make new ones until none are left.
@@ -60,10 +65,7 @@ def _lay_out(sizes: tuple[int, int]) -> None:
 
     current = None
     if parallel_state.model_parallel_is_initialized():
-        current = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-        )
+        current = tuple(getattr(parallel_state, getter)() for getter in _SIZES.values())
         if current == sizes:
             return
         parallel_state.get_global_memory_buffer().buffer.clear()  # as large as activations
@@ -71,9 +73,8 @@ def _lay_out(sizes: tuple[int, int]) -> None:
     _layouts[current] = {name: value for name, value in names.items() if re.match("_[^_]", name)}
     names.update(_layouts.get(sizes, _layouts[None]))
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=sizes[0], pipeline_model_parallel_size=sizes[1]
-        )
+        arguments: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
+        parallel_state.initialize_model_parallel(**arguments)
 
 
 def check_devices(processes: int) -> None:
@@ -91,17 +92,18 @@ def check_devices(processes: int) -> None:
         )
 
 
-def check_world_size(world: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int) -> None:
+def check_world_size(world: int, **sizes: int) -> None:
     """Refuse a number of processes that copies of a model so cut cannot share.
 
     Raises:
-        UserError: It is no multiple of the two sizes' product.
+        UserError: It is no multiple of the product of ``sizes``, named as in ``initialize_distributed``.
     """
-    if world % (tensor_model_parallel_size * pipeline_model_parallel_size):
+    assert sizes.keys() <= _SIZES.keys(), sizes
+    cut = {name: size for name, size in sizes.items() if size > 1}
+    if world % prod(cut.values()):
         raise UserError(
-            f"number of processes must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size = "
-            f"{tensor_model_parallel_size} x {pipeline_model_parallel_size}, got {world}; "
-            "start another number of processes or change the sizes"
+            f"number of processes must be a multiple of {' x '.join(cut)} = {' x '.join(map(str, cut.values()))}, got "
+            f"{world}; start another number of processes or change the sizes"
         )
 
 

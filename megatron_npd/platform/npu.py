@@ -26,6 +26,7 @@ from megatron_npd.platform.base import (
 
 _MASK_SIZE = 2048  # of the compressed causal mask that sparse modes 2 to 4 of npu_fusion_attention expect
 _LEFT_UP_CAUSAL = 2  # sparse mode: query i of a segment sees its keys 0..i
+_RIGHT_DOWN_CAUSAL = 3  # the same counted from the ends: the last query sees all keys
 
 
 class Device:
@@ -83,11 +84,20 @@ class Device:
         _npu().empty_cache()
 
     def packed_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+        *,
+        cu_seqlens_kv: Tensor | None = None,
+        max_seqlen_kv: int = 0,
     ) -> Tensor:
         import torch_npu  # pyright: ignore[reportMissingImports]
 
-        ends = cu_seqlens[1:].tolist()
+        ends = (cu_seqlens if cu_seqlens_kv is None else cu_seqlens_kv)[1:].tolist()
         return torch_npu.npu_fusion_attention(
             q,
             k,
@@ -96,9 +106,9 @@ class Device:
             "TND",
             atten_mask=_causal_mask(q.device),
             scale=softmax_scale,
-            actual_seq_qlen=ends,
+            actual_seq_qlen=cu_seqlens[1:].tolist(),
             actual_seq_kvlen=ends,
-            sparse_mode=_LEFT_UP_CAUSAL,
+            sparse_mode=_LEFT_UP_CAUSAL if cu_seqlens_kv is None else _RIGHT_DOWN_CAUSAL,
         )[0]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

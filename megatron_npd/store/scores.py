@@ -55,14 +55,14 @@ def response_starts(responses: Sequence[Ids]) -> npt.NDArray[np.int64]:
 
 
 def empty_scores(starts_N: npt.NDArray[np.int64], top_k: int) -> Scores:
-    """Scores to write into, of sequences that start at ``starts_N``."""
+    """Scores to write into, all 0, of sequences that start at ``starts_N``."""
     size = int(starts_N[-1])
     return Scores(
         starts_N=starts_N,
-        sampled_logprobs_R=np.empty(size, np.float32),
-        ids_RK=np.empty((size, top_k), np.int32) if top_k else None,
-        logprobs_RK=np.empty((size, top_k), np.float32) if top_k else None,
-        log_tail_R=np.empty(size, np.float32) if top_k else None,
+        sampled_logprobs_R=np.zeros(size, np.float32),
+        ids_RK=np.zeros((size, top_k), np.int32) if top_k else None,
+        logprobs_RK=np.zeros((size, top_k), np.float32) if top_k else None,
+        log_tail_R=np.zeros(size, np.float32) if top_k else None,
     )
 
 

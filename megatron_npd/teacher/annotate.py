@@ -207,12 +207,7 @@ def from_rank_0(question: Callable[[], Any]) -> Any:
 
 def _layout(cfg: AnnotateConfig) -> dict[str, int]:
     """Of the teacher; ranks that only talk to its servers are all data-parallel."""
-    if cfg.backend == "vllm":
-        return {}
-    return {
-        "tensor_model_parallel_size": cfg.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": cfg.pipeline_model_parallel_size,
-    }
+    return {} if cfg.backend == "vllm" else cfg.parallel_sizes
 
 
 def check_setting(teacher_dir: str | Path, student_dir: str | Path, cfg: AnnotateConfig) -> ScoringContext:
@@ -284,7 +279,8 @@ def _response_tokens(rollouts_dir: Path, shards: list[str]) -> int:
 
 def _writes() -> bool:
     """Whether this rank is the one of its model copy that holds the scores and hands them on."""
-    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    return parallel_state.is_pipeline_last_stage() and first
 
 
 def _seal_round(waves: ShardFollower, order: AnnotateOrder) -> Manifest | None:

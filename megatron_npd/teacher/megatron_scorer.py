@@ -1,9 +1,11 @@
 """Scores given tokens with a megatron-core model: one packed prefill, no decoding.
 
 Sequences are packed into fixed rows with attention and positions of their own; only the hidden states that predict
-response tokens reach the output layer. Tensor- and pipeline-parallel ranks call together with the same sequences.
+response tokens reach the output layer. Tensor-, pipeline- and context-parallel ranks call together with the same
+sequences.
 
-Legend: T tokens of a micro-batch, H hidden, R response tokens, K top-k width, N sequences.
+Legend: T tokens of a micro-batch, or of a context-parallel rank's share of it, H hidden, R response tokens, K top-k
+width, N sequences.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.data.packing import pack_lengths
+from megatron_npd.models.attention import context_share
 from megatron_npd.models.build import (
     build_model,
     head_weight,
@@ -32,6 +36,7 @@ from megatron_npd.models.build import (
     packed_params,
     without_output_layer,
 )
+from megatron_npd.models.zigzag import ContextShare
 from megatron_npd.ops.topk import topk_logprobs
 from megatron_npd.records import LOG_TAIL_FLOOR
 from megatron_npd.store.scores import OnForward, Scores, Sequences, empty_scores, response_starts
@@ -44,14 +49,16 @@ class MicroBatch:
     """Packed rows to score.
 
     Attributes:
-        batch: The rows.
-        places_R: int64, where their response tokens belong in ``Scores``.
-        tokens: Their tokens, without padding.
+        batch: The rows, or this rank's share of them.
+        places_R: int64, where its response tokens belong in ``Scores``.
+        tokens: Tokens of the rows, without padding.
+        response_tokens: Response tokens of the rows.
     """
 
     batch: PackedBatch
     places_R: npt.NDArray[np.int64]
     tokens: int
+    response_tokens: int
 
 
 class Scorer:
@@ -83,6 +90,7 @@ class Scorer:
         load_hf_weights(self.model, self.spec)
         self.model.eval().requires_grad_(False)
         self._group: Any = parallel_state.get_tensor_model_parallel_group()
+        self._share = context_share()
         self.device = next(self.model.parameters()).device
 
     def score(
@@ -110,7 +118,7 @@ class Scorer:
                     packed_seq_params=packed_params(batch.cu_seqlens),
                 )
             if on_forward is not None:
-                on_forward(len(micro.places_R), micro.tokens, batch.position_ids.numel())
+                on_forward(micro.response_tokens, micro.tokens, int(batch.cu_seqlens[-1]))
             return hidden_T1H, partial(self._collect, micro.places_R, batch, scores, top_k)
 
         with torch.no_grad():
@@ -124,7 +132,18 @@ class Scorer:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
+        if scores is not None and self._share.size > 1:
+            self._bring_together(scores)
         return scores
+
+    def _bring_together(self, scores: Scores) -> None:
+        """Give every context-parallel rank what the others have scored: each token is one rank's, 0 on the others."""
+        group = parallel_state.get_context_parallel_group()
+        for values in (scores.sampled_logprobs_R, scores.ids_RK, scores.logprobs_RK, scores.log_tail_R):
+            if values is not None:
+                total = torch.from_numpy(values).to(self.device)
+                dist.all_reduce(total, group=group)
+                values[:] = total.cpu().numpy()
 
     def micro_batches(self, prefixes: Sequences, responses: Sequences) -> tuple[int, Iterator[MicroBatch]]:
         """The packed rows of these sequences, ``micro_batch_size`` at a time, and how many that are.
@@ -133,7 +152,8 @@ class Scorer:
         """
         starts_N = response_starts(responses)
         inputs_N = np.array([len(prefix) for prefix in prefixes], np.int64) + np.diff(starts_N) - 1
-        rows_N, offsets_N = pack_lengths(inputs_N, self.seq_length, 1)
+        align = 1 if self._share.size == 1 else 2 * self._share.size
+        rows_N, offsets_N = pack_lengths(inputs_N, self.seq_length, align)
         number = -(-(int(rows_N.max(initial=-1)) + 1) // self.micro_batch_size)
         order = np.lexsort((offsets_N, rows_N))
         bounds = np.searchsorted(rows_N[order], np.arange(number + 1) * self.micro_batch_size)
@@ -145,10 +165,11 @@ class Scorer:
             _micro_batch(
                 part,
                 places_N[part],
-                int((places_N + inputs_N)[part].max()) if cut else whole,
+                -(-int((places_N + inputs_N)[part].max()) // align) * align if cut else whole,
                 prefixes,
                 responses,
                 starts_N,
+                self._share,
             )
             for part in parts
         )
@@ -191,11 +212,15 @@ def _micro_batch(
     prefixes: Sequences,
     responses: Sequences,
     starts_N: npt.NDArray[np.int64],
+    share: ContextShare,
 ) -> MicroBatch:
-    """Lay sequences into ``length`` tokens at ascending ``offsets``; what lies between them is padding."""
-    tokens_T, labels_T = np.zeros(length, np.int64), np.zeros(length, np.int64)
-    positions_T, mask_T = np.arange(length), np.zeros(length, np.float32)
-    cuts, places, used = [0], [], 0
+    """Lay sequences into ``length`` tokens at ascending ``offsets``; what lies between them is padding.
+
+    A sequence's segment goes on to the next length that ranks can share.
+    """
+    tokens_T, labels_T, places_T = np.zeros(length, np.int64), np.zeros(length, np.int64), np.zeros(length, np.int64)
+    mask_T = np.zeros(length, np.float32)
+    cuts, used, align = [0], 0, 1 if share.size == 1 else 2 * share.size
     for sample, offset in zip(samples.tolist(), offsets.tolist(), strict=True):
         prefix, response = prefixes[sample], responses[sample]
         begin = offset + len(prefix)  # of the response
@@ -204,22 +229,25 @@ def _micro_batch(
         tokens_T[begin:end] = response[:-1]
         labels_T[begin - 1 : end] = response
         mask_T[begin - 1 : end] = 1.0
-        positions_T[offset:end] -= offset
-        cuts += [offset, end]
-        places.append(np.arange(starts_N[sample], starts_N[sample + 1]))
+        places_T[begin - 1 : end] = np.arange(starts_N[sample], starts_N[sample + 1])
+        cuts += [offset, -(-end // align) * align]
         used += end - offset
-    cu_seqlens = np.unique(np.array([*cuts, length], np.int32))
+    bounds = np.unique(np.array([*cuts, length], np.int32))
+    runs = [run for start, end in pairwise(bounds.tolist()) for run in share.runs(start, end)]
+    own = np.concatenate([np.arange(run.start, run.stop) for run in runs])
+    cu_seqlens = torch.from_numpy(bounds)
     batch = PackedBatch(
-        tokens=torch.from_numpy(tokens_T)[None],
-        position_ids=torch.from_numpy(positions_T)[None],
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
-        labels=torch.from_numpy(labels_T)[None],
-        loss_mask=torch.from_numpy(mask_T)[None],
+        tokens=torch.from_numpy(tokens_T[own])[None],
+        position_ids=share.positions(cu_seqlens, len(own))[None],
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(np.diff(bounds).max()),
+        labels=torch.from_numpy(labels_T[own])[None],
+        loss_mask=torch.from_numpy(mask_T[own])[None],
         weights=None,
         teacher_ids=None,
         teacher_logprobs=None,
         teacher_log_tail=None,
         generator_logprobs=None,
     )
-    return MicroBatch(batch=batch, places_R=np.concatenate(places), tokens=used)
+    places_R = places_T[own][mask_T[own] > 0]
+    return MicroBatch(batch=batch, places_R=places_R, tokens=used, response_tokens=int(mask_T.sum()))

@@ -18,7 +18,7 @@ import numpy as np
 from megatron_npd.config.settings import AnnotateConfig, RolloutConfig
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-from megatron_npd.models.families.base import load_sizes
+from megatron_npd.models.families.config import load_sizes
 from megatron_npd.records import LOG_TAIL_FLOOR
 from megatron_npd.serving.pool import ServerPool
 from megatron_npd.serving.protocol import UNDEFINED, Failure, Malformed, field, is_defined

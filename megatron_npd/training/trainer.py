@@ -18,6 +18,7 @@ from megatron_npd.data.row_schedule import microbatch_positions
 from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import get_logger
+from megatron_npd.models.attention import context_share
 from megatron_npd.models.build import ModelSpec, build_model, load_hf_weights, load_spec
 from megatron_npd.models.checkpoint import (
     load_checkpoint,
@@ -71,11 +72,7 @@ def train(cfg: TrainConfig) -> TrainResult:
     check_training(cfg)
     check_objective(**cfg.kd_settings())
     use_triton(cfg.loss_impl, platform.device(local_rank()), name="loss_impl")
-    initialize_distributed(
-        tensor_model_parallel_size=cfg.tensor_model_parallel_size,
-        pipeline_model_parallel_size=cfg.pipeline_model_parallel_size,
-        seed=cfg.seed,
-    )
+    initialize_distributed(seed=cfg.seed, **cfg.parallel_sizes)
     with _only_trainer(cfg):
         return _train(cfg, platform)
 
@@ -158,14 +155,13 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
 
 def _log_start(cfg: TrainConfig, stop: int, rows_per_step: int, seq_length: int) -> None:
     get_logger().info(
-        "training %s to step %d of %d: %d rows of %d tokens per step, TP %d, PP %d, DP %d",
+        "training %s to step %d of %d: %d rows of %d tokens per step, TP %d, PP %d, CP %d, DP %d",
         "bf16" if cfg.bf16 else "fp32",
         stop,
         cfg.train_iters,
         rows_per_step,
         seq_length,
-        cfg.tensor_model_parallel_size,
-        cfg.pipeline_model_parallel_size,
+        *cfg.parallel_sizes.values(),
         parallel_state.get_data_parallel_world_size(),
     )
 
@@ -210,7 +206,14 @@ def _open_data(cfg: TrainConfig, schedule: Path, spec: ModelSpec) -> PackedDatas
         **{name: last and name in OBJECTIVES[cfg.objective].streams for name in STREAMS},
     )
     # One process of a machine hashes the files.
-    data = PackedDataset(schedule, seed=cfg.seed, streams=streams, replay=cfg.replay, verify=local_rank() == 0)
+    data = PackedDataset(
+        schedule,
+        seed=cfg.seed,
+        streams=streams,
+        replay=cfg.replay,
+        share=context_share(),
+        verify=local_rank() == 0,
+    )
     if data.vocab_size != spec.vocab_size:
         raise UserError(
             f"{cfg.data_path} must be made for the model's vocabulary of {spec.vocab_size} tokens, got "
@@ -244,10 +247,10 @@ def check_batch(cfg: TrainConfig, seq_length: int, dp_size: int) -> int:
                 f"{cfg.global_batch_tokens}; give {max(rows, 1) * seq_length}"
             )
     microbatch_positions(0, global_batch_size=rows, micro_batch_size=cfg.micro_batch_size, dp_rank=0, dp_size=dp_size)
-    tp_size = cfg.tensor_model_parallel_size
-    if cfg.sequence_parallel and cfg.micro_batch_size * seq_length % tp_size:
+    split = cfg.tensor_model_parallel_size * cfg.context_parallel_size
+    if cfg.sequence_parallel and cfg.micro_batch_size * seq_length % split:
         raise UserError(
-            f"seq_length x micro_batch_size must be a multiple of tensor_model_parallel_size ({tp_size}) with "
-            f"sequence_parallel, got {seq_length} x {cfg.micro_batch_size}; pack rows of another length"
+            f"seq_length x micro_batch_size must be a multiple of tensor_model_parallel_size x context_parallel_size "
+            f"({split}) with sequence_parallel, got {seq_length} x {cfg.micro_batch_size}; pack rows of another length"
         )
     return rows

@@ -37,8 +37,8 @@ def refusal(*argv: str, cls: type = NPDConfig) -> str:
         (["--trian.lr", "3"], "unknown option --trian.lr; did you mean --train.lr? ("),
         (["--train.learning-rate=3"], "unknown option --train.learning_rate ("),
         (
-            ["--train.context-parallel-size=2"],
-            "unknown option --train.context_parallel_size: context parallelism (CP) ",
+            ["--train.virtual-pipeline-model-parallel-size=2"],
+            "unknown option --train.virtual_pipeline_model_parallel_size: the interleaved pipeline schedule (VPP) ",
         ),
         (["--expert-model-parallel-size=2"], "unknown option --expert_model_parallel_size: expert parallelism (EP) is"),
         (["--rollouts.urls=a"], "unknown option --rollouts.urls; did you mean --rollout.urls? ("),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from megatron_npd.data.packing import pack_prompts, pack_selection
 from megatron_npd.data.row_schedule import ScheduleEntry, load_schedule, schedule_text
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import read_manifest
+from megatron_npd.models.zigzag import ContextShare
 from megatron_npd.records import PACKS_FILE, teacher_record_dtype
 from megatron_npd.store.annotation_store import AnnotationStore
 from tests.data.test_packing import make_prompts, make_selection
@@ -144,6 +146,38 @@ def test_a_micro_batch_is_its_rows_end_to_end(tmp_path: Path) -> None:
         torch.testing.assert_close(getattr(both, name), torch.cat([getattr(one, name), getattr(two, name)]))
     assert both.cu_seqlens.tolist() == one.cu_seqlens.tolist() + (64 + two.cu_seqlens[1:]).tolist()
     assert both.max_seqlen == max(one.max_seqlen, two.max_seqlen)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_parallel_ranks_read_their_shares_of_the_whole_batch(tmp_path: Path, size: int) -> None:
+    weights = [0.5 * (index + 1) for index in range(len(LENGTHS))]
+    store = make_store(tmp_path / "annotations", LENGTHS)
+    selection = make_selection(tmp_path / "selection", store, [True] * len(LENGTHS), weights)
+    pack_selection(store, selection, tmp_path / "packs", CFG)
+    packs = PackedRows(tmp_path / "packs", streams=ALL)
+    rows = [(packs, row) for row in range(len(packs))]
+    whole = make_batch(rows)
+    seen = 0
+    for rank in range(size):
+        share = ContextShare(rank=rank, size=size)
+        part = make_host_batch(rows, share=share).to("cpu")
+        bounds = whole.cu_seqlens.tolist()
+        runs = [run for start, end in pairwise(bounds) for run in share.runs(start, end)]
+        held = torch.cat([torch.arange(run.start, run.stop) for run in runs])
+        assert torch.equal(part.cu_seqlens, whole.cu_seqlens) and part.max_seqlen == whole.max_seqlen
+        for name in ("tokens", "labels", "loss_mask", "position_ids"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[:, held]), name
+        for name in ("weights", "teacher_ids", "teacher_logprobs", "teacher_log_tail", "generator_logprobs"):
+            torch.testing.assert_close(getattr(part, name), getattr(whole, name)[held], rtol=0, atol=0, equal_nan=True)
+        seen += int(present(part.loss_mask).sum())
+    assert seen == sum(response for _, response in LENGTHS)
+
+
+def test_packs_that_ranks_cannot_share_are_refused(tmp_path: Path) -> None:
+    path = make_packs(tmp_path)
+    PackedDataset(path, seed=0, streams=ALL, share=ContextShare(size=4))
+    with pytest.raises(UserError, match=r"segment_align of .* of 2 x context_parallel_size = 16, got 8; pack"):
+        PackedDataset(path, seed=0, streams=ALL, share=ContextShare(size=8))
 
 
 def test_streams_leave_out_what_a_stage_does_not_need(tmp_path: Path) -> None:

@@ -82,6 +82,14 @@ def test_a_run_that_fits_passes(inputs: Path) -> None:
         (["--annotate.top-k=1000"], "top_k must be at most the vocabulary"),
         (["--rollout.max-model-len=1024"], r"rollout\.max_model_len must be at most the student's context \(512"),
         (["--train.kd-divergence=jsd", "--train.kd-mode=truncated"], "mode must be"),
+        (
+            ["--nproc-per-node=2", "--train.context-parallel-size=2", "--pack.segment-align=2"],
+            "pack.segment_align must be a multiple of 2 x context_parallel_size = 4, got 2; pack with",
+        ),
+        (
+            ["--annotate.context-parallel-size=2", "--annotate.seq-length=1022"],
+            r"seq_length must be a multiple of .*\(4\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(inputs: Path, flags: list[str], match: str) -> None:

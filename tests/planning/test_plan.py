@@ -115,7 +115,7 @@ def test_every_layout_is_listed_once_and_fits_or_has_a_reason(models: Path) -> N
         (
             ("--train.tensor-model-parallel-size=3",),
             (3, 1),
-            "number of processes must be a multiple of tensor_model_parallel_size x pipeline_model_parallel_size = 3",
+            "number of processes must be a multiple of tensor_model_parallel_size = 3, got 64; start",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_prompts_are_counted_where_a_file_is_given(models: Path, tmp_path: Path)
     [
         (
             ("--train.context-parallel-size=2",),
-            "unknown option --train.context_parallel_size: context parallelism (CP) is",
+            "train.context_parallel_size must be 1, got 2; npd plan knows TP, PP and DP alone",
         ),
         (("--gpu=h100",), "--gpu must be one of a100-40g, "),
         (("--response-tokens=5000",), "response_tokens must be at most rollout.max_tokens (256), got 5000; raise"),

@@ -109,32 +109,36 @@ def test_nothing_to_score(tiny_model_dir: Path) -> None:
     assert scores.ids_RK.shape == (0, 4)
 
 
-def _score_in_layout(rank: int, world_size: int, hf_dir: str, tp: int, pp: int, vocab_size: int) -> Any:
+def _score_in_layout(rank: int, world_size: int, hf_dir: str, sizes: dict[str, int], vocab_size: int) -> Any:
     from megatron_npd.platform.initialize import initialize_distributed
     from megatron_npd.teacher.megatron_scorer import Scorer
 
-    initialize_distributed(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    return Scorer(hf_dir, seq_length=64, micro_batch_size=2, bf16=False, vocab_size=vocab_size).score(
-        *sequences(), top_k=10
-    )
+    initialize_distributed(**sizes)
+    scorer, counts = Scorer(hf_dir, seq_length=64, micro_batch_size=2, bf16=False, vocab_size=vocab_size), []
+    scores = scorer.score(*sequences(), top_k=10, on_forward=lambda *numbers: counts.append(numbers))
+    assert sum(scored for scored, _, _ in counts) == sum(response for _, response in LENGTHS)
+    assert all(tokens <= row_tokens <= 128 for _, tokens, row_tokens in counts)
+    return scores
 
 
-@pytest.mark.parametrize("layout", ["tp", "pp"])
+@pytest.mark.parametrize("layout", ["tp", "pp", "cp", "cp-pp"])
 def test_layouts_agree(tmp_path: Path, layout: str) -> None:
     # 303 columns: tensor-parallel ranks need a padded one, which must have no probability
     path = make_tiny_model(tmp_path / "model", num_key_value_heads=2, vocab_size=303)
-    tp, pp = (2, 1) if layout == "tp" else (1, 2)
-    results = run_distributed(_score_in_layout, 2, str(path), tp, pp, 303)
-    if layout == "pp":
-        assert results[0] is None
-    else:
-        assert all(np.array_equal(left, right) for left, right in zip(*map(_arrays, results), strict=True))
-    check(results[1], path)
+    axes = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size"}
+    sizes = {axes[axis]: 2 for axis in layout.split("-")}
+    results = run_distributed(_score_in_layout, 2 ** len(sizes), str(path), sizes, 303)
+    if "pp" in layout:
+        assert results[: len(results) // 2] == [None] * (len(results) // 2)
+        results = results[len(results) // 2 :]
+    for other in results[1:]:
+        assert all(np.array_equal(*pair) for pair in zip(_arrays(results[0]), _arrays(other), strict=True))
+    check(results[-1], path)
     alone = score(path, top_k=10, micro_batch_size=2)
-    assert np.abs(results[1].logprobs_RK - alone.logprobs_RK).max() < 1e-4
+    assert np.abs(results[-1].logprobs_RK - alone.logprobs_RK).max() < 1e-4
     gaps = np.diff(alone.logprobs_RK, axis=1, append=-np.inf)
     clear = (np.abs(gaps) > 1e-4) & (np.abs(np.roll(gaps, 1, axis=1)) > 1e-4)  # no tie with a neighbour
-    assert (results[1].ids_RK == alone.ids_RK)[clear].all() and clear.mean() > 0.9
+    assert (results[-1].ids_RK == alone.ids_RK)[clear].all() and clear.mean() > 0.9
 
 
 def _arrays(scores: Any) -> list[np.ndarray]:

@@ -80,7 +80,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs: Path, name: st
     assert expected[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])  # the warm-up, in which every step trains
 
 
-def _final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Tensor]:
+def final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Tensor]:
     """Weights and Adam's moments of a checkpoint, loaded into one process."""
     spec = load_spec(model_dir)
     model = build_model(spec)
@@ -108,8 +108,8 @@ def test_rank_0_decides_when_time_is_up(runs: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "dp2", "tp2-sp-fused", "pp2-fused", "dp2-fused"])
 def test_weights_and_gradient_moments_are_those_of_one_process(runs: Path, name: str) -> None:
-    expected, got = (_final_state(runs / run / "iter_0000020", runs / "model", runs / "packs") for run in ("tp1", name))
-    start = _final_state(runs / "tp1/iter_0000010", runs / "model", runs / "packs")
+    expected, got = (final_state(runs / run / "iter_0000020", runs / "model", runs / "packs") for run in ("tp1", name))
+    start = final_state(runs / "tp1/iter_0000010", runs / "model", runs / "packs")
     assert got.keys() == expected.keys() and len(got) > 30
     for key, value in expected.items():
         scale = float(value.abs().max())

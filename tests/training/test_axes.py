@@ -1,0 +1,105 @@
+"""Axes of parallelism that need more layers, or more processes, than ``test_layouts.py`` has; alone and combined.
+
+Losses, gradient norms, weights and Adam's moments against one process, as there. The model is tied, has fewer key-value
+heads than four tensor-parallel ranks, and rows of several segments.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_npd.config.training import TrainConfig
+from megatron_npd.training.trainer import train
+from tests.dist import run_distributed
+from tests.helpers import make_tiny_model
+from tests.training.make_run import column, config, make_packs
+from tests.training.test_layouts import TOLERANCE, final_state
+
+TP2, PP2, CP2 = (
+    {f"{axis}_size": 2} for axis in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
+)
+SP: dict[str, Any] = {"sequence_parallel": True}
+# By the number of processes. Four share two cores in many places: they do as many steps as show a difference.
+STEPS = {2: 20, 4: 6}
+AXES: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "cp2": CP2,
+        "cp2-fused-mbs2": CP2 | {"fused_linear_loss": True, "micro_batch_size": 2},
+    },
+    4: {
+        "tp4": {"tensor_model_parallel_size": 4},
+        "pp4": {"pipeline_model_parallel_size": 4},
+        "cp4": {"context_parallel_size": 4},
+        "tp2-pp2": TP2 | PP2,
+        "tp2-cp2-sp": TP2 | CP2 | SP,
+        "cp2-pp2": CP2 | PP2,
+        "cp2-dp2": CP2,
+    },
+}
+NAMES = [(name, world) for world, layouts in AXES.items() for name in layouts]
+RESUMED = {"tp2-cp2-sp-to-one": "tp2-cp2-sp", "cp2-pp2-to-one": "cp2-pp2"}
+HALF = 3
+
+
+def _train_all(rank: int, world_size: int, configs: list[TrainConfig]) -> None:
+    for cfg in configs:
+        assert train(cfg).iteration == STEPS[world_size]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of a run in each layout, of ``one``, and of those that go on in another layout than they began in."""
+    root = tmp_path_factory.mktemp("axes")
+    packs = make_packs(root, vocab_size=305)
+    shape: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 305,
+    }
+    model = make_tiny_model(root / "model", **shape)
+
+    def layout(name: str, steps: int, **fields: Any) -> TrainConfig:
+        again = HALF if name in ("one", *RESUMED.values()) else 0  # a checkpoint for another layout to go on from
+        return config(model, packs, root / name, save_interval=again, exit_at_iteration=steps, **fields)
+
+    train(layout("one", STEPS[2]))
+    shutil.copytree(root / f"one/iter_{HALF:07d}", root / f"one-to-cp4/iter_{HALF:07d}")
+    moved = layout("one-to-cp4", STEPS[4], **AXES[4]["cp4"])
+    for world, layouts in AXES.items():
+        configs = [layout(name, STEPS[world], **fields) for name, fields in layouts.items()]
+        run_distributed(_train_all, world, configs + [moved] * (world == 4))
+    for name, source in RESUMED.items():
+        shutil.copytree(root / f"{source}/iter_{HALF:07d}", root / f"{name}/iter_{HALF:07d}")
+        train(layout(name, STEPS[4]))
+    return root
+
+
+@pytest.mark.parametrize(("name", "world"), NAMES)
+def test_numbers_of_each_step_are_those_of_one_process(runs: Path, name: str, world: int) -> None:
+    for quantity in ("loss", "ce", "kd", "grad_norm", "student_mass", "lag_k1", "lag_k3", "response_tokens", "tokens"):
+        expected, got = (column(runs / run / "metrics.jsonl", quantity) for run in ("one", name))
+        assert len(got) == STEPS[world]
+        assert got == pytest.approx(expected[: STEPS[world]], abs=TOLERANCE, rel=TOLERANCE), quantity
+
+
+@pytest.mark.parametrize(("name", "world"), NAMES)
+def test_weights_and_gradient_moments_are_those_of_one_process(runs: Path, name: str, world: int) -> None:
+    step = f"iter_{STEPS[world]:07d}"
+    expected, got = (final_state(runs / run / step, runs / "model", runs / "packs") for run in ("one", name))
+    assert got.keys() == expected.keys() and len(got) == 3 * (4 * 7 + 2)
+    for key, value in expected.items():
+        scale = float(value.abs().max())
+        torch.testing.assert_close(got[key], value, atol=TOLERANCE * max(scale, 1e-8), rtol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize("name", [*RESUMED, "one-to-cp4"])
+def test_a_checkpoint_goes_on_in_another_layout(runs: Path, name: str) -> None:
+    for quantity in ("loss", "response_tokens"):
+        expected, got = (column(runs / run / "metrics.jsonl", quantity) for run in ("one", name))
+        assert got == pytest.approx(expected[HALF : STEPS[4]], abs=TOLERANCE), quantity
