@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -80,12 +81,15 @@ def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, *
 
     Args:
         path: Directory to create.
-        family: Name of an entry of ``FAMILIES``, as transformers names its model type.
+        family: Name of an entry of ``FAMILIES``: what transformers calls its model type, or exports of it have.
         seed: Seed of the weights.
         overrides: Fields of the configuration: ``vocab_size=310``, ``tie_word_embeddings=False``, ...
     """
     from transformers import AutoModelForCausalLM
 
+    from megatron_npd.models.families import FAMILIES
+
+    table = next(entry for entry in FAMILIES.values() if entry.name == family)
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -102,7 +106,7 @@ def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, *
         "initializer_range": 0.1,
         "dtype": "float32",
     }
-    config = AutoConfig.for_model(family, **(fields | overrides))
+    config = AutoConfig.for_model(**({"model_type": family} | fields | table.export | overrides))
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
@@ -116,6 +120,10 @@ def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, *
     finally:
         torch.random.set_rng_state(state)
     model.save_pretrained(str(path))
+    if table.export:  # transformers knows it by another architecture
+        file = Path(path) / "config.json"
+        written = json.loads(file.read_text()) | {"architectures": [table.architecture]}
+        file.write_text(json.dumps(written, indent=2) + "\n")
     make_tiny_tokenizer(path)
     return Path(path)
 

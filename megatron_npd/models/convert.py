@@ -31,7 +31,7 @@ from megatron_npd.models.mapping import Run, hf_shapes, local_shape, parameter_r
 from megatron_npd.models.streams import Block, blocks, default_workers, in_order
 from megatron_npd.paths import find_checkpoint
 from megatron_npd.probe import PROBE
-from megatron_npd.weights import has_weights
+from megatron_npd.weights import has_weights, read_object
 
 MAX_SHARD_BYTES = 5 * 10**9
 # What makes a directory a model for transformers and vLLM, beside the weights; copied as they are.
@@ -300,10 +300,15 @@ def _copy_companions(spec: ModelSpec, directory: Path, dtype: str) -> None:
     for companion in COMPANIONS:
         if (file := Path(spec.path) / companion).is_file():
             shutil.copyfile(file, directory / companion)
+    config = spec.export_config()
     if dtype:
-        names = {"dtype", "torch_dtype"} & spec.hf_config.keys() or {"dtype"}
-        config = {**spec.hf_config, **dict.fromkeys(names, dtype)}
+        names = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}
+        config |= dict.fromkeys(names, dtype)
+    if config != spec.hf_config:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    file = directory / "tokenizer_config.json"
+    if spec.family.export and file.is_file() and (tokenizer := read_object(file)).pop("auto_map", None) is not None:
+        file.write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False) + "\n")  # tokenizer.json stays
     _open_to_servers(directory)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,12 @@ def check_run(cfg: NPDConfig) -> None:
     _check_training(cfg, specs)
     for spec in specs:
         open_checkpoint(spec)
+    if setting.student.export_config() != setting.student.hf_config:
+        raise UserError(
+            f"config.json in {cfg.student} must be one that servers load without the model's own code, got model_type "
+            f"{setting.student.hf_config['model_type']}; put {json.dumps(setting.student.family.export)} into it and "
+            "remove auto_map"
+        )
     if not cfg.rollout.urls:
         check_servable(cfg.student)
     _check_lengths(cfg, setting.student.max_position_embeddings, setting.longest)

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig
 
 from megatron_npd.models.attention import Rotary, _Rotate, packed_params
-from megatron_npd.models.build import _inverse_frequencies, load_spec
+from megatron_npd.models.build import load_spec
+from megatron_npd.models.families.rope import inverse_frequencies
 from tests.helpers import make_tiny_model
 
 SCALED = {
@@ -32,7 +33,7 @@ def test_rotation_equals_transformers_in_each_segment(tmp_path: Path, rope: dict
     lengths = [5, 300, 1]
     row = packed_params(torch.tensor([0, 5, 305, 306], dtype=torch.int32))
     assert row.max_seqlen_q == 300
-    cos, sin = Rotary(*_inverse_frequencies(load_spec(path))).of_row(row, torch.float32, torch.device("cpu"))
+    cos, sin = Rotary(*inverse_frequencies(load_spec(path))).of_row(row, torch.float32, torch.device("cpu"))
     x = torch.randn(306, 2, 32)
 
     embedding = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(path))

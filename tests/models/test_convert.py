@@ -5,6 +5,7 @@ Legend: T tokens of a packed row, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,17 @@ CASES: dict[str, dict[str, Any]] = {family.name: {"family": family.name} for fam
         },
     },
     "llama_biases": {"family": "llama", "attention_bias": True, "mlp_bias": True, "vocab_size": 305},
+    # openPangu-Embedded 7B: four queries a key-value head, untied, theta by its own key.
+    "openpangu_untied": {
+        "family": "openpangu",
+        "hidden_size": 96,
+        "head_dim": 32,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 307,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 16e6},
+    },
     "qwen2_yarn": {
         "family": "qwen2",
         "num_key_value_heads": 2,
@@ -72,6 +84,7 @@ CASES: dict[str, dict[str, Any]] = {family.name: {"family": family.name} for fam
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     },
 }
+CONFIGS = ("config.json", "tokenizer_config.json")
 SEGMENTS = (40, 7, 1, 16)
 LAYOUTS = ((1, 1), (2, 1), (1, 2))  # TP, PP of two processes; the first one is data-parallel
 
@@ -260,6 +273,27 @@ def test_transformers_loads_the_output(work: Path, differences: dict[str, float]
     messages = [{"role": "user", "content": "How many?"}]
     before, after = (AutoTokenizer.from_pretrained(path) for path in (work / case, out))
     assert before.apply_chat_template(messages) == after.apply_chat_template(messages)
+
+
+def test_an_export_of_openpangu_needs_no_code(work: Path, differences: dict[str, float], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    published = Path(shutil.copytree(work / "openpangu", tmp_path / "published"))
+    config, tokenizer = (json.loads((published / name).read_text()) for name in CONFIGS)
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM"}}
+    del config["attention_bias"]
+    config |= code | {"model_type": "PanguEmbedded", "bias": True}
+    tokenizer |= {"auto_map": {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}}
+    for name, content in zip(CONFIGS, (config, tokenizer), strict=True):
+        (published / name).write_text(json.dumps(content))
+    with pytest.raises(Exception, match=r"PanguEmbedded|custom code"):
+        AutoModelForCausalLM.from_pretrained(published)
+    megatron_to_hf(work / "openpangu-tp2-pp1" / "checkpoint", published, tmp_path / "out", verify=True)
+    assert "auto_map" not in "".join((tmp_path / "out" / name).read_text() for name in CONFIGS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens, _ = packed_row(model.config.vocab_size)
+    assert torch.equal(model(tokens).logits, AutoModelForCausalLM.from_pretrained(work / "openpangu")(tokens).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == tokenizer["eos_token"]
 
 
 @pytest.fixture(scope="module")

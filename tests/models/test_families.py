@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,43 @@ MISTRAL_7B = {
     "use_cache": True,
     "vocab_size": 32768,
 }
-PUBLISHED = {"qwen2": QWEN25_7B, "llama": LLAMA32_1B, "qwen3": QWEN3_06B, "mistral": MISTRAL_7B}
+_PANGU_CODE = "modeling_openpangu_dense.PanguEmbedded"
+PANGU_1B = {
+    "architectures": ["PanguEmbeddedForCausalLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig",
+        "AutoModel": f"{_PANGU_CODE}Model",
+        "AutoModelForCausalLM": f"{_PANGU_CODE}ForCausalLM",
+    },
+    "bias": True,
+    "bos_token_id": 1,
+    "eos_token_id": 45892,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 32768,
+    "model_type": "PanguEmbedded",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 6,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 4000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.53.2",
+    "use_cache": True,
+    "vocab_size": 153376,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen2": QWEN25_7B,
+    "llama": LLAMA32_1B,
+    "qwen3": QWEN3_06B,
+    "mistral": MISTRAL_7B,
+    "openpangu": PANGU_1B,
+}
 LLAMA3_SCALING = LLAMA32_1B["rope_scaling"]
 DROP = object()
 
@@ -153,10 +190,16 @@ def test_published_llama32_config(tmp_path: Path) -> None:
     assert spec.rope_scaling == LLAMA3_SCALING
 
 
+def loadable(config: dict[str, Any]) -> dict[str, Any]:
+    """A published configuration as transformers loads it without code that comes along."""
+    export = FAMILIES[config["architectures"][0]].export
+    return {key: value for key, value in (config | export).items() if key != "auto_map"}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path: Path, name: str) -> None:
     family = FAMILIES[name]
-    given = PUBLISHED[family.name] | {"num_attention_heads": 32, "hidden_size": 4096}
+    given = loadable(PUBLISHED[family.name]) | {"num_attention_heads": 32, "hidden_size": 4096}
     write(tmp_path, {key: value for key, value in given.items() if key not in ("head_dim", "num_key_value_heads")})
     spec, theirs = load_spec(tmp_path), AutoConfig.from_pretrained(tmp_path)
     head_dim = getattr(theirs, "head_dim", None) or 4096 // 32
@@ -169,7 +212,7 @@ def test_a_published_configuration_stands_here_for_each_family() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_spelling_of_transformers_5_gives_the_same_spec(tmp_path: Path, name: str) -> None:
-    old = PUBLISHED[name]
+    old = loadable(PUBLISHED[name])
     before = load_spec(write(tmp_path, old))
     new_dir = tmp_path / "new"
     AutoConfig.from_pretrained(tmp_path).save_pretrained(new_dir)
@@ -178,6 +221,18 @@ def test_the_spelling_of_transformers_5_gives_the_same_spec(tmp_path: Path, name
     after = load_spec(new_dir)
     for name in set(vars(before)) - {"path", "hf_config"}:
         assert getattr(before, name) == getattr(after, name), name
+
+
+def test_openpangu_is_taken_as_published_and_exported_without_its_code(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, PANGU_1B))
+    assert spec.has("self_attention.linear_qkv.bias") and spec.has("self_attention.linear_proj.bias")
+    exported = load_spec(write(tmp_path, spec.export_config()))
+    assert exported.export_config() == exported.hf_config == loadable(PANGU_1B)
+    assert exported.layer_rules == spec.layer_rules
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(theirs, LlamaConfig) and theirs.attention_bias
+    with pytest.raises(UserError, match="attention_bias"):
+        load_spec(write(tmp_path, exported.hf_config | {"attention_bias": False}))
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -198,7 +253,8 @@ def test_padding_is_to_a_multiple_of_tp_only(tmp_path: Path) -> None:
     ("base", "changes", "named"),
     [
         (QWEN25_7B, {"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
-        (LLAMA32_1B, {"architectures": ["PanguEmbeddedForCausalLM"]}, "PanguEmbeddedForCausalLM"),
+        (LLAMA32_1B, {"architectures": ["PanguEmbeddedForCausalLM"]}, "model_type"),
+        (PANGU_1B, {"bias": False}, "bias"),
         (QWEN25_7B, {"architectures": DROP}, "architectures"),
         (QWEN25_7B, {"model_type": "qwen3"}, "model_type"),
         (QWEN25_7B, {"use_sliding_window": True}, "use_sliding_window"),

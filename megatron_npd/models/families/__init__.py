@@ -6,9 +6,10 @@ from megatron_npd.models.families.base import Family, ModelSpec, Rule
 from megatron_npd.models.families.config import load_spec
 from megatron_npd.models.families.llama import LLAMA
 from megatron_npd.models.families.mistral import MISTRAL
+from megatron_npd.models.families.openpangu import OPENPANGU
 from megatron_npd.models.families.qwen2 import QWEN2
 from megatron_npd.models.families.qwen3 import QWEN3
 
-FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, OPENPANGU, QWEN2, QWEN3)}
 
 __all__ = ["FAMILIES", "Family", "ModelSpec", "Rule", "load_spec"]

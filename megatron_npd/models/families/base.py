@@ -40,6 +40,8 @@ class Family:
         name: Short name, for messages.
         architecture: The entry in ``architectures`` of ``config.json``.
         model_type: Its ``model_type``.
+        export: What ``config.json`` has, in place of an ``auto_map``, where vLLM and transformers load the model
+            without code that it brings along: exports get it, and models that have it are taken.
         defaults: What transformers takes where ``config.json`` has no such key: num_key_value_heads (else
             num_attention_heads), head_dim (else hidden_size / num_attention_heads), those in ``switches`` (else
             false), sliding_window.
@@ -55,6 +57,7 @@ class Family:
     name: str
     architecture: str
     model_type: str
+    export: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     switches: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -112,6 +115,11 @@ class ModelSpec:
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding with the padding that ``tensor_parallel_size`` ranks need to own equal shares."""
         return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+    def export_config(self) -> dict[str, Any]:
+        """``config.json`` of an export: as it stands, but for a family that is published with code of its own."""
+        config = self.hf_config | self.family.export
+        return {key: value for key, value in config.items() if key != "auto_map" or not self.family.export}
 
     def has(self, parameter: str) -> bool:
         """Whether a layer has the megatron-core parameter of this name (``self_attention.linear_qkv.bias``)."""

@@ -94,7 +94,9 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
     if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in FAMILIES:
         raise UserError(f"architectures in {config_file} must be one of {supported}, got {names}; {ELSEWHERE}")
     family = FAMILIES[names[0]]
-    expect(config.get("model_type") == family.model_type, config_file, "model_type", family.model_type, config)
+    loadable = bool(family.export) and family.export.items() <= config.items()
+    either = f"{family.model_type} (or with {json.dumps(family.export)})" if family.export else family.model_type
+    expect(config.get("model_type") == family.model_type or loadable, config_file, "model_type", either, config)
     for key in _SIZES:
         expect(is_size(config.get(key)), config_file, key, "a positive integer", config)
     hf_config, config = config, {**family.defaults, **config}
