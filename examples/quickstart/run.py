@@ -8,7 +8,8 @@ Every step is skipped when its result is there, so that stopping and starting ag
 2. the teacher: SFT on 12 000 labelled problems;
 3. the student: SFT on 500 labelled problems until it stops getting better;
 4. near-policy distillation on 3 000 other problems without answers: ten rounds of fresh responses;
-5. the same number of further SFT steps on the student's own 500 problems, for comparison;
+5. for comparison, as many steps of further SFT on the student's own 500 problems, of SeqKD on the teacher's responses
+   to the 3 000, and on-policy: with fresh responses after every ten steps;
 6. the report.
 """
 
@@ -36,8 +37,9 @@ from problems import SPLITS, write_splits  # noqa: E402
 
 get_platform("cpu")  # before anything imports megatron.core
 
+from megatron_npd.audit.numbers import COMPARED  # noqa: E402
 from megatron_npd.audit.report import write_report  # noqa: E402
-from megatron_npd.data.packing import pack_prompts  # noqa: E402
+from megatron_npd.data.packing import pack_prompts, pack_rollouts  # noqa: E402
 from megatron_npd.data.prompts import prepare_prompts  # noqa: E402
 from megatron_npd.data.tokenizer import load_model_tokens, load_tokenizer  # noqa: E402
 from megatron_npd.models.convert import megatron_to_hf  # noqa: E402
@@ -45,11 +47,13 @@ from megatron_npd.models.families import load_spec  # noqa: E402
 from megatron_npd.pipeline.environment import timed  # noqa: E402
 from megatron_npd.pipeline.runner import results, run_npd  # noqa: E402
 from megatron_npd.rollout.evaluate import exact_match  # noqa: E402
+from megatron_npd.rollout.generate import generate_round  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
 from megatron_npd.serving.pool import ServerPool  # noqa: E402
 from megatron_npd.serving.refresh import refresh  # noqa: E402
 
 FAST = 20  # by which --fast divides problems and steps
+ON_POLICY = 10  # steps between two refreshes of the on-policy run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +101,18 @@ class Quickstart:
                 teacher = self._teacher()
             with timed(self.npd_run, "student SFT"):
                 student = self._student()
-            data = self.work / "data"
-            run_npd(
-                dataclasses.replace(
-                    self.npd,
-                    run_dir=str(self.npd_dir),
-                    teacher=str(teacher),
-                    student=str(student),
-                    prompts=str(data / "npd.jsonl"),
-                    platform="cpu",
-                    eval=dataclasses.replace(self.npd.eval, prompts=str(data / "test.jsonl")),
-                    rollout=dataclasses.replace(self.npd.rollout, urls=tuple(self._serve(student, "student").urls)),
-                ),
-                write_report,
+            cfg = dataclasses.replace(
+                self.npd,
+                run_dir=str(self.npd_dir),
+                teacher=str(teacher),
+                student=str(student),
+                prompts=str(self.work / "data" / "npd.jsonl"),
+                platform="cpu",
+                eval=dataclasses.replace(self.npd.eval, prompts=str(self.work / "data" / "test.jsonl")),
+                rollout=dataclasses.replace(self.npd.rollout, urls=tuple(self._serve(student, "student").urls)),
             )
-            with timed(self.npd_run, "further SFT"):
-                self._further_sft(student)
+            run_npd(cfg, write_report)
+            self._compare(student, cfg)
         finally:
             if self.pool is not None:
                 self.pool.close()
@@ -153,8 +153,18 @@ class Quickstart:
         model = self.sft("teacher", recipe, problems="teacher", start=start, until=recipe.train_iters)
         result = self.work / "teacher" / "accuracy.json"
         if not result.exists():
+            prompts = self._prepare(self.work / "data" / "npd.jsonl", self.work / "seqkd" / "prompts", model)
             with ServerPool.open(model, self.npd.rollout, version="teacher", log_dir=self.work / "logs") as pool:
                 accuracy = self._accuracy(pool, model)
+                generate_round(  # one greedy response to each prompt, for SeqKD
+                    prompts,
+                    self.work / "seqkd" / "rollouts",
+                    pool=pool,
+                    cfg=dataclasses.replace(self.npd.rollout, greedy_paths=1, sampled_paths=0, prompts_per_round=0),
+                    round_index=0,
+                    policy_version="teacher",
+                    source="teacher",
+                )
             write_atomic(result, json.dumps({"accuracy": accuracy}) + "\n")
             get_logger().info(f"teacher: {accuracy:.1f} % of the held-out problems")
         return model
@@ -177,20 +187,47 @@ class Quickstart:
             best = max(best, known[str(steps)])
         return self.work / "student" / f"hf-{steps:05d}"
 
-    def _further_sft(self, student: Path) -> None:
-        """As many further SFT steps on the labelled problems as the distillation took, with its other settings.
-
-        Its accuracy goes into the report, and the teacher's, which is known.
-        """
+    def _compare(self, student: Path, cfg: NPDConfig) -> None:
+        """Other ways to as many steps with the distillation's other settings; their accuracies go into the report."""
         path = self.npd_dir / "report" / "accuracy.json"
         known = json.loads(path.read_text())
-        if known.keys() >= {"further_sft", "teacher"}:
-            return
         known["teacher"] = json.loads((self.work / "teacher" / "accuracy.json").read_text())["accuracy"]
-        recipe = dataclasses.replace(self.npd.train, objective="sft")
-        model = self.sft("further", recipe, problems="student", start=student, until=recipe.train_iters)
-        known["further_sft"] = self._accuracy(self._serve(model, "further"), model)
-        write_atomic(path, json.dumps(known, indent=1) + "\n")
+        ways = {"further_sft": self._further_sft, "seqkd": self._seqkd, "on_policy": self._on_policy}
+        for name, train in ways.items():
+            if name not in known:
+                with timed(self.npd_run, COMPARED[name]):
+                    model = train(student, cfg)
+                    known[name] = self._accuracy(self._serve(model, name), model)
+                write_atomic(path, json.dumps(known, indent=1) + "\n")
+
+    def _further_sft(self, student: Path, cfg: NPDConfig) -> Path:
+        recipe = dataclasses.replace(cfg.train, objective="sft")
+        return self.sft("further", recipe, problems="student", start=student, until=recipe.train_iters)
+
+    def _seqkd(self, student: Path, cfg: NPDConfig) -> Path:
+        data = self.work / "seqkd"
+        pack_rollouts(data / "rollouts", data / "data", cfg.pack, vocab_size=load_spec(student).vocab_size)
+        recipe = dataclasses.replace(cfg.train, objective="sft")
+        return self.sft("seqkd", recipe, problems="npd", start=student, until=recipe.train_iters)
+
+    def _on_policy(self, student: Path, cfg: NPDConfig) -> Path:
+        refreshes = cfg.train.train_iters // ON_POLICY - 1
+        asked = cfg.rollout.prompts_per_round * (cfg.updates + 1) // (refreshes + 1)
+        run = RunDir(self.work / "on-policy")
+        self._serve(student, "v0000")
+        run_npd(
+            dataclasses.replace(
+                cfg,
+                run_dir=str(run.root),
+                updates=refreshes,
+                train=dataclasses.replace(cfg.train, refresh="every_n", refresh_interval=ON_POLICY),
+                rollout=dataclasses.replace(cfg.rollout, prompts_per_round=asked),
+                annotate=dataclasses.replace(cfg.annotate, unconditional=False),
+                eval=dataclasses.replace(cfg.eval, prompts="", held_out=0),
+            ),
+            lambda _: "",
+        )
+        return run.policy(refreshes + 1)
 
     # -- the student's server ----------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from megatron_npd.run_dir import RunDir
 ZONES = ("degenerate", "proximal", "disconnect", "undefined")
 LAG_BOUND = 0.10  # nats per token, METHOD section 4
 DROPPED_BOUND = CUT_BOUND = 0.10  # shares of a round's responses
+# Models that a run's are compared with, by their names in accuracy.json, in the order in which they are shown.
+COMPARED = {"further_sft": "further SFT", "seqkd": "SeqKD", "on_policy": "on-policy", "teacher": "teacher"}
 # Numbers of a step that are no parts of its objective, or have a table of their own.
 _NO_PARTS = (
     "lag_k1",
@@ -51,7 +53,7 @@ def summarise(run: RunDir, metrics: Sequence[Mapping[str, Any]]) -> dict[str, An
     """The numbers of the report.
 
     Returns:
-        ``headline``, ``verdicts`` and ``missing`` (sentences); ``accuracy`` (``start``, ``teacher``, ``further_sft``,
+        ``headline``, ``verdicts`` and ``missing`` (sentences); ``accuracy`` (``start``, those of ``COMPARED``,
         ``rounds``, in percent; the number of ``problems``, and of those that train too); ``measures`` and ``samples``
         (``pipeline/evaluation.py``); ``zones``, ``lag`` and ``training`` (one entry per round; lag in nats per token);
         ``policies`` (names of finished ones); ``seconds`` by stage, ``distillation_seconds`` (what belongs to a round)
@@ -137,7 +139,7 @@ def accuracy_rows(accuracy: Mapping[str, Any]) -> list[tuple[str, float]]:
     """What was evaluated, in the order in which it is shown, with its percentage."""
     rows = [("start", accuracy["start"])]
     rows += [(f"round {index}", value) for index, value in enumerate(accuracy["rounds"])]
-    rows += [("further SFT", accuracy["further_sft"]), ("teacher", accuracy["teacher"])]
+    rows += [(label, accuracy[name]) for name, label in COMPARED.items()]
     return [(label, value) for label, value in rows if value is not None]
 
 
@@ -185,8 +187,11 @@ def headline(summary: Mapping[str, Any]) -> str:
     else:
         return f"Near-policy distillation trained the student in {span}; nothing was measured on held-out prompts."
     sentence = f"Near-policy distillation took the student {sentence}, in {span}"
-    others = [("the teacher", accuracy["teacher"]), ("further SFT", accuracy["further_sft"])]
-    others = [f"{name} reaches {value:.1f} %" for name, value in others if value is not None and accuracy["rounds"]]
+    others = [
+        f"{'the ' * (name == 'teacher')}{label} reaches {accuracy[name]:.1f} %"
+        for name, label in reversed(COMPARED.items())
+        if accuracy[name] is not None and accuracy["rounds"]
+    ]
     return "; ".join([sentence, ", ".join(others)] if others else [sentence]) + "."
 
 
@@ -217,7 +222,7 @@ def json_lines(path: Path, *names: str) -> list[dict[str, Any]]:
 
 def _accuracy(run: RunDir) -> dict[str, Any]:
     known = read_json(run.accuracy, {})
-    accuracy = {name: known.get(name) for name in ("start", "further_sft", "teacher")}
+    accuracy = {name: known.get(name) for name in ("start", *COMPARED)}
     problems, held_out = (
         read_manifest(path, verify=False).counts if is_sealed(path) else {}
         for path in (run.eval_prompts, run.held_out.prompts)

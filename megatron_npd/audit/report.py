@@ -29,7 +29,7 @@ def write_report(run_dir: str | Path) -> str:
     """Write ``report/report.html``, ``report/*.png`` and ``report/summary.json`` of a run, finished or not.
 
     Reads ``config.json``, ``report/metrics.jsonl``, ``report/accuracy.json`` (``start``, ``rounds``, optional
-    ``teacher`` and ``further_sft``, in percent), ``report/seconds.jsonl``, ``report/environment.json``, the manifests
+    ones of ``numbers.COMPARED``, in percent), ``report/seconds.jsonl``, ``report/environment.json``, the manifests
     of ``rounds/*/selection``, and ``held_out/``.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from matplotlib.patches import Rectangle
 
 from megatron_npd.audit.figures import draw_all
-from megatron_npd.audit.numbers import duration, headline, summarise, verdicts
+from megatron_npd.audit.numbers import COMPARED, duration, headline, summarise, verdicts
 from megatron_npd.audit.page import page
 from megatron_npd.audit.report import text_table, write_report
 from megatron_npd.errors import UserError
@@ -132,7 +132,7 @@ def run(tmp_path: Path) -> Path:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_lines(tmp_path / "report" / "metrics.jsonl", metrics())
-    accuracy = {"start": 6.25, "rounds": [55.0, 78.5], "further_sft": 7.0, "teacher": 97.5}
+    accuracy = {"start": 6.25, "rounds": [55.0, 78.5], "further_sft": 7.0, "seqkd": 90.0, "teacher": 97.5}
     (tmp_path / "report" / "accuracy.json").write_text(json.dumps(accuracy))
     (tmp_path / "report" / "environment.json").write_text(json.dumps([ENVIRONMENT]))
     stages = [("rollout", 0, 40.0), ("train", 0, 20.5), ("rollout", 1, 41.5), ("train", 1, 21.0), ("evaluate", 2, 3.0)]
@@ -154,7 +154,8 @@ def summary_of(run: Path) -> dict[str, Any]:
 def test_summary_holds_what_was_measured(run: Path) -> None:
     write_report(run)
     summary = summary_of(run)
-    accuracy = {"start": 6.25, "further_sft": 7.0, "teacher": 97.5, "rounds": [55.0, 78.5]}
+    accuracy = {"start": 6.25, "further_sft": 7.0, "seqkd": 90.0, "on_policy": None, "teacher": 97.5}
+    accuracy |= {"rounds": [55.0, 78.5]}
     accuracy |= {"problems": None, "also_training": 0}
     assert summary["accuracy"] == accuracy
     assert summary["policies"] == ["v0001", "v0002"] and summary["rounds"] == 2
@@ -241,11 +242,12 @@ def test_refreshes_are_told_with_the_longest_pause_and_the_slowest_load(run: Pat
 def test_text_table(run: Path) -> None:
     lines = write_report(run).splitlines()
     first = lines.index("accuracy on held-out problems (exact match)")
-    assert [line.split() for line in lines[first + 1 : first + 6]] == [
+    assert [line.split() for line in lines[first + 1 : first + 7]] == [
         ["start", "6.2", "%"],
         ["round", "0", "55.0", "%"],
         ["round", "1", "78.5", "%"],
         ["further", "SFT", "7.0", "%"],
+        ["SeqKD", "90.0", "%"],
         ["teacher", "97.5", "%"],
     ]
     assert ["1", "530", "460", "10", "0", "46.0", "%"] in [line.split() for line in lines]
@@ -296,15 +298,15 @@ def test_unfinished_run(run: Path) -> None:
         (
             {},
             "Near-policy distillation took the student from 6.2 % to 78.5 % exact match on held-out problems, in 2 "
-            "rounds and 2 min 6 s; the teacher reaches 97.5 %, further SFT reaches 7.0 %.",
+            "rounds and 2 min 6 s; the teacher reaches 97.5 %, SeqKD reaches 90.0 %, further SFT reaches 7.0 %.",
         ),
         (
-            {"accuracy": {"start": None, "rounds": [], "teacher": None, "further_sft": None}, "measures": MEASURES},
+            {"accuracy": dict.fromkeys(("start", *COMPARED)) | {"rounds": []}, "measures": MEASURES},
             "Near-policy distillation took the student from 0.94 to 0.56 nats per token of KL to its teacher, on 64 "
             "held-out prompts, in 2 rounds and 2 min 6 s.",
         ),
         (
-            {"accuracy": {"start": None, "rounds": [], "teacher": None, "further_sft": None}},
+            {"accuracy": dict.fromkeys(("start", *COMPARED)) | {"rounds": []}},
             "Near-policy distillation trained the student in 2 rounds and 2 min 6 s; nothing was measured on held-out "
             "prompts.",
         ),

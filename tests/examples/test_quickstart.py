@@ -42,6 +42,8 @@ def test_the_script_runs_to_its_table(tmp_path: Path) -> None:
         "round 0",
         "round 1",
         "further SFT",
+        "SeqKD",
+        "on-policy",
         "teacher",
         f"policy  {run}/policies/v0002",
     ):
