@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Near-policy distillation 72B -> 7B on several nodes: every node runs this same script.
 #
-#   ATTEMPT=1 NNODES=6 NODE_RANK=$RANK MASTER_ADDR=node0 RUN=/shared/run TEACHER=/shared/Qwen2.5-72B-Instruct \
+#   ATTEMPT=1 NNODES=4 NODE_RANK=$RANK MASTER_ADDR=node0 RUN=/shared/run TEACHER=/shared/Qwen2.5-72B-Instruct \
 #   STUDENT=/shared/Qwen2.5-7B-Instruct PROMPTS=/shared/prompts.jsonl examples/launch/npd_72b_to_7b.sh
 #
 # Further flags go to the run: --dry-run prints what this node would do, --train.adam-beta2 0.98 changes a setting.
-# The first TRAIN_NODES nodes annotate and train, the others run vLLM servers. RUN is on a file system that all nodes
+# All nodes run vLLM servers, then all annotate and train (the recipe's take_turns); with TRAIN_NODES below NNODES the
+# first TRAIN_NODES annotate and train, and the others serve meanwhile. RUN is on a file system that all nodes
 # share; the script may be killed anywhere and started again, with the same new ATTEMPT on every node. Slurm
 # (npd.sbatch) gives ATTEMPT, NNODES, NODE_RANK and MASTER_ADDR.
 set -euo pipefail
@@ -17,9 +18,9 @@ TEACHER=${TEACHER:-/shared/models/Qwen2.5-72B-Instruct}
 STUDENT=${STUDENT:-/shared/models/Qwen2.5-7B-Instruct}
 PROMPTS=${PROMPTS:-/shared/data/prompts.jsonl}
 RECIPE=${RECIPE:-$HERE/../recipes/npd_72b_to_7b.yaml}
-NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-6}}
+NNODES=${NNODES:-${SLURM_JOB_NUM_NODES:-4}}
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-0}}
-TRAIN_NODES=${TRAIN_NODES:-4}
+TRAIN_NODES=${TRAIN_NODES:-$NNODES}
 DEVICES_PER_NODE=${DEVICES_PER_NODE:-8}
 MASTER_PORT=${MASTER_PORT:-29500}
 SERVER_HOST=${SERVER_HOST:-}  # empty: the node's own name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ class ServeCommand(RolloutConfig):
     """Name or address of the interface to listen on, under which clients reach it; 127.0.0.1: this machine alone."""
     port: int = 8100
     """Port of the first server; the others follow."""
+    restarts: int = 0
+    """Times that each server that died is started again, with the model as given; 0: this command ends with it."""
     urls_file: str = ""
     """File to write the base URLs to, comma-separated, once all servers answer."""
     token_file: str = "servers.token"
@@ -48,8 +49,9 @@ class ServeCommand(RolloutConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Start the servers, announce them, and stay until a signal or the first server's end."""
+    """Start the servers, announce them, and stay until a signal, or the end of a server that is not started again."""
     cfg = parse_config(ServeCommand, argv)
+    from megatron_npd.pipeline.servers import watch_servers
     from megatron_npd.serving.access import keep_token
     from megatron_npd.serving.server import VLLMServer, start_servers
 
@@ -70,7 +72,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_atomic(cfg.urls_file, urls + "\n")
         print(urls, flush=True)
         get_logger().info("clients give --urls %s --token-file %s", urls, Path(cfg.token_file).resolve())
-        while True:
-            for server in servers:
-                server.check_alive()
-            time.sleep(1.0)
+        watch_servers(servers, lambda: False, cfg.restarts)

@@ -16,11 +16,12 @@ class ClusterConfig:
     ray the command is started once."""
 
     nnodes: int = 1
-    """Nodes: the first train_nodes annotate and train, the others run the rollout servers; 1 does all of it here."""
+    """Nodes: the first train_nodes annotate and train, the others run the rollout servers; with take_turns all nodes may
+    do all of it, one after another; 1 does all of it here."""
     node_rank: int = 0
     """Number of this node, from 0."""
     train_nodes: int = 0
-    """Nodes that annotate and train; 0: all of them, with running servers given by rollout.urls."""
+    """Nodes that annotate and train; 0: all of them, with take_turns, or running servers given by rollout.urls."""
     nproc_per_node: int = 1
     """Processes of the teacher's and trainer's stages on each of these nodes, usually one per device."""
     master_addr: str = "localhost"

@@ -134,12 +134,13 @@ class NPDConfig(ClusterConfig):
             list(self.rollout.urls),
             "make all nodes train_nodes",
         )
+        turns = self.take_turns and self.launcher == "torchrun"
         require(
-            self.nnodes == 1 or bool(serving or self.rollout.urls),
+            self.nnodes == 1 or bool(serving or self.rollout.urls or turns),
             "train_nodes",
-            "fewer than nnodes, or rollout.urls given",
+            "fewer than nnodes, or take_turns set without Ray, or rollout.urls given",
             self.train_nodes,
-            "the other nodes serve",
+            "the other nodes serve, or all nodes do in turn",
         )
         own = ("hf_model", "data_path", "save", "load", "metrics_path", "updates", "max_lead")
         for name in (*own, "exit_at_iteration", "exit_at_refresh"):

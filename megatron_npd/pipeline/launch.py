@@ -21,6 +21,7 @@ from megatron_npd.serving.access import read_token
 from megatron_npd.stoppable import Stopped, check_stop
 
 _POLL_SECONDS = 0.05
+SERVE = "serve"  # the command that is one process per node, whatever ranks there are
 _LOOKS = 10  # of ``nodes.POLL_SECONDS`` each
 
 
@@ -33,7 +34,7 @@ def command_line(cfg: ClusterConfig, command: str, fields: Mapping[str, Any], po
         fields: Its configuration, flat.
         port: Of the first node, where the nodes meet for this command; 0: its ``master_port``.
     """
-    if cfg.world_size == 1:
+    if cfg.world_size == 1 or command == SERVE:
         return _one_process(command, fields)
     if cfg.training_nodes == 1:
         where = ["--standalone"]
@@ -108,13 +109,17 @@ class Job:
                 check_stop()
                 time.sleep(_POLL_SECONDS)
         except Stopped:
-            if self._nodes is not None and self.call is not None:
-                self._nodes.end(self.call)  # before this part: without it the others would fail
-            self.stop()
+            self.end()
             raise
 
+    def end(self) -> None:
+        """End it, on all nodes."""
+        if self._nodes is not None and self.call is not None:
+            self._nodes.end(self.call)  # before this part: without it the others would fail
+        self.stop()
+
     def stop(self) -> None:
-        """End it, if it has not ended."""
+        """End this node's part, if it has not ended."""
         if self._process.poll() is None:
             self._process.terminate()
         self._process.wait()
@@ -144,7 +149,28 @@ class Launcher:
         self._jobs.append(job := self._job(command, fields, call, told=told))
         return job
 
+    def serve(self, fields: Mapping[str, Any]) -> tuple[Job, tuple[str, ...]]:
+        """Start rollout servers on all training nodes (``npd serve``); their job, and their URLs once all answer.
+
+        Raises:
+            UserError: They did not start, on this node.
+        """
+        assert self.nodes is not None
+        job = self.start(SERVE, dict(fields) | {"token_file": str(self.nodes.token_file)})
+        assert job.call is not None
+        while (urls := self.nodes.urls_of(job.call)) is None:
+            if not job.running():
+                raise UserError(f"{SERVE} must run until it is ended, got its end; see its messages above")
+            check_stop()
+            time.sleep(_POLL_SECONDS)
+        return job, urls
+
     def _job(self, command: str, fields: Mapping[str, Any], call: Call | None, *, told: bool = False) -> Job:
+        if command == SERVE:
+            assert self.nodes is not None and call is not None
+            rank, cfg = self.cfg.node_rank, self.cfg
+            own = {"host": cfg.host_name(), "port": cfg.server_port, "urls_file": self.nodes.urls_file(rank, call)}
+            fields = dict(fields) | own | {"log_dir": f"{fields['log_dir']}/node-{rank}"}
         line = command_line(self.cfg, command, fields, call.port if call else 0)
         return Job(command, line, call, self.nodes, told=told)
 

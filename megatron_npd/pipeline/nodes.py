@@ -118,6 +118,15 @@ class Nodes:
             time.sleep(POLL_SECONDS)
         return tuple(url for file in files for url in json.loads(file.read_text()))
 
+    def urls_file(self, rank: int, call: Call) -> Path:
+        """Where a training node says at which URLs its servers answer, which it started for a call."""
+        return self.state / f"node-{rank}" / f"urls-{call.number:04d}"
+
+    def urls_of(self, call: Call) -> tuple[str, ...] | None:
+        """The servers that all training nodes started for a call; None: not all answer yet."""
+        told = [_text(self.urls_file(rank, call)).strip() for rank in range(self.cfg.training_nodes)]
+        return tuple(url for urls in told for url in urls.split(",")) if all(told) else None
+
     def call(self, command: str, fields: Mapping[str, Any]) -> Call:
         """Have all training nodes start a command; they meet at another port of the first node for each."""
         with self._calling:

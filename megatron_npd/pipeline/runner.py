@@ -79,7 +79,7 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
         if cfg.node_rank:
             launcher.follow()
             return ""
-        servers = stack.enter_context(Servers(run, cfg, launcher.given))
+        servers = stack.enter_context(Servers(run, cfg, launcher))
         ctx = Context(run=run, cfg=cfg, servers=servers, launcher=launcher)
         _run(ctx, _seldom(report))
         ctx.annotator.close()

@@ -6,19 +6,22 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 
 from megatron_npd.config.run import NPDConfig
+from megatron_npd.config.settings import RolloutConfig
 from megatron_npd.durable import write_atomic
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import is_sealed
+from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.pipeline.environment import timed
+from megatron_npd.pipeline.launch import Job, Launcher
 from megatron_npd.pipeline.nodes import POLL_SECONDS, Nodes
 from megatron_npd.run_dir import RunDir, version
-from megatron_npd.serving.access import keep_token
+from megatron_npd.serving.access import keep_token, read_token
+from megatron_npd.serving.compared import known_answer
 from megatron_npd.serving.pool import RESTARTS, ServerPool
 from megatron_npd.serving.refresh import refresh
 from megatron_npd.serving.server import ServerLost, VLLMServer, start_servers
@@ -42,14 +45,13 @@ class Servers:
     Args:
         run: The run.
         cfg: Its configuration.
-        given: Tells the servers of other nodes, their URLs and their token, or None: as ``cfg`` says.
+        launcher: Tells the servers of other nodes, and starts some on all nodes where those take turns.
     """
 
-    def __init__(
-        self, run: RunDir, cfg: NPDConfig, given: Callable[[], tuple[tuple[str, ...], str] | None] = lambda: None
-    ) -> None:
-        self.run, self.cfg, self._given = run, cfg, given
+    def __init__(self, run: RunDir, cfg: NPDConfig, launcher: Launcher | None = None) -> None:
+        self.run, self.cfg, self._launcher = run, cfg, launcher or Launcher(cfg)
         self._pool: ServerPool | None = None
+        self._job: Job | None = None  # of servers on all nodes
         self._served: int | None = None  # number of the policy on the servers
         self._noting = Lock()  # a server may be found in another thread
 
@@ -58,15 +60,18 @@ class Servers:
         policy = policy_dir(self.run, self.cfg, index)
         if self._pool is None:
             with timed(self.run, "server start", index):
-                urls, token = self._given() or (self.cfg.rollout.urls, "")
-                rollout = replace(self.cfg.rollout, urls=urls)
-                self._pool = ServerPool.open(
-                    policy, rollout, version=version(index), log_dir=self.run.logs, token=token
-                )
+                if self.launches and self.cfg.nnodes > 1:
+                    self._pool = self._open_on_nodes(policy, version(index))
+                else:
+                    urls, token = self._launcher.given() or (self.cfg.rollout.urls, "")
+                    rollout = replace(self.cfg.rollout, urls=urls)
+                    self._pool = ServerPool.open(
+                        policy, rollout, version=version(index), log_dir=self.run.logs, token=token
+                    )
             self._pool.changed = self._note
-            if not urls:  # given servers may hold another run's weights under the same version
+            if self._job is not None or self._pool.servers:  # given ones may hold another run's weights by that name
                 self._served = index
-        elif (given := self._given()) is not None:
+        elif (given := self._launcher.given()) is not None:
             self._pool.follow(given[0])
         if self._served != index:
             with timed(self.run, "refresh", index) as measured:
@@ -75,18 +80,37 @@ class Servers:
         self._note()
         return self._pool
 
+    def _open_on_nodes(self, policy: Path, name: str) -> ServerPool:
+        if is_sealed(policy):  # a flipped bit loads silently
+            read_manifest(policy)
+        rollout = {field.name: getattr(self.cfg.rollout, field.name) for field in fields(RolloutConfig)}
+        own = {"model": str(policy), "policy_version": name, "log_dir": str(self.run.logs), "restarts": RESTARTS}
+        self._job, urls = self._launcher.serve(rollout | own | {"platform": self.cfg.platform})
+        assert self._launcher.nodes is not None
+        token = read_token(self._launcher.nodes.token_file)
+        pool = ServerPool(urls, replace(self.cfg.rollout, urls=urls), token=token)
+        pool.reference = known_answer(policy)
+        return pool
+
     @property
     def launches(self) -> bool:
-        """Whether they are launched here, rather than given."""
+        """Whether they are launched here, or on all nodes in turn, rather than given or others'."""
         return not self.cfg.rollout.urls and self.cfg.training_nodes == self.cfg.nnodes
 
     def stop(self) -> None:
         """Stop the servers that were launched here; the next policy that is asked for starts them again."""
-        if self._pool is not None and self.launches:
+        if self.launches:
+            self._close()
+
+    def _close(self) -> None:
+        if self._pool is not None:
             self._pool.close()
-            self._pool = self._served = None
+        if self._job is not None:
+            self._job.end()
+        if self._pool is not None or self._job is not None:
             with suppress(OSError):
                 self.run.servers.unlink(missing_ok=True)
+        self._pool = self._served = self._job = None
 
     def _note(self) -> None:
         """Keep which servers are asked, and for what, in ``report/servers.json``, for those who look at the run.
@@ -118,10 +142,7 @@ class Servers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            with suppress(OSError):
-                self.run.servers.unlink(missing_ok=True)
+        self._close()
 
 
 def run_server_node(run: RunDir, cfg: NPDConfig, nodes: Nodes) -> None:
@@ -152,13 +173,13 @@ def run_server_node(run: RunDir, cfg: NPDConfig, nodes: Nodes) -> None:
         watch_servers(servers, nodes.done)
 
 
-def watch_servers(servers: Sequence[VLLMServer], done: Callable[[], bool]) -> None:
-    """Start again what dies, until there is nothing left to serve; the first node gives it the policy of the others.
+def watch_servers(servers: Sequence[VLLMServer], done: Callable[[], bool], restarts: int = RESTARTS) -> None:
+    """Start again what dies, until there is nothing left to serve; who asks gives it the policy of the others.
 
     Raises:
         UserError: One died more often than it is worth, or does not start again.
     """
-    left = {server.url: RESTARTS for server in servers}
+    left = {server.url: restarts for server in servers}
     while not done():
         for server in servers:
             try:

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ eval: {held_out: 2}
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The script with its defaults, on the first of six nodes where nothing else is said."""
-    environment = {"MASTER_ADDR": "node0", "PYTHON": sys.executable} | environment
+    sizes = {"NNODES": "6", "TRAIN_NODES": "4"}
+    environment = {"MASTER_ADDR": "node0", "PYTHON": sys.executable, **sizes} | environment
     return subprocess.run(
         [SCRIPT, *arguments], env=os.environ | environment, capture_output=True, text=True, check=False, timeout=60
     )
@@ -74,6 +76,17 @@ def test_dry_run_prints_what_a_node_would_do(tmp_path: Path) -> None:
         assert "8 servers on ports 8100 to 8107" in server and "train" not in server
 
 
+@pytest.mark.parametrize("nodes", ["3", "4", "8"])
+def test_all_nodes_train_unless_told_otherwise(nodes: str) -> None:
+    """Each serves too, in turn; the recipe's batch must fit the nodes."""
+    for rank in range(int(nodes)):
+        batch = f"--train.global-batch-size={16 * int(nodes)}"
+        environment = {"ATTEMPT": "1", "NNODES": nodes, "NODE_RANK": str(rank), "TRAIN_NODES": ""}
+        done = launch("--dry-run", batch, **environment)
+        assert done.returncode == 0 and f"--nnodes {nodes} --node-rank {rank} " in done.stdout, done.stderr
+        assert ("rollout " in done.stdout) == (rank == 0)
+
+
 def test_further_flags_reach_the_run() -> None:
     done = launch("--train.adam-beta2", "0.98", "--dry-run", "--train.log-interval=5", ATTEMPT="1")
     (train,) = (line for line in done.stdout.splitlines() if "-m megatron_npd train" in line)
@@ -85,7 +98,8 @@ def test_further_flags_reach_the_run() -> None:
     ("environment", "flags", "message"),
     [
         ({"TRAIN_NODES": "7"}, [], r"train_nodes must be from 0 to nnodes \(6\), got 7"),
-        ({"NNODES": "4"}, [], "train_nodes must be fewer than nnodes, or rollout.urls given, got 4"),
+        ({"NNODES": "4"}, ["--take-turns=false"], "train_nodes must be fewer than nnodes, or take_turns set .*, got 4"),
+        ({"NNODES": "4"}, ["--launcher=ray"], "train_nodes must be fewer than nnodes, or take_turns set without Ray"),
         ({"NODE_RANK": "6"}, [], r"node_rank must be from 0 to nnodes - 1 \(5\), got 6"),
         ({"MASTER_ADDR": "localhost"}, [], "master_addr must be the first node's name .* got localhost"),
         ({}, ["--rollout.urls=http://a"], "rollout.urls must be empty with server nodes"),
@@ -138,7 +152,7 @@ def test_slurm_says_which_node_this_is(tmp_path: Path) -> None:
     )
     scontrol.chmod(0o755)
     slurm = {"SLURM_JOB_NUM_NODES": "8", "SLURM_NODEID": "3", "SLURM_JOB_NODELIST": "gpu[07-14]", "MASTER_ADDR": ""}
-    slurm |= {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    slurm |= {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "NNODES": ""}
     done = launch("--dry-run", **slurm, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
     assert "--nnodes 4 --node-rank 3 --master-addr gpu07 " in done.stdout
@@ -170,12 +184,13 @@ def test_ray_starts_in_the_allocation_and_one_command_on_it(tmp_path: Path) -> N
     assert "--nnodes 6 --node-rank 0 --train-nodes 4 " in run and run.endswith("--launcher ray --train.lr=1e-5")
 
 
-def start_nodes(environment: dict[str, str], logs: list[Path], *flags: str) -> list[int]:
-    """Exit codes of the script's processes, one a node."""
+def start_nodes(environment: dict[str, str], logs: list[Path], *flags: str, ports: Sequence[int] = ()) -> list[int]:
+    """Exit codes of the script's processes, one a node; ``ports``: of each one's servers."""
     nodes = []
     for rank, path in enumerate(logs):
         with open(path, "wb") as log:
             node = os.environ | environment | {"SLURM_NODEID": str(rank)}
+            node |= {"SERVER_PORT": str(ports[rank])} if ports else {}
             nodes.append(subprocess.Popen([SCRIPT, *flags], env=node, stdout=log, stderr=subprocess.STDOUT))
     try:
         return [node.wait(timeout=1100) for node in nodes]
@@ -184,22 +199,15 @@ def start_nodes(environment: dict[str, str], logs: list[Path], *flags: str) -> l
             node.terminate()
 
 
-@pytest.mark.timeout(1200)  # some thirty processes start one after another: 3 minutes where nothing else runs
-def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
-    """Two train, one serves. A first start fails and ends on every node; its requeued job has the same number."""
+def cluster(tmp_path: Path, taken: socket.socket, below: int, **more: str) -> dict[str, str]:
+    """Inputs of a small run, and what Slurm and the user of the script say; the master's port is ``taken``."""
     teacher = make_tiny_model(tmp_path / "teacher", seed=1, num_hidden_layers=3, num_key_value_heads=2)
     student = make_tiny_model(tmp_path / "student", num_key_value_heads=2)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"What is {n} + 7?"}) + "\n" for n in range(8)))
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text(
-        "".join(json.dumps({"prompt": f"{n} + 1?", "response": f"#### {n + 1}"}) + "\n" for n in range(3))
-    )
-    run = tmp_path / "run"
-    below = 5000 + os.getpid() % 4000  # ports that the kernel gives no connection
-    taken = socket.create_server(("", free_port(below)))
-    environment = os.environ | {
-        "RUN": str(run),
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return os.environ | {
+        "RUN": str(tmp_path / "run"),
         "TEACHER": str(teacher),
         "STUDENT": str(student),
         "PROMPTS": str(prompts),
@@ -211,12 +219,22 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
         "SERVER_HOST": "127.0.0.1",
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
-        "SLURM_JOB_NUM_NODES": "3",
-        "TRAIN_NODES": "2",
         "DEVICES_PER_NODE": "1",
         "OMP_NUM_THREADS": "1",
+        **more,
     }
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+
+
+@pytest.mark.timeout(1200)  # some thirty processes start one after another: 3 minutes where nothing else runs
+def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
+    """Two train, one serves. A first start fails and ends on every node; its requeued job has the same number."""
+    problems, run = tmp_path / "problems.jsonl", tmp_path / "run"
+    problems.write_text(
+        "".join(json.dumps({"prompt": f"{n} + 1?", "response": f"#### {n + 1}"}) + "\n" for n in range(3))
+    )
+    below = 5000 + os.getpid() % 4000  # ports that the kernel gives no connection
+    taken = socket.create_server(("", free_port(below)))
+    environment = cluster(tmp_path, taken, below, SLURM_JOB_NUM_NODES="3", TRAIN_NODES="2")
     logs = [tmp_path / f"node{rank}.log" for rank in range(3)]
     assert start_nodes(environment, logs, "--rollout.server-args=--no-such-flag") == [2, 2, 2]
     assert "error: another node failed: node 2: " in logs[0].read_text()
@@ -241,3 +259,29 @@ def test_three_processes_stand_for_three_nodes(tmp_path: Path) -> None:
     assert [entry["policy"] for entry in summary["measures"]] == [0, 1, 2]
     assert f"report  {run}/report/report.html" in logs[0].read_text()
     assert verify_run(run).problems == []
+
+
+@pytest.mark.timeout(1200)
+def test_all_nodes_generate_and_then_all_annotate_and_train(tmp_path: Path) -> None:
+    """What the script does where it is told no TRAIN_NODES: servers on both nodes, which end for the other stages."""
+    run, below = tmp_path / "run", 5000 + os.getpid() % 4000
+    with socket.create_server(("", free_port(below))) as taken:
+        environment = cluster(tmp_path, taken, below, SLURM_JOB_NUM_NODES="2")
+        ports = (int(environment["SERVER_PORT"]), free_port(below + 200))
+        logs = [tmp_path / f"node{rank}.log" for rank in range(2)]
+        # Both nodes are this machine: the second one's servers need another port.
+        codes = start_nodes(environment, logs, "--take-turns", ports=ports)
+    printed = "\n\n".join(path.read_text()[-6000:] for path in logs)
+    assert codes == [0, 0], printed
+    for index in (0, 1):
+        made = read_manifest(run / "rounds" / f"{index:04d}" / "rollouts")
+        assert made.provenance["policy_version"] == f"v{index:04d}" and made.counts["kept"] == 8, printed
+    for rank, port in enumerate(ports):
+        for number in (0, 1):
+            log = run / "logs" / f"node-{rank}"
+            assert list(log.glob("*")), printed
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    seconds = [json.loads(line) for line in (run / "report" / "seconds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in seconds if line["stage"] == "server start"] == [0, 1, 2]
+    assert is_sealed(run / "policies" / "v0002") and verify_run(run).problems == []
