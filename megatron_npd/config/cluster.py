@@ -16,8 +16,8 @@ class ClusterConfig:
     ray the command is started once."""
 
     nnodes: int = 1
-    """Nodes: the first train_nodes annotate and train, the others run the rollout servers; with take_turns all nodes may
-    do all of it, one after another; 1 does all of it here."""
+    """Nodes: the first train_nodes annotate and train, the others run the rollout servers; with take_turns all nodes
+    may do all of it, one after another; 1 does all of it here."""
     node_rank: int = 0
     """Number of this node, from 0."""
     train_nodes: int = 0
