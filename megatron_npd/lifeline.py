@@ -23,6 +23,7 @@ _STARTER = "MEGATRON_NPD_STARTER"  # environment: the pid to end with
 _LOOK_SECONDS = 0.5
 _STOP_SECONDS = 30.0  # for what a process does on SIGTERM, like stopping its servers
 _watched: set[int] = set()
+_lost = threading.Event()  # one of them has ended
 
 
 def child_environment() -> dict[str, str]:
@@ -33,6 +34,11 @@ def child_environment() -> dict[str, str]:
 def has_starter() -> bool:
     """Whether one of our programs started this process, rather than a user."""
     return _STARTER in os.environ
+
+
+def has_lost_starter() -> bool:
+    """Whether a process that this one is to end with has ended."""
+    return _lost.is_set()
 
 
 def end_with_starter() -> None:
@@ -79,6 +85,7 @@ def _watch(ancestor: psutil.Process) -> None:
 
 
 def _end() -> None:
+    _lost.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_STOP_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from megatron_npd.errors import USER_ERROR, UserError
 from megatron_npd.lifeline import end_with_starter, has_starter
+from megatron_npd.stoppable import StoppedBySignal
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _DISK_ERRORS += (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)  # something in the way
@@ -64,7 +65,8 @@ def progress(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and exit: 0 when it finished, 2 after a user error, 130 after Ctrl-C.
+    """Run a command's ``main`` and exit: 0 when it finished or a signal stopped it so that it can go on, 2 after a user
+    error, 130 after Ctrl-C.
 
     A disk that is full, read-only, broken or closed to us, or has something else in the place of a file or directory
     that we write, is a user error too; other exceptions keep their traceback
@@ -87,6 +89,9 @@ def run_main(main: Callable[[], int | None]) -> None:
             flush=True,
         )
         code = USER_ERROR
+    except StoppedBySignal as stop:
+        print(f"stopped by {stop.name}; run the same command again to go on", file=sys.stderr, flush=True)
+        code = 0
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
         code = 130

@@ -90,7 +90,7 @@ def check_training(cfg: TrainConfig) -> None:
         check_out_dir(name, getattr(cfg, name))
     if cfg.metrics_path:
         check_out_dir("the directory of metrics_path", str(Path(cfg.metrics_path).parent))
-    for name in ("exit_at_iteration", "exit_at_refresh"):
+    for name in ("exit_at_iteration", "exit_at_refresh", "exit_duration_in_mins"):
         if getattr(cfg, name) and not cfg.save:
             raise UserError(f"save must be given with {name}, got none; the steps done would be lost")
     if grows and cfg.updates and not cfg.save:

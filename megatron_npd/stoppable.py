@@ -13,6 +13,17 @@ class Stopped(BaseException):
     """Raised in a thread that was asked to stop."""
 
 
+class StoppedBySignal(SystemExit):
+    """Raised in the main thread at a signal that asks a command to stop, and to leave what another call goes on from.
+
+    An exit, for which asyncio's tasks make room as they do for no other exception; with code 0.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(0)
+        self.name = name
+
+
 class Worker(threading.Thread):
     """A thread that does one thing, from its construction on.
 

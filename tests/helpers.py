@@ -142,7 +142,7 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes], seconds: float = 300.0) -> Any:
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[Any], seconds: float = 300.0) -> Any:
     """What the function finds, looked for until it finds something, while the process runs."""
     until = time.monotonic() + seconds
     while not (found := what()):

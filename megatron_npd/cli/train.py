@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_npd.config.command_line import parse_config
 from megatron_npd.config.training import TrainConfig
-from megatron_npd.log import wrote
+from megatron_npd.log import get_logger, wrote
 from megatron_npd.paths import check_training
 from megatron_npd.platform import get_platform
 
@@ -26,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_npd.training.trainer import train
 
     result = train(cfg)
-    if cfg.save:
+    if result.interrupted:
+        where = f"{cfg.save} holds it" if result.iteration else "nothing was trained yet"
+        get_logger().info(
+            "stopped by %s after step %d of %d: %s, and the same command goes on from there",
+            *(result.interrupted, result.iteration, cfg.train_iters, where),
+        )
+    elif cfg.save:
         checkpoint = f"{cfg.save}/iter_{result.iteration:07d}"
         convert = "npd convert --direction megatron-to-hf"
         wrote(checkpoint, f"{convert} --checkpoint {checkpoint} --hf-model {cfg.hf_model} --out POLICY")

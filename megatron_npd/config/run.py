@@ -7,7 +7,14 @@ from typing import Literal
 
 from megatron_npd.choices import PlatformName
 from megatron_npd.config.cluster import ClusterConfig
-from megatron_npd.config.settings import AnnotateConfig, PackConfig, RolloutConfig, SelectConfig, require
+from megatron_npd.config.settings import (
+    AnnotateConfig,
+    PackConfig,
+    RolloutConfig,
+    SelectConfig,
+    require,
+    require_not_negative,
+)
 from megatron_npd.config.training import TrainConfig
 
 
@@ -63,6 +70,9 @@ class NPDConfig(ClusterConfig):
     """Launched servers, annotator and trainer take turns on the devices, one of them in memory at a time: each ends
     before the next begins, and starts again when it is needed. annotate.follow_seconds then needs servers elsewhere,
     beside which the teacher may run; else it comes after them."""
+    exit_duration_in_mins: float = 0.0
+    """Stop after so many minutes, as at SIGTERM and SIGUSR1: the trainer saves, and the same command goes on later; 0:
+    run to the end."""
     platform: PlatformName = "auto"
     """Device platform; auto: cuda, npu or cpu, the first that is there."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -79,6 +89,7 @@ class NPDConfig(ClusterConfig):
     """Evaluation."""
 
     def __post_init__(self) -> None:
+        require_not_negative(self, "exit_duration_in_mins")
         require(self.updates >= 0, "updates", "at least 0", self.updates, "1 or 2 are the paper's best")
         require(
             self.updates < self.train.train_iters,
@@ -143,7 +154,7 @@ class NPDConfig(ClusterConfig):
             "the other nodes serve, or all nodes do in turn",
         )
         own = ("hf_model", "data_path", "save", "load", "metrics_path", "updates", "max_lead")
-        for name in (*own, "exit_at_iteration", "exit_at_refresh"):
+        for name in (*own, "exit_at_iteration", "exit_at_refresh", "exit_duration_in_mins"):
             given = getattr(self.train, name)
             require(not given, f"train.{name}", "left to the run", given, "drop it; run_dir says where all of it lies")
         require(

@@ -110,6 +110,12 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     """Stop, with a checkpoint, after this step, and leave the rest to a later call; 0: go on to train_iters."""
     exit_at_refresh: bool = False
     """Stop at each checkpoint that becomes the next policy; npd run sets it where stages take turns on a device."""
+    exit_duration_in_mins: float = 0.0
+    """Stop, with a checkpoint, after the step that ends later than so many minutes from the start; 0: go on. SIGTERM
+    and SIGUSR1 do the same at once."""
+    max_skipped_steps: int = 3
+    """Steps in a row whose loss or gradient norm is not finite, after which the run stops; before, each is skipped, and
+    the ids of its samples are written to skipped.jsonl beside the metrics."""
 
     refresh: RefreshRule = "even"
     """When a checkpoint becomes the next policy: never before the end; at updates + 1 steps spread evenly; every
@@ -157,12 +163,12 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
         LayoutConfig.__post_init__(self)
         LossConfig.__post_init__(self)
         OptimizerConfig.__post_init__(self)
-        require_positive(self, "train_iters", "global_batch_size", "log_interval")
+        require_positive(self, "train_iters", "global_batch_size", "log_interval", "max_skipped_steps")
         require(0 <= self.replay < 1, "replay", "in [0, 1)", self.replay, "0 trains on the newest round alone")
         by_lag = self.refresh == "by_lag"
         require(not (by_lag and self.replay), "replay", "0 with refresh by_lag", self.replay, "old rows lag for ever")
         require_not_negative(self, "save_interval", "save_interval_in_mins", "exit_at_iteration", "global_batch_tokens")
-        require_not_negative(self, "updates", "max_lead", "refresh_interval")
+        require_not_negative(self, "updates", "max_lead", "refresh_interval", "exit_duration_in_mins")
         needs_interval = self.refresh in ("every_n", "by_lag")
         require(
             not needs_interval or self.refresh_interval > 0,

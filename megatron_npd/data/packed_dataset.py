@@ -165,6 +165,10 @@ class PackedRows:
         samples = self._samples[self._part(row)]
         self.store.will_need(samples, self.streams.files)
 
+    def sample_ids(self, row: int) -> list[str]:
+        """Ids of a row's samples, by offset."""
+        return self.store.sample_ids.take(pa.array(self._samples[self._part(row)])).to_pylist()
+
     def response_tokens(self, row: int) -> int:
         """Number of response tokens (positions with mask 1) of a row."""
         part = self._part(row)
@@ -388,7 +392,7 @@ class PackedDataset:
         located = [self.schedule.locate(position) for position in positions]
         return np.array([self._packs[entry].attention_cost(row) for entry, row in located])
 
-    def response_tokens(self, positions: Sequence[int]) -> int:
-        """Response tokens (positions with mask 1) of the rows that train at these positions."""
-        located = [self.schedule.locate(position) for position in positions]
-        return sum(self._packs[entry].response_tokens(row) for entry, row in located)
+    def sample_ids(self, positions: Sequence[int]) -> list[str]:
+        """Ids of the samples in the rows that train at these positions, row by row."""
+        located = map(self.schedule.locate, positions)
+        return [name for entry, row in located for name in self._packs[entry].sample_ids(row)]

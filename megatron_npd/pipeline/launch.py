@@ -23,6 +23,7 @@ from megatron_npd.stoppable import Stopped, check_stop
 _POLL_SECONDS = 0.05
 SERVE = "serve"  # the command that is one process per node, whatever ranks there are
 _LOOKS = 10  # of ``nodes.POLL_SECONDS`` each
+_STOP_SECONDS = 600.0  # for a trainer that saves before it ends
 
 
 def command_line(cfg: ClusterConfig, command: str, fields: Mapping[str, Any], port: int = 0) -> list[str]:
@@ -118,11 +119,19 @@ class Job:
             self._nodes.end(self.call)  # before this part: without it the others would fail
         self.stop()
 
-    def stop(self) -> None:
-        """End this node's part, if it has not ended."""
+    def ask_to_stop(self) -> None:
+        """Send it SIGTERM, if it has not ended; a trainer saves first."""
         if self._process.poll() is None:
             self._process.terminate()
-        self._process.wait()
+
+    def stop(self) -> None:
+        """End this node's part, if it has not ended."""
+        self.ask_to_stop()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 class Launcher:
@@ -202,6 +211,11 @@ class Launcher:
             if job.looks > _LOOKS:
                 raise
             return True
+
+    def ask_to_stop(self) -> None:
+        """Ask what was started on this node to end; whoever leaves the context waits for it."""
+        for job in self._jobs:
+            job.ask_to_stop()
 
     def __enter__(self) -> Launcher:
         return self

@@ -27,6 +27,7 @@ from megatron_npd.errors import USER_ERROR, UserError
 from megatron_npd.log import get_logger
 from megatron_npd.pipeline.launch import Job, Launcher, command_line
 from megatron_npd.pipeline.launch_ray_actors import LOST, Ranks, Runner, Server
+from megatron_npd.pipeline.signals import Signals
 from megatron_npd.serving.access import make_token
 from megatron_npd.serving.devices import devices_of
 from megatron_npd.serving.pool import RESTARTS
@@ -63,7 +64,7 @@ def run_on_ray(cfg: NPDConfig, run: Callable[[NPDConfig], str]) -> str:
             "(examples/launch/npd_ray.sbatch), or set RAY_ADDRESS"
         ) from error
     try:
-        with _placed(cfg) as group, _actors(cfg, group) as (runner, devices):
+        with Signals(cfg.exit_duration_in_mins), _placed(cfg) as group, _actors(cfg, group) as (runner, devices):
             return _ask(runner.run.remote(cfg, run, devices, os.getcwd()))
     except RayActorError as error:
         raise _died("runner and ranks", error) from error

@@ -1,7 +1,8 @@
 """What the nodes of one start tell one another, through small files under ``attempts/`` of the run.
 
 The first node leads: it writes each command that all training nodes are to start together as ``calls/0000.json``, and
-at the end ``done``. A server node writes its servers' addresses. Whoever fails writes ``failed``, and all others end.
+at the end ``done``. A server node writes its servers' addresses. Whoever fails writes ``failed``, whoever is stopped by
+a signal ``stopped``, and all others end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron_npd.config.cluster import ClusterConfig
 from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.run_dir import RunDir
+from megatron_npd.stoppable import StoppedBySignal
 
 END = "end"  # in the place of a command: what an earlier call started is to end
 POLL_SECONDS = 0.5
@@ -77,6 +79,7 @@ class Nodes:
     def __init__(self, run: RunDir, cfg: ClusterConfig) -> None:
         self.cfg, self.state = cfg, run.attempts / cfg.attempt
         self._failed, self._done, self._calls = self.state / "failed", self.state / "done", 0
+        self._stopped = self.state / "stopped"
         self._port, self._calling = cfg.master_port, threading.Lock()
         self._alive, self._silent = self.state / "alive", False
         self._closed = threading.Event()
@@ -90,14 +93,14 @@ class Nodes:
             raise UserError(
                 f"attempt must be new at each start, got {self.cfg.attempt} again; give another on every node"
             ) from None
-        self._handler = signal.signal(signal.SIGTERM, self._stop)
         threading.Thread(target=self._watch, name="nodes", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._closed.set()
-        signal.signal(signal.SIGTERM, self._handler)
-        if kind is not None and not self._failed.exists():
+        if kind is not None and issubclass(kind, StoppedBySignal):
+            write_atomic(self._stopped, "\n")
+        elif kind is not None and not self._failed.exists():
             write_atomic(self._failed, f"node {self.cfg.node_rank}: {error or kind.__name__}\n")
         elif kind is None and self.cfg.node_rank == 0:
             write_atomic(self._done, "\n")
@@ -186,16 +189,16 @@ class Nodes:
             elif (now := _text(self._alive)) != seen:
                 seen, since = now, time.monotonic()
             self._silent = bool(seen) and time.monotonic() - since > SILENT_SECONDS
-            if self._failed.exists() or self._silent:
+            if self._failed.exists() or self._stopped.exists() or self._silent:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    def _stop(self, *_: object) -> None:
-        if self._silent and not self._failed.exists():
+    def check(self) -> None:
+        """Raise UserError where this node must end because another one failed."""
+        if self._failed.exists():
+            raise UserError(f"another node failed: {self._failed.read_text().strip()}; see its log")
+        if self._silent:
             raise UserError(
                 f"the first node must give a sign of life every {SILENT_SECONDS:g} s, got none; see its log, and start "
                 "all nodes again"
             )
-        if self._failed.exists():
-            raise UserError(f"another node failed: {self._failed.read_text().strip()}; see its log")
-        raise UserError(f"node {self.cfg.node_rank} must run to the end, got SIGTERM; start all nodes again")

@@ -40,14 +40,14 @@ _PATHS = ("run_dir", "teacher", "student", "prompts", "eval.prompts")
 # gives up.
 _FREE = {
     "": "run_dir platform take_turns redo nnodes node_rank train_nodes nproc_per_node master_addr master_port "
-    "server_host server_port attempt launcher",
+    "server_host server_port attempt launcher exit_duration_in_mins",
     "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout server_patience "
     "max_quarantined",
     "annotate.": "urls token_file concurrency max_quarantined follow_seconds keep_loaded micro_batch_size "
     "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size",
     "eval.": "teacher",
-    "train.": "save_interval save_interval_in_mins log_interval log_entropy tensorboard_dir wandb_project "
-    "wandb_exp_name platform micro_batch_size balance_attention tensor_model_parallel_size "
+    "train.": "save_interval save_interval_in_mins max_skipped_steps log_interval log_entropy tensorboard_dir "
+    "wandb_project wandb_exp_name platform micro_batch_size balance_attention tensor_model_parallel_size "
     "pipeline_model_parallel_size context_parallel_size sequence_parallel fused_linear_loss loss_impl",
 }
 HARMLESS = frozenset(prefix + name for prefix, names in _FREE.items() for name in names.split())

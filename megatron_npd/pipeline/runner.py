@@ -36,6 +36,7 @@ from megatron_npd.pipeline.nodes import Nodes
 from megatron_npd.pipeline.preflight import check_run
 from megatron_npd.pipeline.resume import keep_config
 from megatron_npd.pipeline.servers import Servers, run_server_node
+from megatron_npd.pipeline.signals import Signals
 from megatron_npd.pipeline.stages import STAGES, Stage
 from megatron_npd.pipeline.work import Context
 from megatron_npd.run_dir import RunDir, version
@@ -62,11 +63,19 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
     Raises:
         UserError: The configuration, the models or the prompts cannot be used, results depend on what was changed, or
             a stage failed, on this node or another.
+        StoppedBySignal: SIGTERM or SIGUSR1 came, here or to another node, or ``exit_duration_in_mins`` are over; the
+            trainer has saved.
     """
     run = RunDir(Path(cfg.run_dir))
     with ExitStack() as stack:
-        # Before anything that may be refused on this node alone: the others would wait for it.
-        nodes = stack.enter_context(Nodes(run, cfg)) if cfg.nnodes > 1 and cfg.launcher == "torchrun" else None
+        signals = Signals(cfg.exit_duration_in_mins)
+        if cfg.launcher == "torchrun":  # on Ray the command that was typed takes them
+            stack.enter_context(signals)
+        nodes = None
+        if cfg.nnodes > 1 and cfg.launcher == "torchrun":
+            # Before anything that may be refused on this node alone: the others would wait for it.
+            signals.nodes = nodes = Nodes(run, cfg)
+            stack.enter_context(nodes)
         check_run(cfg)
         run.root.mkdir(parents=True, exist_ok=True)
         if cfg.node_rank == 0:
@@ -75,7 +84,7 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
         if nodes is not None and cfg.serves:
             run_server_node(run, cfg, nodes)
             return ""
-        launcher = stack.enter_context(LAUNCHERS[cfg.launcher](cfg, nodes))
+        signals.launcher = launcher = stack.enter_context(LAUNCHERS[cfg.launcher](cfg, nodes))
         if cfg.node_rank:
             launcher.follow()
             return ""

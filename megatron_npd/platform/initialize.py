@@ -113,6 +113,7 @@ def _join(backend: str) -> None:
     patience = timedelta(hours=2)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         end_with_starter()
+        shared = _shares_store()
         try:  # torchrun's agent holds the store before it starts a rank: who waits longer waits for the dead
             store, rank, world = next(rendezvous("env://", timeout=_STORE_PATIENCE))
         except dist.DistError as error:
@@ -121,11 +122,31 @@ def _join(backend: str) -> None:
                 f"torchrun's store at {where} must answer within {_STORE_PATIENCE}, got {str(error).splitlines()[0]}; "
                 "see whether torchrun still runs on that node, and start it again on all"
             ) from error
+        if shared:  # with the ranks that torchrun restarted, whose addresses stand in it
+            attempt = f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+            store = dist.PrefixStore(attempt, store)  # pyright: ignore[reportPrivateImportUsage]
         store.set_timeout(patience)
         dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     else:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  (documented under this name)
         dist.init_process_group(backend, timeout=patience, store=store, rank=0, world_size=1)
+
+
+def _shares_store() -> bool:
+    """Whether torchrun's ranks meet in a store of its own, which outlives them.
+
+    Raises:
+        UserError: Then several nodes are to be restarted: each counts by itself how often.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"max-restarts of torchrun on several nodes must be 0 where the ranks meet in its store, got {restarts}; "
+            "give --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and they meet in one of their own"
+        )
+    return True
 
 
 def shutdown() -> None:

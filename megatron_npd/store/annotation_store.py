@@ -294,6 +294,11 @@ class AnnotationStore:
         """Tokens of each sample's response, int32 [N], read when first asked for."""
         return self._column("response_len")
 
+    @cached_property
+    def sample_ids(self) -> pa.ChunkedArray:
+        """Ids of the samples, read when first asked for."""
+        return self.metadata("sample_id")["sample_id"]
+
     def _column(self, name: str) -> npt.NDArray[np.int32]:
         return np.concatenate([np.zeros(0, np.int32), *(part[name].to_numpy() for part in self.parts(name))])
 

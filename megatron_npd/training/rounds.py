@@ -23,6 +23,7 @@ from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.models.checkpoint import together
 from megatron_npd.run_dir import RunDir
+from megatron_npd.training.interrupt import Interrupt, Interrupted
 from megatron_npd.training.refresh_schedule import Progress
 from megatron_npd.training.schedule import append_entry
 
@@ -38,14 +39,15 @@ class Rounds:
     Args:
         cfg: ``data_path``: a run's directory, a ``schedule.jsonl``, or a sealed directory of packs; ``updates``,
             ``max_lead`` and ``train_iters``.
+        interrupt: What ends a wait for packs, as rank 0 sees it.
 
     Attributes:
         schedule: What the packed data set is opened from.
         entries: Rounds of a run that grows that are scheduled, the same on all ranks; they may begin at later rows.
     """
 
-    def __init__(self, cfg: TrainConfig) -> None:
-        path = Path(cfg.data_path)
+    def __init__(self, cfg: TrainConfig, interrupt: Interrupt) -> None:
+        self._interrupt, path = interrupt, Path(cfg.data_path)
         self._run = RunDir(path) if path.is_dir() and not is_sealed(path) else None
         self._updates, self._max_lead, self._train_iters = cfg.updates, cfg.max_lead, cfg.train_iters
         self.schedule = path if self._run is None else self._run.schedule
@@ -79,6 +81,7 @@ class Rounds:
 
         Raises:
             UserError: The packs, or the schedule, are damaged.
+            Interrupted: The run is to stop, while it waits.
         """
         index, due = len(self.entries), min(progress.policies, self._updates)
         lead = min(self._max_lead, self._updates)
@@ -104,6 +107,8 @@ class Rounds:
         assert self._run is not None
         seconds = 0.0
         while (result := _on_rank_0(partial(look, seconds))) is None:
+            if _on_rank_0(self._interrupt.asked):
+                raise Interrupted
             if not seconds:
                 get_logger().info("waiting for %s", self._run.packs(index))
             seconds = _TELL_SECONDS
@@ -130,7 +135,7 @@ class Rounds:
         assert run is not None
         packs = run.packs(index)
         while not is_sealed(packs):
-            if time.monotonic() >= until:
+            if time.monotonic() >= until or self._interrupt.asked():
                 return None
             time.sleep(_POLL_SECONDS)
         made = read_manifest(packs, kind=PACKS_KIND, verify=False).provenance

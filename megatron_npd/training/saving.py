@@ -9,15 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.durable import fsync_path
 from megatron_npd.manifest import is_sealed
 from megatron_npd.models.checkpoint import save_checkpoint, saved_state, together
-from megatron_npd.platform import get_platform
-from megatron_npd.platform.base import local_rank
 from megatron_npd.training.step import TrainStep
 
 _TEMPORARY = "temporary"  # in a checkpoint's state: a later one replaces it
@@ -35,12 +32,15 @@ class Saver:
         self._cfg, self._stop = cfg, stop
         self._last = time.monotonic()
 
-    def due(self, iteration: int, marked: bool) -> bool:
+    def due(self, iteration: int, *, marked: bool, late: bool) -> bool:
         """Whether a checkpoint follows this step; every rank asks after each step, and all get the same answer.
 
-        ``marked``: whether the checkpoint becomes a policy, so that it is made, and kept.
+        Args:
+            iteration: Number of the step, from 1.
+            marked: Whether the checkpoint becomes a policy, so that it is made, and kept.
+            late: What all ranks agree on: that rank 0's ``late`` is true, or that the run stops.
         """
-        return bool(self._cfg.save) and (marked or self._is_kept(iteration) or self._late())
+        return bool(self._cfg.save) and (marked or self._is_kept(iteration) or late)
 
     def save(self, step: TrainStep, state: Mapping[str, Any]) -> None:
         """Write a checkpoint of ``state["iteration"]`` steps and remove those that it replaces; all ranks together.
@@ -66,16 +66,10 @@ class Saver:
         interval = self._cfg.save_interval
         return iteration == self._stop or bool(interval and iteration % interval == 0)
 
-    def _late(self) -> bool:
-        """Whether the time is up by rank 0's clock: no two agree."""
+    def late(self) -> bool:
+        """Whether it is time for one, by this rank's clock: no two agree."""
         minutes = self._cfg.save_interval_in_mins
-        if not minutes:
-            return False
-        late = torch.tensor(time.monotonic() - self._last >= 60 * minutes, dtype=torch.int32)
-        late = late.to(get_platform().device(local_rank()))
-        if dist.get_world_size() > 1:
-            dist.broadcast(late, src=0)
-        return bool(late.item())
+        return bool(minutes) and time.monotonic() - self._last >= 60 * minutes
 
 
 def _remove_replaced(root: Path, iteration: int) -> None:

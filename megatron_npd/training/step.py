@@ -1,12 +1,12 @@
 """One optimizer step on megatron-core: DDP, optimizer, schedules, and the forward-backward over a global batch.
 
-Legend: T tokens of a micro-batch, M parts of the objective.
+Legend: T tokens of a micro-batch, M parts of the objective, A numbers that the ranks add up beside them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -98,6 +98,7 @@ class TrainStep:
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,  # the configuration holds, not what a checkpoint says
         )
+        _skip_not_finite(self.optimizer)
         self._forward_backward = get_forward_backward_func()
         # Every tensor-parallel rank of the last stage has the same sums: one of them speaks.
         self._reports = (
@@ -112,19 +113,24 @@ class TrainStep:
             group.update(betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps)
         self.scheduler.step(0)
 
-    def run(self, batches: Iterator[PackedBatch], iteration: int) -> dict[str, Any]:
-        """One step over the next global batch.
+    def run(
+        self, batches: Iterator[PackedBatch], iteration: int, ask: Callable[[], Mapping[str, float]]
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """One step over the next global batch; a loss or gradient norm that is not finite changes nothing.
 
         Args:
             batches: This rank's micro-batches on its device; ``num_micro_batches`` of them are taken.
             iteration: Number of the step, from 1, for messages.
+            ask: Called before the ranks meet for the loss: numbers that they add up on the way.
 
         Returns:
             On every rank: the objective's parts (means over response tokens, None where undefined; sums of those that
-            end in ``_tokens``), ``response_tokens``, ``grad_norm`` before clipping, and the ``lr`` of this step.
+            end in ``_tokens``), ``response_tokens``, ``grad_norm`` before clipping, the ``lr`` of this step, and
+            ``skipped``, 1 where nothing was changed: then the loss, or the norm, is as it is; and the sums of what
+            ``ask`` gave.
 
         Raises:
-            UserError: No response token in the batch, or a loss or gradient norm that is not finite.
+            UserError: No response token in the batch.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -136,16 +142,16 @@ class TrainStep:
             seq_length=self._micro_batch_tokens,
             micro_batch_size=1,  # rows lie end to end: to the model a micro-batch is one long row
         )
-        means = self._reduce(sums)
+        means, asked = self._reduce(sums, ask())
         if not means["response_tokens"]:
             raise UserError(f"the batch of step {iteration} must have response tokens, got none; check the packs")
-        _check_finite("loss", means["loss"], iteration)
         means["lr"] = get_canonical_lr_for_logging(self.optimizer.param_groups)
-        _, grad_norm, _ = cast(tuple[bool, float, None], self.optimizer.step())
-        _check_finite("gradient norm", grad_norm, iteration)
-        means["grad_norm"] = grad_norm
-        self.scheduler.step(1)
-        return means
+        updated, means["grad_norm"] = False, None
+        if math.isfinite(means["loss"]):
+            updated, means["grad_norm"], _ = cast(tuple[bool, float, None], self.optimizer.step())
+        means["skipped"] = int(not updated)
+        self.scheduler.step(int(updated))
+        return means, asked
 
     def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
@@ -175,21 +181,24 @@ class TrainStep:
         self._names = self._names or list(parts)
         return total, mask_T.sum().int(), _sums_and_counts(list(parts.values()), mask_T)
 
-    def _reduce(self, sums: list[Tensor]) -> dict[str, Any]:
-        """What is shown of a global batch, on every rank."""
+    def _reduce(self, sums: list[Tensor], asked: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, float]]:
+        """What is shown of a global batch, and the sums of what each rank was asked, on every rank."""
         names = self._part_names()
         total_2M = torch.stack(sums).sum(0) if self._reports else torch.zeros(2, len(names) + 1, device=self._device)
+        answers_2A = torch.tensor([list(asked.values())] * 2, device=self._device)
+        both = torch.cat([total_2M, answers_2A], dim=1)
         if dist.get_world_size() > 1:
-            dist.all_reduce(total_2M)
+            dist.all_reduce(both)
+        totals, counts = both.tolist()
         means: dict[str, Any] = {}
-        for name, total, count in zip([*names, "response_tokens"], *total_2M.tolist(), strict=True):
+        for name, total, count in zip([*names, "response_tokens"], totals, counts, strict=False):
             if name.endswith("_tokens"):
                 means[name] = int(total)
             elif name == "loss":  # of every response token: what is NaN is no matter of definition here
-                means[name] = total / count if count == total_2M[1, -1] > 0 else math.nan
+                means[name] = total / count if count == counts[len(names)] > 0 else math.nan
             else:
                 means[name] = total / count if count else None
-        return means
+        return means, dict(zip(asked, totals[len(names) + 1 :], strict=True))
 
     def _part_names(self) -> list[str]:
         """The names of the objective's parts, which the last stage alone knows until it has told the others, once."""
@@ -211,9 +220,14 @@ def _sums_and_counts(parts: list[Tensor], mask_T: Tensor) -> Tensor:
     return torch.stack([values_MT.where(defined_MT, 0.0) @ mask_T, defined_MT.float() @ mask_T])
 
 
-def _check_finite(what: str, value: float, iteration: int) -> None:
-    if not math.isfinite(value):
-        raise UserError(
-            f"the {what} of step {iteration} must be finite, got {value}; nothing was saved since the last checkpoint: "
-            "lower lr, or start from it with other settings"
-        )
+def _skip_not_finite(optimizer: Any) -> None:
+    """Have the optimizer's ``step`` change nothing, and say so, where the norm of the gradient is not finite."""
+    norm_of, update, norm = optimizer.get_grad_norm, optimizer.step_with_ready_grads, 0.0
+
+    def get_grad_norm() -> float:
+        nonlocal norm
+        norm = norm_of()
+        return norm
+
+    optimizer.get_grad_norm = get_grad_norm
+    optimizer.step_with_ready_grads = lambda: math.isfinite(norm) and update()

@@ -33,11 +33,13 @@ from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.store.streams import STREAMS
 from megatron_npd.training.batch_loader import BatchLoader
+from megatron_npd.training.interrupt import Interrupt, Interrupted
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
 from megatron_npd.training.objectives import OBJECTIVES
 from megatron_npd.training.refresh_schedule import RefreshSchedule
 from megatron_npd.training.rounds import Rounds
 from megatron_npd.training.saving import Saver
+from megatron_npd.training.skipped import Skipped
 from megatron_npd.training.step import TrainStep
 
 
@@ -49,12 +51,14 @@ class TrainResult:
         iteration: Steps done since the run's start.
         rows_consumed: Rows trained on since then, over all ranks.
         finished: Whether ``train_iters`` is reached.
+        interrupted: What stopped the run before its goal, in words; empty: nothing.
         metrics_path: JSONL file of the metrics, if there is one.
     """
 
     iteration: int
     rows_consumed: int
     finished: bool
+    interrupted: str
     metrics_path: Path | None
 
 
@@ -65,19 +69,19 @@ def train(cfg: TrainConfig) -> TrainResult:
     earlier one reached returns at once.
 
     Raises:
-        UserError: Configuration, model, data or checkpoint do not fit together, the loss is not finite, or another
-            process trains into ``save``.
+        UserError: Configuration, model, data or checkpoint do not fit together, the loss is not finite in several steps
+            in a row, or another process trains into ``save``.
     """
     platform = get_platform(cfg.platform)
     check_training(cfg)
     check_objective(**cfg.kd_settings())
     use_triton(cfg.loss_impl, platform.device(local_rank()), name="loss_impl")
     initialize_distributed(seed=cfg.seed, **cfg.parallel_sizes)
-    with _only_trainer(cfg):
-        return _train(cfg, platform)
+    with Interrupt(cfg) as interrupt, _only_trainer(cfg):
+        return _train(cfg, platform, interrupt)
 
 
-def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
+def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainResult:
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
     checkpoint = first_checkpoint(cfg)
     state: dict[str, Any] = {"iteration": 0, "rows_consumed": 0} | (
@@ -89,8 +93,11 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
     _check_order(cfg, state, checkpoint)
     spec = load_spec(cfg.hf_model)
     own = state if checkpoint is not None and checkpoint.parent == Path(cfg.save) else {}  # not another run's rounds
-    rounds, refresh = Rounds(cfg), RefreshSchedule(cfg, own.get("refresh"))
-    rounds.begin(own.get("schedule", []))
+    rounds, refresh = Rounds(cfg, interrupt), RefreshSchedule(cfg, own.get("refresh"))
+    try:
+        rounds.begin(own.get("schedule", []))
+    except Interrupted:
+        return _result(cfg, state, interrupt)
     with together():
         data = _open_data(cfg, rounds.schedule, spec)
     dp_size = parallel_state.get_data_parallel_world_size()
@@ -110,47 +117,95 @@ def _train(cfg: TrainConfig, platform: Platform) -> TrainResult:
         step.reapply_optimizer_config()
         get_logger().info("resumed from %s after %d rows", checkpoint, state["rows_consumed"])
     _log_start(cfg, stop, rows_per_step, data.seq_length)
-    iteration, saver = state["iteration"], Saver(cfg, stop)
+    iteration = state["iteration"]
     with (
         BatchLoader(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
         MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
     ):
-        while iteration < stop:
+        loop = _Loop(cfg, stop, interrupt, rounds, refresh, step, feed, writer)
+        return _result(cfg, *loop.run(iteration, rows_per_step * data.seq_length))
+
+
+class _Loop:
+    """The steps of one call of ``train``."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        stop: int,
+        interrupt: Interrupt,
+        rounds: Rounds,
+        refresh: RefreshSchedule,
+        step: TrainStep,
+        feed: BatchLoader,
+        writer: MetricsWriter | None,
+    ) -> None:
+        self._cfg, self._stop, self._interrupt, self._rounds, self._refresh = cfg, stop, interrupt, rounds, refresh
+        self._step, self._feed, self._writer = step, feed, writer
+        self._saver, self._skipped = Saver(cfg, stop), Skipped(cfg)
+
+    def run(self, iteration: int, tokens: int) -> tuple[dict[str, Any], Interrupt | None]:
+        """The position where the steps end, and what stopped them before the goal; ``tokens``: of a step."""
+        saved, interrupted = iteration, False
+        while iteration < self._stop and not interrupted:
             looked = time.perf_counter()
-            if (following := rounds.following(refresh.progress, iteration, feed.rows_consumed)) is not None:
-                with together():  # some ranks alone look at all of it
-                    feed.extend(following)
-            start, entry = time.perf_counter(), feed.entry()
-            values = step.run(feed, iteration + 1)
+            try:
+                self._take_round(iteration)
+            except Interrupted:
+                interrupted = True
+                if saved != iteration:
+                    self._save(iteration, marked=False)
+                break
+            start, entry = time.perf_counter(), self._feed.entry()
+            values, votes = self._step.run(self._feed, iteration + 1, self._votes)
             iteration += 1
+            whole = self._feed.whole
+            self._skipped.after(iteration, values, whole and whole.samples)
             seconds = time.perf_counter() - start
-            tokens = rows_per_step * data.seq_length
-            if writer is not None:
-                writer.write(
+            if self._writer is not None and whole is not None:
+                self._writer.write(
                     {
                         "iteration": iteration,
-                        "rows_consumed": feed.rows_consumed,
+                        "rows_consumed": self._feed.rows_consumed,
                         "round": entry.round,
                         "policy_version": entry.policy_version,
                         **values,
+                        "samples_sha256": whole.sha256,
                         "tokens": tokens,
                         "tokens_per_second": tokens / seconds,
                         "step_seconds": seconds,
-                        "data_wait_seconds": feed.take_wait(),
+                        "data_wait_seconds": self._feed.take_wait(),
                         "round_wait_seconds": start - looked,
                     }
                 )
-            marked = refresh.after(iteration, entry.round, values.get("lag_k3"))
-            if saver.due(iteration, marked):
-                if writer is not None:
-                    writer.sync()
-                state = {"iteration": iteration, "rows_consumed": feed.rows_consumed}
-                state |= {"seed": cfg.seed, "replay": cfg.replay}
-                state |= {"refresh": refresh.state(), "schedule": rounds.state(feed.rows_consumed)}
-                saver.save(step, state | ({"policy": refresh.progress.policies} if marked else {}))
-            if marked and cfg.exit_at_refresh:
+            lag = None if values["skipped"] else values.get("lag_k3")
+            marked = self._refresh.after(iteration, entry.round, lag)
+            interrupted = votes["interrupt"] > 0 and iteration < self._stop
+            if self._saver.due(iteration, marked=marked, late=interrupted or votes["late"] > 0):
+                self._save(iteration, marked=marked)
+                saved = iteration
+            if marked and self._cfg.exit_at_refresh:
                 break
-    return _result(cfg, {"iteration": iteration, "rows_consumed": feed.rows_consumed})
+        position = {"iteration": iteration, "rows_consumed": self._feed.rows_consumed}
+        return position, self._interrupt if interrupted else None
+
+    def _take_round(self, iteration: int) -> None:
+        following = self._rounds.following(self._refresh.progress, iteration, self._feed.rows_consumed)
+        if following is not None:
+            with together():  # some ranks alone look at all of it
+                self._feed.extend(following)
+
+    def _votes(self) -> dict[str, float]:
+        """What the ranks agree on in each step, by the sum over them."""
+        return {"interrupt": self._interrupt.asked(), "late": dist.get_rank() == 0 and self._saver.late()}
+
+    def _save(self, iteration: int, *, marked: bool) -> None:
+        if self._writer is not None:
+            self._writer.sync()
+        state = {"iteration": iteration, "rows_consumed": self._feed.rows_consumed}
+        state |= {"seed": self._cfg.seed, "replay": self._cfg.replay}
+        state |= {"refresh": self._refresh.state(), "schedule": self._rounds.state(self._feed.rows_consumed)}
+        self._saver.save(self._step, state | ({"policy": self._refresh.progress.policies} if marked else {}))
 
 
 def _log_start(cfg: TrainConfig, stop: int, rows_per_step: int, seq_length: int) -> None:
@@ -177,11 +232,12 @@ def _check_order(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path | 
             )
 
 
-def _result(cfg: TrainConfig, state: Mapping[str, Any]) -> TrainResult:
+def _result(cfg: TrainConfig, state: Mapping[str, Any], interrupt: Interrupt | None = None) -> TrainResult:
     return TrainResult(
         iteration=state["iteration"],
         rows_consumed=state["rows_consumed"],
         finished=state["iteration"] >= cfg.train_iters,
+        interrupted="" if interrupt is None else interrupt.reason or "a signal to another rank",
         metrics_path=metrics_file(cfg),
     )
 

@@ -273,7 +273,14 @@ def test_a_schedule_switches_rounds_at_its_row_and_resumes_anywhere(tmp_path: Pa
         expected = make_batch([(rows[place], row) for place, row in located])
         assert torch.equal(present(batch.tokens), present(expected.tokens))
         assert torch.equal(present(batch.teacher_ids), present(expected.teacher_ids))
-        assert dataset.response_tokens([start, start + 1]) == int(present(batch.loss_mask).sum())
+        trained = sum(rows[place].response_tokens(row) for place, row in located)
+        assert trained == int(present(batch.loss_mask).sum())
+        names = [
+            rows[place].store.metadata("sample_id")["sample_id"][sample].as_py()
+            for place, row in located
+            for *_, sample, _ in rows[place].segments(row)
+        ]
+        assert dataset.sample_ids([start, start + 1]) == names
 
 
 def test_a_packs_directory_is_a_schedule_of_its_own(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ get_platform("cpu")
 from megatron_npd.pipeline import nodes, runner, servers  # noqa: E402
 from megatron_npd.pipeline.launch import Launcher  # noqa: E402
 from megatron_npd.pipeline.servers import Servers  # noqa: E402
+from megatron_npd.pipeline.signals import Signals  # noqa: E402
 from megatron_npd.pipeline.stages import Stage  # noqa: E402
 from megatron_npd.pipeline.work import Context  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
@@ -60,8 +61,10 @@ def test_a_first_node_that_was_killed_ends_the_others(tmp_path: Path, monkeypatc
     first = subprocess.Popen([sys.executable, "-c", program, tmp_path], env=os.environ | {"PYTHONPATH": str(ROOT)})
     with (
         pytest.raises(UserError, match="the first node must give a sign of life every 3 s, got none"),
+        Signals(0.0) as signals,
         nodes.Nodes(RunDir(tmp_path), ClusterConfig(**fields, node_rank=1)) as second,
     ):
+        signals.nodes = second
         try:
             while not (second.state / "alive").exists():
                 time.sleep(0.1)

@@ -77,6 +77,8 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs: Path, name: st
         expected, got = (column(runs / run / "metrics.jsonl", quantity) for run in ("tp1", name))
         assert len(got) == 20
         assert got == pytest.approx(expected, abs=TOLERANCE, rel=TOLERANCE), quantity
+    hashes = [column(runs / run / "metrics.jsonl", "samples_sha256") for run in ("tp1", name)]
+    assert hashes[0] == hashes[1] and len({*hashes[0]}) > 10
     assert expected[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])  # the warm-up, in which every step trains
 
 

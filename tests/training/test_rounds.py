@@ -139,10 +139,10 @@ def _kill(moment: str) -> None:
         if here:
             die()
 
-    def stepping(self: TrainStep, batches: Any, iteration: int) -> dict[str, Any]:
+    def stepping(self: TrainStep, batches: Any, iteration: int, ask: Any) -> Any:
         if iteration == {"a step before the mark": 3, "a step after the append": 5}.get(moment):
             die()
-        return step(self, batches, iteration)
+        return step(self, batches, iteration, ask)
 
     def save_or_die(*args: Any, **kwargs: Any) -> None:
         if moment == "before the mark is saved":
@@ -308,13 +308,13 @@ def ahead(
     """
     run, waits, step = RunDir(Path(cfg.data_path)), list[int](), TrainStep.run
 
-    def stepping(self: TrainStep, batches: Any, iteration: int) -> dict[str, Any]:
+    def stepping(self: TrainStep, batches: Any, iteration: int, ask: Any) -> Any:
         for index, at in shown.items():
             if at == iteration:
                 show(made, run, index)
         if iteration == stop:
             raise KeyboardInterrupt
-        return step(self, batches, iteration)
+        return step(self, batches, iteration, ask)
 
     def sleep(_: float) -> None:
         waits.append(len(load_schedule(run.schedule)))
