@@ -88,9 +88,13 @@ class PlanConfig(NPDConfig):
             self.mean_prompt + self.mean_response,
             "raise rollout.max_model_len",
         )
+        remedy = "npd plan has equal stages and keeps all activations"
         for name, stage in (("train", self.train), ("annotate", self.annotate)):
-            size = stage.context_parallel_size
+            size, options = stage.context_parallel_size, list(stage.transformer_options)
             require(size == 1, f"{name}.context_parallel_size", "1", size, "npd plan knows TP, PP and DP alone")
+            require(not options, f"{name}.{' '.join(options)}", "left out", "it", remedy)
+        parts = self.train.virtual_pipeline_model_parallel_size
+        require(parts == 1, "train.virtual_pipeline_model_parallel_size", "1", parts, "npd plan has one part a stage")
 
     @property
     def mean_prompt(self) -> int:

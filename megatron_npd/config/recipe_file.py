@@ -13,8 +13,6 @@ from megatron_npd.errors import UserError
 OR_NULL = " or null"  # ends the rule of a field that may be null
 # Megatron's names for layouts that are not built, by the last part of a flag or field.
 NOT_BUILT = {
-    "virtual_pipeline_model_parallel_size": "the interleaved pipeline schedule (VPP)",
-    "num_layers_per_virtual_pipeline_stage": "the interleaved pipeline schedule (VPP)",
     "expert_model_parallel_size": "expert parallelism (EP)",
 }
 _NULL = "tag:yaml.org,2002:null"

@@ -6,7 +6,7 @@ Names are Megatron's where Megatron has the thing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_npd.choices import FilterName
 from megatron_npd.errors import UserError
@@ -44,17 +44,34 @@ class LayoutConfig:
     context_parallel_size: int = 1
     """Ranks that share a row, a part of each segment each: for rows too long for one; 2 x as many must divide
     pack.segment_align where they train."""
+    decoder_first_pipeline_num_layers: int = 0
+    """Layers of the first pipeline stage, which has the embedding too; 0: as many as the stages between."""
+    decoder_last_pipeline_num_layers: int = 0
+    """Layers of the last pipeline stage, which has the output layer too; 0: as many as the stages between."""
     bf16: bool = False
     """Compute in bfloat16 rather than float32; the optimizer's main weights are float32 either way."""
 
     def __post_init__(self) -> None:
         require_positive(self, "micro_batch_size", *self.parallel_sizes)
+        require_not_negative(self, "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 
     @property
     def parallel_sizes(self) -> dict[str, int]:
         """The sizes that ``platform.initialize.initialize_distributed`` takes."""
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def pipeline_split(self) -> dict[str, int]:
+        """How ``models.layout.check_layout`` is told of stages that are not alike, or cut once more."""
+        return {"first": self.decoder_first_pipeline_num_layers, "last": self.decoder_last_pipeline_num_layers}
+
+    @property
+    def transformer_options(self) -> dict[str, Any]:
+        """Fields of megatron-core's TransformerConfig that change where and when is computed, never what."""
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        fields = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+        return {name: number for name, number in fields.items() if number}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,24 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence."""
     use_distributed_optimizer: bool = True
-    """Shard the optimizer state over the data-parallel ranks."""
+    """Shard the optimizer state over the data- and context-parallel ranks."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Parts of its depth that a pipeline stage computes in turn, for shorter pipeline bubbles: Megatron's interleaved
+    schedule; 1: one."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """What the backward computes anew instead of keeping it: selective, the modules of recompute_modules; full, whole
+    layers."""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ("core_attn",)
+    """Parts of each layer that selective computes anew."""
+    recompute_method: Literal["none", "uniform", "block"] = "none"
+    """With full: uniform keeps the input of every recompute_num_layers layers; block computes the first
+    recompute_num_layers layers of each stage anew, and keeps all of the others."""
+    recompute_num_layers: int = 0
+    """Layers, as recompute_method has it."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward goes on."""
+    overlap_param_gather: bool = False
+    """Gather the parameters that the distributed optimizer has updated while the next forward goes on."""
 
     seed: int = 1234
     """Seed of the row order (and of dropout, where a model has it)."""
@@ -164,6 +181,7 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
         LossConfig.__post_init__(self)
         OptimizerConfig.__post_init__(self)
         require_positive(self, "train_iters", "global_batch_size", "log_interval", "max_skipped_steps")
+        self._check_parallel()
         require(0 <= self.replay < 1, "replay", "in [0, 1)", self.replay, "0 trains on the newest round alone")
         by_lag = self.refresh == "by_lag"
         require(not (by_lag and self.replay), "replay", "0 with refresh by_lag", self.replay, "old rows lag for ever")
@@ -184,3 +202,34 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
             self.lr_warmup_iters,
             "shorten the warm-up",
         )
+
+    def _check_parallel(self) -> None:
+        require_positive(self, "virtual_pipeline_model_parallel_size")
+        full, method, layers = self.recompute_granularity == "full", self.recompute_method, self.recompute_num_layers
+        rule = "uniform or block with recompute_granularity full" if full else "none without recompute_granularity full"
+        require((method != "none") == full, "recompute_method", rule, method, "uniform keeps least")
+        rule = "at least 1 with recompute_granularity full" if full else "0 without recompute_granularity full"
+        require(
+            (layers > 0) == full and layers >= 0, "recompute_num_layers", rule, layers, "1 keeps each layer's input"
+        )
+        gathers, fused = self.overlap_param_gather, self.fused_linear_loss
+        sharded = self.use_distributed_optimizer and self.overlap_grad_reduce
+        rule = "false without use_distributed_optimizer and overlap_grad_reduce"
+        require(sharded or not gathers, "overlap_param_gather", rule, gathers, "switch them on")
+        # The fused loss takes the output layer's weight past the module whose forward would wait for it.
+        require(not (gathers and fused), "overlap_param_gather", "false with fused_linear_loss", gathers, "drop one")
+
+    @property
+    def pipeline_split(self) -> dict[str, int]:
+        return super().pipeline_split | {"virtual": self.virtual_pipeline_model_parallel_size}
+
+    @property
+    def transformer_options(self) -> dict[str, Any]:
+        options = super().transformer_options
+        if self.recompute_granularity == "full":
+            options |= {"recompute_method": self.recompute_method, "recompute_num_layers": self.recompute_num_layers}
+        elif self.recompute_granularity == "selective":
+            options |= {"recompute_modules": list(self.recompute_modules)}
+        if self.recompute_granularity != "none":
+            options["recompute_granularity"] = self.recompute_granularity
+        return options

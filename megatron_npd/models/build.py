@@ -5,7 +5,7 @@ The layers are megatron-core's local ones (no Transformer Engine), with RMSNorm 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ from megatron_npd.platform.base import local_rank
 
 __all__ = [
     "ModelSpec",
+    "build_chunks",
     "build_model",
     "head_weight",
     "load_hf_weights",
@@ -43,6 +44,10 @@ __all__ = [
     "packed_params",
     "without_output_layer",
 ]
+
+
+# What megatron-core's interleaved schedule needs of its messages between stages.
+_INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 
 class RMSNorm(torch.nn.Module):
@@ -79,17 +84,18 @@ class _BiasedRow(RowParallelLinear):
         super().__init__(*sizes, bias=True, **options)
 
 
-def build_model(
-    spec: ModelSpec,
-    *,
-    bf16: bool = False,
-    sequence_parallel: bool = False,
-    pre_process: bool | None = None,
-    post_process: bool | None = None,
-) -> GPTModel:
-    """Build this rank's part of the model; its weights are zero (the norms' one) until they are loaded.
+def build_model(spec: ModelSpec, **options: Any) -> GPTModel:
+    """``build_chunks`` where a pipeline stage is one part of the model."""
+    (model,) = build_chunks(spec, **options)
+    return model
 
-    Call it after ``initialize_distributed``, whose sizes it takes. Call the model with tokens int64 [1, T], those of
+
+def build_chunks(
+    spec: ModelSpec, *, bf16: bool = False, sequence_parallel: bool = False, **options: Any
+) -> list[GPTModel]:
+    """Build this rank's parts of the model, one a virtual stage; weights are zero (the norms' one) until loaded.
+
+    Call it after ``initialize_distributed``, whose sizes it takes. Call a part with tokens int64 [1, T], those of
     this context-parallel rank, as ``model(tokens, positions, None, packed_seq_params=packed_params(cu_seqlens))``; the
     positions are not read, those that cu_seqlens implies are used. The last stage gives logits [1, T, V / TP], its
     slice of the vocabulary padded to a multiple of TP; other stages give hidden states [T, 1, H] (T / TP where
@@ -99,34 +105,41 @@ def build_model(
         spec: The model's shape.
         bf16: Parameters and computation in bfloat16 rather than float32.
         sequence_parallel: Split norms and residuals over the tensor-parallel ranks; ignored at TP = 1.
-        pre_process: Whether this rank holds the embedding; None: on the first pipeline stage.
-        post_process: Whether this rank holds the final norm and the output layer; None: on the last stage.
+        options: ``LayoutConfig.transformer_options``.
 
     Raises:
         UserError: Heads, MLP width or layers do not divide over the parallel layout.
     """
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
-    check_layout(spec, tensor_size, pipeline_size)
+    parts = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    first, last = (options.get(f"num_layers_in_{stage}_pipeline_stage", 0) for stage in ("first", "last"))
+    check_layout(spec, tensor_size, pipeline_size, first=first, last=last, virtual=parts or 1)
     config = _transformer_config(
         spec,
         tensor_size,
         pipeline_size,
         torch.bfloat16 if bf16 else torch.float32,
         sequence_parallel and tensor_size > 1,
+        options | ({} if parts is None else _INTERLEAVED | {"virtual_pipeline_model_parallel_size": parts}),
     )
-    layers, norm = [_layer_spec(spec)] * get_num_layers_to_build(config), cast(Any, RMSNorm)
+    return [_chunk(spec, config, None if parts is None else part) for part in range(parts or 1)]
+
+
+def _chunk(spec: ModelSpec, config: TransformerConfig, part: int | None) -> GPTModel:
+    layers, norm = [_layer_spec(spec)] * get_num_layers_to_build(config, part), cast(Any, RMSNorm)
     block = TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
     model = GPTModel(
         config,
         cast(Any, block),  # megatron-core takes a block's submodules too, though its annotation does not say so
-        vocab_size=spec.padded_vocab_size(tensor_size),
+        vocab_size=spec.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=spec.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process,
-        post_process=parallel_state.is_pipeline_last_stage() if post_process is None else post_process,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=part),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=part),
         share_embeddings_and_output_weights=spec.tied,
         position_embedding_type="none",  # rotary positions are the core attention's
         parallel_output=True,
+        vp_stage=part,
     )
     return model.to(get_platform().device(local_rank()))
 
@@ -185,7 +198,12 @@ def head_weight(model: GPTModel) -> Tensor:
 
 
 def _transformer_config(
-    spec: ModelSpec, tensor_size: int, pipeline_size: int, dtype: torch.dtype, sequence_parallel: bool
+    spec: ModelSpec,
+    tensor_size: int,
+    pipeline_size: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    options: Mapping[str, Any],
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -222,6 +240,7 @@ def _transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         deallocate_pipeline_outputs=False,
+        **options,
     )
 
 

@@ -10,7 +10,7 @@ import functools
 import json
 import pickle
 import queue
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from megatron_npd.models.checkpoint_files import (
 from megatron_npd.models.mapping import global_parameters
 from megatron_npd.models.unpickle import known_classes_only, refused
 
+Model = Module | Sequence[Module]  # one, or this rank's parts of one under the interleaved schedule
 _STREAM_ERROR = "iostream error"  # all that torch.save says where it opens the file itself and the disk fails
 _WEIGHTS_ALONE = "hf_model made by npd convert --direction megatron-to-hf"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -54,7 +55,7 @@ def save_checkpoint(
     root: str | Path,
     iteration: int,
     *,
-    model: Module,
+    model: Model,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
     state: Mapping[str, Any],
@@ -66,7 +67,7 @@ def save_checkpoint(
     Args:
         root: Directory of the run's checkpoints, shared by all ranks.
         iteration: Optimizer steps done.
-        model: The model, wrapped in DistributedDataParallel or not.
+        model: The model or this rank's parts of it, wrapped in DistributedDataParallel or not.
         optimizer: Its optimizer; None: weights alone.
         scheduler: Its learning-rate schedule.
         state: The position in the data and whatever else the run wants back; it must fit into JSON.
@@ -123,7 +124,7 @@ def saved_state(path: str | Path) -> dict[str, Any]:
 def load_checkpoint(
     path: str | Path,
     *,
-    model: Module,
+    model: Model,
     optimizer: MegatronOptimizer | None = None,
     scheduler: OptimizerParamScheduler | None = None,
 ) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def load_checkpoint(
 
     Args:
         path: A directory that ``save_checkpoint`` wrote.
-        model: The model, wrapped in DistributedDataParallel or not.
+        model: The model or this rank's parts of it, wrapped in DistributedDataParallel or not.
         optimizer: Its optimizer; from a checkpoint of weights alone it starts anew on the loaded weights.
         scheduler: Its learning-rate schedule, likewise.
 
@@ -185,9 +186,10 @@ def load_checkpoint(
     return content["state"]
 
 
-def _apply(path: Path, loaded: Any, model: Module, optimizer: Any, scheduler: Any, with_optimizer: bool) -> None:
+def _apply(path: Path, loaded: Any, model: Model, optimizer: Any, scheduler: Any, with_optimizer: bool) -> None:
     """Put a loaded state into the model, the optimizer and the schedule."""
-    _module(model).load_state_dict(loaded["model"])
+    for name, part in _modules(model).items():
+        part.load_state_dict(loaded[name])
     if optimizer is not None and with_optimizer:
         _refuse_another_state(path, optimizer, loaded["optimizer"])
         _keep_rates(optimizer, loaded["optimizer"])
@@ -199,8 +201,9 @@ def _apply(path: Path, loaded: Any, model: Module, optimizer: Any, scheduler: An
         scheduler.load_state_dict(loaded["scheduler"])
 
 
-def _refuse_not_finite(model: Module, iteration: int) -> None:
-    for name, parameter in global_parameters(model):
+def _refuse_not_finite(model: Model, iteration: int) -> None:
+    parameters = (pair for part in _modules(model).values() for pair in global_parameters(part))
+    for name, parameter in parameters:
         if not torch.stack(parameter.detach().aminmax()).isfinite().all():
             raise UserError(
                 f"{name} after step {iteration} must hold finite numbers, got NaN or infinity: nothing was saved; "
@@ -208,20 +211,24 @@ def _refuse_not_finite(model: Module, iteration: int) -> None:
             )
 
 
-def _module(model: Module) -> Any:
-    return unwrap_model(model)
+def _modules(model: Model) -> dict[str, Any]:
+    """The bare parts by their name in a state: ``model``, or ``model0``, ``model1``, ... as Megatron-LM has it."""
+    if isinstance(model, Module):
+        model = [model]
+    names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
+    return dict(zip(names, map(unwrap_model, model), strict=True))
 
 
 def _sharded_state(
-    model: Module,
+    model: Model,
     optimizer: MegatronOptimizer | None,
     scheduler: OptimizerParamScheduler | None,
     *,
     is_loading: bool,
 ) -> dict[str, Any]:
     metadata = dict(_METADATA)  # megatron-core keeps the process group of its first use in it
-    weights = _module(model).sharded_state_dict(metadata=metadata)
-    result = {"model": weights}
+    weights = {name: part.sharded_state_dict(metadata=metadata) for name, part in _modules(model).items()}
+    result: dict[str, Any] = dict(weights)
     if optimizer is not None:
         with _padding_kept(optimizer):
             result["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)

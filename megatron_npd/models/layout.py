@@ -6,13 +6,18 @@ from megatron_npd.errors import UserError
 from megatron_npd.models.families.base import ModelSpec
 
 
-def check_layout(spec: ModelSpec, tensor_size: int, pipeline_size: int) -> None:
+def check_layout(
+    spec: ModelSpec, tensor_size: int, pipeline_size: int, *, first: int = 0, last: int = 0, virtual: int = 1
+) -> None:
     """Refuse sizes by which a model's heads, widths or layers cannot be divided.
 
     Args:
         spec: The model.
         tensor_size: Tensor-parallel ranks.
         pipeline_size: Pipeline-parallel ranks.
+        first: Layers of the first pipeline stage; 0: as many as the stages between.
+        last: Layers of the last one, likewise.
+        virtual: Parts of each stage's layers.
 
     Raises:
         UserError: One does not divide.
@@ -28,9 +33,37 @@ def check_layout(spec: ModelSpec, tensor_size: int, pipeline_size: int) -> None:
     must(spec.num_heads % tensor_size == 0, "attention heads", tensor, spec.num_heads)
     must(spec.ffn_hidden_size % tensor_size == 0, "MLP width", tensor, spec.ffn_hidden_size)
     must(spec.hidden_size % tensor_size == 0, "hidden size", tensor, spec.hidden_size)
-    must(spec.num_layers % pipeline_size == 0, "layers", pipeline, spec.num_layers)
+    if first == last == 0:
+        must(spec.num_layers % pipeline_size == 0, "layers", pipeline, spec.num_layers)
+    _check_stages(spec, pipeline_size, first, last, virtual)
     if spec.num_kv_heads % tensor_size and tensor_size % spec.num_kv_heads:
         raise UserError(
             f"key-value heads of {spec.path} must divide {tensor} or be a multiple of it, got {spec.num_kv_heads}; "
             "choose another tensor-parallel size"
         )
+
+
+def _check_stages(spec: ModelSpec, pipeline_size: int, first: int, last: int, virtual: int) -> None:
+    named = {
+        "decoder_first_pipeline_num_layers": first,
+        "decoder_last_pipeline_num_layers": last,
+        "virtual_pipeline_model_parallel_size": virtual - 1,
+    }
+    if pipeline_size == 1 and any(named.values()):
+        name = next(name for name, value in named.items() if value)
+        raise UserError(
+            f"{name} must be left out with pipeline_model_parallel_size 1, got one; drop it or cut the depth"
+        )
+    between, layers = pipeline_size - bool(first) - bool(last), spec.num_layers - first - last
+    if layers % between if between else layers:
+        rest = f"a multiple of the {between} stages between" if between else "0"
+        raise UserError(
+            f"layers of {spec.path} beside decoder_first_pipeline_num_layers ({first}) and "
+            f"decoder_last_pipeline_num_layers ({last}) must be {rest}, got {layers}; change one of them"
+        )
+    for stage in (first, last, layers // between if between else 0):
+        if stage % virtual or layers < 0 or (between and not layers):
+            raise UserError(
+                f"layers of each pipeline stage of {spec.path} must be a positive multiple of "
+                f"virtual_pipeline_model_parallel_size ({virtual}), got {stage}; choose a size that divides it"
+            )

@@ -139,7 +139,8 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     check_alignment(cfg.pack.segment_align, cfg.train.context_parallel_size, "pack.segment_align")
     for spec, stage in zip(specs, (cfg.train, cfg.annotate), strict=False):
         check_world_size(cfg.world_size, **stage.parallel_sizes)
-        check_layout(spec, stage.tensor_model_parallel_size, stage.pipeline_model_parallel_size)
+        sizes = stage.tensor_model_parallel_size, stage.pipeline_model_parallel_size
+        check_layout(spec, *sizes, **stage.pipeline_split)
     check_batch(cfg.train, cfg.pack.seq_length, cfg.world_size // prod(cfg.train.parallel_sizes.values()))
 
 

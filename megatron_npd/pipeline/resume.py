@@ -44,11 +44,15 @@ _FREE = {
     "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout server_patience "
     "max_quarantined",
     "annotate.": "urls token_file concurrency max_quarantined follow_seconds keep_loaded micro_batch_size "
-    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size",
+    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
+    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers",
     "eval.": "teacher",
     "train.": "save_interval save_interval_in_mins max_skipped_steps log_interval log_entropy tensorboard_dir "
     "wandb_project wandb_exp_name platform micro_batch_size balance_attention tensor_model_parallel_size "
-    "pipeline_model_parallel_size context_parallel_size sequence_parallel fused_linear_loss loss_impl",
+    "pipeline_model_parallel_size context_parallel_size decoder_first_pipeline_num_layers "
+    "decoder_last_pipeline_num_layers virtual_pipeline_model_parallel_size sequence_parallel recompute_granularity "
+    "recompute_modules recompute_method recompute_num_layers overlap_grad_reduce overlap_param_gather "
+    "fused_linear_loss loss_impl",
 }
 HARMLESS = frozenset(prefix + name for prefix, names in _FREE.items() for name in names.split())
 

@@ -22,6 +22,7 @@ _SIZES = {
     "tensor_model_parallel_size": "get_tensor_model_parallel_world_size",
     "pipeline_model_parallel_size": "get_pipeline_model_parallel_world_size",
     "context_parallel_size": "get_context_parallel_world_size",
+    "virtual_pipeline_model_parallel_size": "get_virtual_pipeline_model_parallel_world_size",
 }
 _layouts: dict[tuple[int, ...] | None, dict[str, Any]] = {}  # megatron-core's private names in each; None: in none
 
@@ -36,7 +37,8 @@ def initialize_distributed(*, seed: int = 1234, **sizes: int) -> None:
     Args:
         seed: Seed of the random streams (the tensor-parallel one differs by rank, as megatron-core has it).
         sizes: ``tensor_model_parallel_size``, ranks that share a layer; ``pipeline_model_parallel_size``, that share
-            the depth; ``context_parallel_size``, that share a row; each 1 where it is not given.
+            the depth; ``context_parallel_size``, that share a row; ``virtual_pipeline_model_parallel_size``, parts of
+            the depth of one of those ranks. Each is 1 where it is not given.
 
     Raises:
         UserError: The world size is not a multiple of the sizes' product, or this machine has no device for this
@@ -49,7 +51,9 @@ def initialize_distributed(*, seed: int = 1234, **sizes: int) -> None:
         check_devices(local_rank() + 1)
         platform.set_device(local_rank())
         _join(platform.distributed_backend)
-    check_world_size(dist.get_world_size(), **sizes)
+    check_world_size(
+        dist.get_world_size(), **{name: size for name, size in sizes.items() if not name.startswith("virtual")}
+    )
     _lay_out(tuple(sizes.get(name, 1) for name in _SIZES))
     platform.seed(seed)
     model_parallel_cuda_manual_seed(seed)
@@ -65,7 +69,7 @@ def _lay_out(sizes: tuple[int, ...]) -> None:
 
     current = None
     if parallel_state.model_parallel_is_initialized():
-        current = tuple(getattr(parallel_state, getter)() for getter in _SIZES.values())
+        current = tuple(getattr(parallel_state, getter)() or 1 for getter in _SIZES.values())
         if current == sizes:
             return
         parallel_state.get_global_memory_buffer().buffer.clear()  # as large as activations
@@ -73,7 +77,7 @@ def _lay_out(sizes: tuple[int, ...]) -> None:
     _layouts[current] = {name: value for name, value in names.items() if re.match("_[^_]", name)}
     names.update(_layouts.get(sizes, _layouts[None]))
     if not parallel_state.model_parallel_is_initialized():
-        arguments: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
+        arguments: dict[str, Any] = {name: size for name, size in zip(_SIZES, sizes, strict=True) if size > 1}
         parallel_state.initialize_model_parallel(**arguments)
 
 

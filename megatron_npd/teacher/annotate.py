@@ -123,7 +123,8 @@ class Annotator:
             self._drop()
         if self._teacher is None:
             vocab_size = setting.student.vocab_size
-            self._teacher = Scorer(self.teacher_dir, vocab_size=vocab_size, **_scorer_settings(self.cfg))
+            settings = _scorer_settings(self.cfg) | self.cfg.transformer_options
+            self._teacher = Scorer(self.teacher_dir, vocab_size=vocab_size, **settings)
         return self._teacher
 
     def _annotate_wave(self, order: AnnotateOrder, wave: Wave, setting: ScoringContext) -> None:

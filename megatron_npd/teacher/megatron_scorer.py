@@ -71,6 +71,7 @@ class Scorer:
         bf16: Compute in bfloat16 rather than float32.
         vocab_size: V*, the student's vocabulary: columns from V* on are outside the softmax and the top-k. None: the
             model's own.
+        options: ``LayoutConfig.transformer_options``.
 
     Attributes:
         spec: The model's shape.
@@ -81,12 +82,19 @@ class Scorer:
     """
 
     def __init__(
-        self, hf_dir: str | Path, *, seq_length: int, micro_batch_size: int, bf16: bool, vocab_size: int | None = None
+        self,
+        hf_dir: str | Path,
+        *,
+        seq_length: int,
+        micro_batch_size: int,
+        bf16: bool,
+        vocab_size: int | None = None,
+        **options: Any,
     ) -> None:
         self.spec = load_spec(hf_dir)
         self.columns = min(vocab_size or self.spec.vocab_size, self.spec.vocab_size)
         self.seq_length, self.micro_batch_size = seq_length, micro_batch_size
-        self.model = build_model(self.spec, bf16=bf16)
+        self.model = build_model(self.spec, bf16=bf16, **options)
         load_hf_weights(self.model, self.spec)
         self.model.eval().requires_grad_(False)
         self._group: Any = parallel_state.get_tensor_model_parallel_group()

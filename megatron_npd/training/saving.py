@@ -49,10 +49,11 @@ class Saver:
             UserError: As for ``save_checkpoint``, or an earlier checkpoint is damaged; it stays.
         """
         iteration = state["iteration"]
+        step.gather_parameters()
         save_checkpoint(
             self._cfg.save,
             iteration,
-            model=step.model,
+            model=step.chunks,
             optimizer=step.optimizer,
             scheduler=step.scheduler,
             state=state if "policy" in state or self._is_kept(iteration) else {**state, _TEMPORARY: True},

@@ -6,9 +6,10 @@ Legend: T tokens of a micro-batch, M parts of the objective, A numbers that the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice, tee
 from typing import Any, cast
 
 import torch
@@ -37,36 +38,49 @@ class TrainStep:
 
     Args:
         cfg: Optimizer, schedule and objective.
-        model: This rank's GPTModel with its starting weights (the optimizer copies them as its main weights).
+        chunks: This rank's parts of the model, in their order, with their starting weights (the optimizer copies them
+            as its main weights).
         vocab_size: V*, without the padded columns.
         micro_batch_tokens: Tokens T of a micro-batch.
         num_micro_batches: Micro-batches of a step on each data-parallel rank.
 
     Attributes:
-        model: ``model`` under DDP.
+        chunks: ``chunks`` under DDP.
         optimizer: megatron-core's optimizer.
         scheduler: Learning-rate and weight-decay schedule, counted in steps.
     """
 
     def __init__(
-        self, cfg: TrainConfig, model: GPTModel, *, vocab_size: int, micro_batch_tokens: int, num_micro_batches: int
+        self,
+        cfg: TrainConfig,
+        chunks: Sequence[GPTModel],
+        *,
+        vocab_size: int,
+        micro_batch_tokens: int,
+        num_micro_batches: int,
     ) -> None:
         self._cfg, self._vocab_size = cfg, vocab_size
         self._micro_batch_tokens, self._num_micro_batches = micro_batch_tokens, num_micro_batches
         self._objective = OBJECTIVES[cfg.objective].make(cfg)
         self._told = False
         self._names: list[str] | None = None  # of the parts, once the last stage has made some
-        self._device = next(model.parameters()).device
-        config: Any = model.config
+        self._device = next(chunks[0].parameters()).device
+        config: Any = chunks[0].config  # of all of them
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
-        self.model = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=cfg.use_distributed_optimizer
-            ),
-            model,
+        reduction = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=cfg.use_distributed_optimizer,
+            overlap_grad_reduce=cfg.overlap_grad_reduce,
+            overlap_param_gather=cfg.overlap_param_gather,
         )
+        self.chunks = [
+            DistributedDataParallel(config, reduction, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+        if cfg.overlap_grad_reduce:  # but for a step's last micro-batch, gradients are added up alone
+            waits = [chunk.no_sync for chunk in self.chunks]
+            config.no_sync_func = waits if len(waits) > 1 else waits[0]
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 lr=cfg.lr,
@@ -78,9 +92,10 @@ class TrainStep:
                 adam_beta2=cfg.adam_beta2,
                 adam_eps=cfg.adam_eps,
                 use_distributed_optimizer=cfg.use_distributed_optimizer,
+                overlap_param_gather=cfg.overlap_param_gather,
                 clip_grad=cfg.clip_grad,
             ),
-            [self.model],
+            [*self.chunks],
             use_gloo_process_groups=False,
         )
         self.scheduler = OptimizerParamScheduler(
@@ -132,12 +147,15 @@ class TrainStep:
         Raises:
             UserError: No response token in the batch.
         """
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        feeds = tee(islice(batches, self._num_micro_batches), len(self.chunks))  # every chunk takes all of them
+        interleaved = len(self.chunks) > 1
         sums = self._forward_backward(
             forward_step_func=self._forward_step,
-            data_iterator=batches,
-            model=self.model,
+            data_iterator=list(feeds) if interleaved else feeds[0],
+            model=[*self.chunks] if interleaved else self.chunks[0],
             num_microbatches=self._num_micro_batches,
             seq_length=self._micro_batch_tokens,
             micro_batch_size=1,  # rows lie end to end: to the model a micro-batch is one long row
@@ -152,6 +170,12 @@ class TrainStep:
         means["skipped"] = int(not updated)
         self.scheduler.step(int(updated))
         return means, asked
+
+    def gather_parameters(self) -> None:
+        """Bring together the parameters that an overlapped gather has not yet; all ranks, before they are read."""
+        if self._cfg.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)

@@ -19,7 +19,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.lock import hold_lock
 from megatron_npd.log import get_logger
 from megatron_npd.models.attention import context_share
-from megatron_npd.models.build import ModelSpec, build_model, load_hf_weights, load_spec
+from megatron_npd.models.build import ModelSpec, build_chunks, load_hf_weights, load_spec
 from megatron_npd.models.checkpoint import (
     load_checkpoint,
     saved_state,
@@ -76,7 +76,8 @@ def train(cfg: TrainConfig) -> TrainResult:
     check_training(cfg)
     check_objective(**cfg.kd_settings())
     use_triton(cfg.loss_impl, platform.device(local_rank()), name="loss_impl")
-    initialize_distributed(seed=cfg.seed, **cfg.parallel_sizes)
+    parts = cfg.virtual_pipeline_model_parallel_size
+    initialize_distributed(seed=cfg.seed, virtual_pipeline_model_parallel_size=parts, **cfg.parallel_sizes)
     with Interrupt(cfg) as interrupt, _only_trainer(cfg):
         return _train(cfg, platform, interrupt)
 
@@ -102,18 +103,19 @@ def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainR
         data = _open_data(cfg, rounds.schedule, spec)
     dp_size = parallel_state.get_data_parallel_world_size()
     rows_per_step = check_batch(cfg, data.seq_length, dp_size)
-    model = build_model(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel)
+    chunks = build_chunks(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel, **cfg.transformer_options)
     if checkpoint is None:
-        load_hf_weights(model, spec)
+        for chunk in chunks:
+            load_hf_weights(chunk, spec)
     step = TrainStep(
         cfg,
-        model,
+        chunks,
         vocab_size=spec.vocab_size,
         micro_batch_tokens=cfg.micro_batch_size * data.seq_length,
         num_micro_batches=rows_per_step // (cfg.micro_batch_size * dp_size),
     )
     if checkpoint is not None:
-        load_checkpoint(checkpoint, model=model, optimizer=step.optimizer, scheduler=step.scheduler)
+        load_checkpoint(checkpoint, model=chunks, optimizer=step.optimizer, scheduler=step.scheduler)
         step.reapply_optimizer_config()
         get_logger().info("resumed from %s after %d rows", checkpoint, state["rows_consumed"])
     _log_start(cfg, stop, rows_per_step, data.seq_length)
@@ -303,6 +305,13 @@ def check_batch(cfg: TrainConfig, seq_length: int, dp_size: int) -> int:
                 f"{cfg.global_batch_tokens}; give {max(rows, 1) * seq_length}"
             )
     microbatch_positions(0, global_batch_size=rows, micro_batch_size=cfg.micro_batch_size, dp_rank=0, dp_size=dp_size)
+    micro_batches = rows // (cfg.micro_batch_size * dp_size)
+    if cfg.virtual_pipeline_model_parallel_size > 1 and micro_batches % cfg.pipeline_model_parallel_size:
+        raise UserError(
+            f"micro-batches of a step on each data-parallel rank must be a multiple of pipeline_model_parallel_size "
+            f"({cfg.pipeline_model_parallel_size}) with virtual_pipeline_model_parallel_size, got {micro_batches}; "
+            "change global_batch_size or micro_batch_size"
+        )
     split = cfg.tensor_model_parallel_size * cfg.context_parallel_size
     if cfg.sequence_parallel and cfg.micro_batch_size * seq_length % split:
         raise UserError(

@@ -36,10 +36,6 @@ def refusal(*argv: str, cls: type = NPDConfig) -> str:
     [
         (["--trian.lr", "3"], "unknown option --trian.lr; did you mean --train.lr? ("),
         (["--train.learning-rate=3"], "unknown option --train.learning_rate ("),
-        (
-            ["--train.virtual-pipeline-model-parallel-size=2"],
-            "unknown option --train.virtual_pipeline_model_parallel_size: the interleaved pipeline schedule (VPP) ",
-        ),
         (["--expert-model-parallel-size=2"], "unknown option --expert_model_parallel_size: expert parallelism (EP) is"),
         (["--rollouts.urls=a"], "unknown option --rollouts.urls; did you mean --rollout.urls? ("),
         (["--sampled-paths=3"], "unknown option --sampled_paths; did you mean --rollout.sampled_paths? ("),
@@ -55,6 +51,10 @@ def refusal(*argv: str, cls: type = NPDConfig) -> str:
         (["--train.lr=.inf"], "lr must be > 0 and finite, got inf; "),
         (["--train.kd-skew=.nan"], "--train.kd_skew must be a number, got nan; "),
         (["--train.adam-beta2=1"], "adam_beta2 must be in [0, 1), got 1.0; "),
+        (
+            ["--annotate.context-parallel-size=2", "--annotate.seq-length=1022"],
+            "seq_length must be a multiple of 2 x context_parallel_size (4), got 1022; ",
+        ),
         (["--train.adam-eps=0"], "adam_eps must be > 0 and finite, got 0.0; "),
         (["--train.weight-decay=-1"], "weight_decay must be at least 0 and finite, got -1.0; "),
         (["--select.tau=foo"], "--select.tau must be a number or null, got foo; "),
@@ -123,7 +123,7 @@ def test_a_flag_that_must_be_given() -> None:
     ("text", "line", "words"),
     [
         ("updates: 1\ntrain:\n  trian_iters: 3\n", 3, "train.trian_iters is unknown; did you mean train.train_iters?"),
-        ("train:\n  virtual_pipeline_model_parallel_size: 2\n", 2, "size is unknown: the interleaved pipeline"),
+        ("train:\n  expert_model_parallel_size: 2\n", 2, "size is unknown: expert parallelism"),
         ("updates: 1\nlr: 1.0\n", 2, "lr is unknown; did you mean train.lr?"),
         ("train:\n  lr: 1e-4\nrolout:\n  max_tokens: 3\n", 3, "rolout is unknown; did you mean rollout?"),
         ("updates: 1\ntrain:\n  lr: bar\n", 3, "train.lr must be a number, got bar; "),

@@ -86,10 +86,6 @@ def test_a_run_that_fits_passes(inputs: Path) -> None:
             ["--nproc-per-node=2", "--train.context-parallel-size=2", "--pack.segment-align=2"],
             "pack.segment_align must be a multiple of 2 x context_parallel_size = 4, got 2; pack with",
         ),
-        (
-            ["--annotate.context-parallel-size=2", "--annotate.seq-length=1022"],
-            r"seq_length must be a multiple of .*\(4\)",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused(inputs: Path, flags: list[str], match: str) -> None:

@@ -79,12 +79,12 @@ def _measure(rank: int, world_size: int, model_dir: Path, tp: int, pp: int, fiel
     model = build_model(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel)
     load_hf_weights(model, spec)
     number = 4 * tp * pp // world_size
-    step = TrainStep(cfg, model, vocab_size=spec.vocab_size, micro_batch_tokens=TOKENS, num_micro_batches=number)
+    step = TrainStep(cfg, [model], vocab_size=spec.vocab_size, micro_batch_tokens=TOKENS, num_micro_batches=number)
     own = set(map(_place, model.parameters()))
     alive = Alive(own)
     with torch.autograd.graph.saved_tensors_hooks(alive.pack, alive.unpack):
-        step.run(iter([_batch() for _ in range(number)]), 1)
-    wrapped: Any = step.model
+        step.run(iter([_batch() for _ in range(number)]), 1, dict)
+    wrapped: Any = step.chunks[0]
     gradients = [buffer.grad_data for buffer in wrapped.buffers]
     states = {tensor.data_ptr(): _bytes(tensor) for tensor in _states(step.optimizer) if _place(tensor) not in own}
     return {

@@ -258,6 +258,10 @@ def test_prompts_are_counted_where_a_file_is_given(models: Path, tmp_path: Path)
             ("--train.context-parallel-size=2",),
             "train.context_parallel_size must be 1, got 2; npd plan knows TP, PP and DP alone",
         ),
+        (
+            ("--train.recompute-granularity=selective",),
+            "train.recompute_modules recompute_granularity must be left out, got it; npd plan has equal stages",
+        ),
         (("--gpu=h100",), "--gpu must be one of a100-40g, "),
         (("--response-tokens=5000",), "response_tokens must be at most rollout.max_tokens (256), got 5000; raise"),
         (("--assume.train-share=2",), "assume.train_share must be in (0, 1], got 2.0; "),

@@ -25,16 +25,20 @@ def device() -> Device:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_packed_attention(device: Device, dtype: torch.dtype, kv_heads: int) -> None:
+@pytest.mark.parametrize("earlier", [[0, 0, 0, 0], [0, 80, 48, 40]], ids=["whole", "last"])
+def test_packed_attention(device: Device, dtype: torch.dtype, kv_heads: int, earlier: list[int]) -> None:
+    """``earlier``: keys before a segment's first query, as a context-parallel rank's chunks have them."""
     lengths = [1, 80, 16, 300]
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    keys = [before + length for before, length in zip(earlier, lengths, strict=True)]
+    bounds, bounds_kv = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (lengths, keys))
     generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(lengths), heads, 64) for heads in (8, kv_heads, kv_heads)]
+    shapes = [(sum(lengths), 8, 64), (sum(keys), kv_heads, 64), (sum(keys), kv_heads, 64)]
     exact = triple(torch.randn(shape, generator=generator).to(dtype).double().requires_grad_() for shape in shapes)
     ours = triple(x.detach().to("cuda", dtype).requires_grad_() for x in exact)
     upstream = torch.randn(shapes[0], generator=generator)
-    want = attention_by_segment(*exact, bounds, 0.125)
-    got = device.packed_attention(*ours, bounds, 300, 0.125)
+    want = attention_by_segment(*exact, bounds, 0.125, bounds_kv)
+    prefixed = {"cu_seqlens_kv": bounds_kv, "max_seqlen_kv": max(keys)} if any(earlier) else {}
+    got = device.packed_attention(*ours, bounds, 300, 0.125, **prefixed)
     want.backward(upstream.double())
     got.backward(upstream.to("cuda", dtype))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2

@@ -114,7 +114,11 @@ def _score_in_layout(rank: int, world_size: int, hf_dir: str, sizes: dict[str, i
     from megatron_npd.teacher.megatron_scorer import Scorer
 
     initialize_distributed(**sizes)
-    scorer, counts = Scorer(hf_dir, seq_length=64, micro_batch_size=2, bf16=False, vocab_size=vocab_size), []
+    options: dict[str, Any] = (
+        {"num_layers_in_first_pipeline_stage": 1} if "pipeline_model_parallel_size" in sizes else {}
+    )
+    shape: dict[str, Any] = {"seq_length": 64, "micro_batch_size": 2, "bf16": False, "vocab_size": vocab_size}
+    scorer, counts = Scorer(hf_dir, **shape, **options), []
     scores = scorer.score(*sequences(), top_k=10, on_forward=lambda *numbers: counts.append(numbers))
     assert sum(scored for scored, _, _ in counts) == sum(response for _, response in LENGTHS)
     assert all(tokens <= row_tokens <= 128 for _, tokens, row_tokens in counts)
@@ -123,8 +127,9 @@ def _score_in_layout(rank: int, world_size: int, hf_dir: str, sizes: dict[str, i
 
 @pytest.mark.parametrize("layout", ["tp", "pp", "cp", "cp-pp"])
 def test_layouts_agree(tmp_path: Path, layout: str) -> None:
-    # 303 columns: tensor-parallel ranks need a padded one, which must have no probability
-    path = make_tiny_model(tmp_path / "model", num_key_value_heads=2, vocab_size=303)
+    # 303 columns: tensor-parallel ranks need a padded one, which must have no probability;
+    # three layers: pipeline stages are uneven
+    path = make_tiny_model(tmp_path / "model", num_key_value_heads=2, vocab_size=303, num_hidden_layers=3)
     axes = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size"}
     sizes = {axes[axis]: 2 for axis in layout.split("-")}
     results = run_distributed(_score_in_layout, 2 ** len(sizes), str(path), sizes, 303)

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_npd.config.training import TrainConfig
+from megatron_npd.models.convert import megatron_to_hf
 from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
@@ -24,12 +26,18 @@ TP2, PP2, CP2 = (
     {f"{axis}_size": 2} for axis in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
 )
 SP: dict[str, Any] = {"sequence_parallel": True}
+VPP2: dict[str, Any] = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+FULL: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 # By the number of processes. Four share two cores in many places: they do as many steps as show a difference.
 STEPS = {2: 20, 4: 6}
 AXES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "cp2": CP2,
         "cp2-fused-mbs2": CP2 | {"fused_linear_loss": True, "micro_batch_size": 2},
+        "vpp2": VPP2,
+        "pp2-uneven": PP2 | {"decoder_first_pipeline_num_layers": 3},
+        "dp2-overlap": OVERLAP,
     },
     4: {
         "tp4": {"tensor_model_parallel_size": 4},
@@ -39,9 +47,11 @@ AXES: dict[int, dict[str, dict[str, Any]]] = {
         "tp2-cp2-sp": TP2 | CP2 | SP,
         "cp2-pp2": CP2 | PP2,
         "cp2-dp2": CP2,
+        "vpp2-cp2-overlap-recompute": VPP2 | CP2 | OVERLAP | FULL,
     },
 }
 NAMES = [(name, world) for world, layouts in AXES.items() for name in layouts]
+MOVED = {"one-to-vpp2": 2, "one-to-cp4": 4}
 RESUMED = {"tp2-cp2-sp-to-one": "tp2-cp2-sp", "cp2-pp2-to-one": "cp2-pp2"}
 HALF = 3
 
@@ -69,11 +79,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return config(model, packs, root / name, save_interval=again, exit_at_iteration=steps, **fields)
 
     train(layout("one", STEPS[2]))
-    shutil.copytree(root / f"one/iter_{HALF:07d}", root / f"one-to-cp4/iter_{HALF:07d}")
-    moved = layout("one-to-cp4", STEPS[4], **AXES[4]["cp4"])
     for world, layouts in AXES.items():
         configs = [layout(name, STEPS[world], **fields) for name, fields in layouts.items()]
-        run_distributed(_train_all, world, configs + [moved] * (world == 4))
+        for name in (name for name, processes in MOVED.items() if processes == world):
+            shutil.copytree(root / f"one/iter_{HALF:07d}", root / f"{name}/iter_{HALF:07d}")
+            configs.append(layout(name, STEPS[world], **layouts[name.removeprefix("one-to-")]))
+        run_distributed(_train_all, world, configs)
     for name, source in RESUMED.items():
         shutil.copytree(root / f"{source}/iter_{HALF:07d}", root / f"{name}/iter_{HALF:07d}")
         train(layout(name, STEPS[4]))
@@ -98,8 +109,18 @@ def test_weights_and_gradient_moments_are_those_of_one_process(runs: Path, name:
         torch.testing.assert_close(got[key], value, atol=TOLERANCE * max(scale, 1e-8), rtol=1e-3, msg=key)
 
 
-@pytest.mark.parametrize("name", [*RESUMED, "one-to-cp4"])
+@pytest.mark.parametrize("name", [*RESUMED, *MOVED])
 def test_a_checkpoint_goes_on_in_another_layout(runs: Path, name: str) -> None:
-    for quantity in ("loss", "response_tokens"):
+    for quantity in ("loss", "grad_norm", "response_tokens"):
         expected, got = (column(runs / run / "metrics.jsonl", quantity) for run in ("one", name))
-        assert got == pytest.approx(expected[HALF : STEPS[4]], abs=TOLERANCE), quantity
+        assert got == pytest.approx(expected[HALF : STEPS[MOVED.get(name, 4)]], abs=TOLERANCE), quantity
+
+
+def test_the_policy_of_a_model_in_parts_is_that_of_one_process(runs: Path) -> None:
+    weights = []
+    for name in ("one", "vpp2"):
+        megatron_to_hf(runs / name / f"iter_{STEPS[2]:07d}", runs / "model", runs / f"{name}-hf")
+        weights.append(load_file(runs / f"{name}-hf" / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=TOLERANCE, rtol=1e-3, msg=name)

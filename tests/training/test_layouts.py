@@ -88,7 +88,7 @@ def final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Ten
     model = build_model(spec)
     step = TrainStep(
         config(model_dir, packs),
-        model,
+        [model],
         vocab_size=spec.vocab_size,
         micro_batch_tokens=SEQ_LENGTH,
         num_micro_batches=1,

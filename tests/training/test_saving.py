@@ -123,8 +123,9 @@ def _save_beside_a_damaged_one(rank: int, world: int, root: Path) -> str:
     initialize_distributed()
     saving.save_checkpoint = lambda *_, **__: None  # pyright: ignore
     saver = saving.Saver(config(root, root, root), stop=9)
+    step: Any = types.SimpleNamespace(chunks=[], optimizer=None, scheduler=None, gather_parameters=lambda: None)
     with pytest.raises(UserError) as caught:
-        saver.save(types.SimpleNamespace(model=None, optimizer=None, scheduler=None), {"iteration": 2})  # pyright: ignore
+        saver.save(step, {"iteration": 2})
     return str(caught.value)
 
 

@@ -311,7 +311,7 @@ def test_a_loss_that_cannot_run_here_is_refused(
 ) -> None:
     """Before the model is built and a batch is read."""
     monkeypatch.setattr(distill_loss_triton, "INTERPRETED", False)
-    monkeypatch.setattr(trainer, "build_model", None)
+    monkeypatch.setattr(trainer, "build_chunks", None)
     with pytest.raises(UserError, match=r"^loss_impl must be one that can run, got 'triton' with tensors on cpu"):
         train(config(tiny_model_dir, packs, loss_impl="triton"))
 
