@@ -233,8 +233,8 @@ def _transformer_config(
         output_layer_init_method=torch.nn.init.zeros_,
         embedding_init_method=torch.nn.init.zeros_,
         calculate_per_token_loss=True,
-        # These fusions would be compiled anew by each process; the CPU has no compiler for them.
-        bias_activation_fusion=False,
+        bias_activation_fusion=get_platform().fuses_swiglu,
+        # These fusions would be compiled anew by each process, for a sum that is not worth it.
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,

@@ -22,7 +22,8 @@ Norms = Literal["cpu", "cuda", "npu"]
 GRADIENT = 4  # bytes: gradients are summed in float32 (training/step.py)
 ADAM = 8  # two moments in float32
 MAIN = 4  # a float32 copy of bfloat16 weights
-MIDDLE = 5  # MLP widths that megatron-core's gated MLP keeps: gate and up, silu(gate), up, their product
+# MLP widths that megatron-core's gated MLP keeps: gate and up, and their product; on a CPU silu(gate) and up as well.
+MIDDLE: dict[Norms, int] = {"cpu": 5, "cuda": 3, "npu": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ def layer_activations(spec: ModelSpec, tp: int, e: int, *, sequence_parallel: bo
         attention += _norm(query, heads, e, norms) + _norm(key, kv_heads, e, norms)
         if norms != "cpu":
             attention -= key * e  # the key's norm keeps a view of the product
-    return hidden + attention + MIDDLE * spec.ffn_hidden_size / tp * e
+    return hidden + attention + MIDDLE[norms] * spec.ffn_hidden_size / tp * e
 
 
 def _norm(width: float, groups: float, e: int, norms: Norms) -> float:

@@ -254,15 +254,7 @@ def _settings(plan: Plan) -> list[str]:
     """The flags of the shortest split, and what a reader would else overlook."""
     lines = []
     if plan.splits:
-        best = plan.splits[0]
-        lines.append(f"shortest: {' '.join(_flags(plan, best))}")
-        together = [split for split in plan.splits if not _in_turns(plan, split)]
-        if _in_turns(plan, best) and plan.cfg.num_nodes > 1:
-            lines.append(
-                "  in turns the servers must be gone while others compute: over several nodes start it stage by stage "
-                "(npd rollout, annotate, ...); npd run has nodes for servers alone"
-            )
-            lines += [f"shortest in one npd run: {' '.join(_flags(plan, split))}" for split in together[:1]]
+        lines.append(f"shortest: {' '.join(_flags(plan, plan.splits[0]))}")
     if plan.cfg.annotate.backend == "vllm":
         lines.append(
             "note: annotate.backend is vllm: its hours are planned as those of megatron-core on the same ranks"
@@ -284,7 +276,7 @@ def _flags(plan: Plan, split: Split) -> list[str]:
     found: dict[str, object] = {"nproc-per-node": plan.machine.per_node}
     if plan.cfg.take_turns or _in_turns(plan, split):
         found["take-turns"] = "true"
-    if not _in_turns(plan, split):
+    if plan.cfg.num_nodes > 1:
         found |= {"nnodes": plan.cfg.num_nodes, "train-nodes": split.train_nodes, "max-lead": split.max_lead}
     found["rollout.num-servers"] = plan.machine.per_node // devices
     if devices > 1:

@@ -32,11 +32,16 @@ class Platform(Protocol):
         name: ``cpu``, ``cuda`` or ``npu``.
         distributed_backend: torch.distributed backend: ``gloo``, ``nccl`` or ``hccl``.
         visible_devices_env: Environment variable that limits the devices a process sees; "" where there is none.
+        fuses_swiglu: Whether megatron-core's fused SwiGLU is used: its backward computes again what the others keep, 2
+            of 5 MLP widths per token.
+        vocab_multiple: A rank's slice of the vocabulary is padded to a multiple of it, for wide memory accesses.
     """
 
     name: str
     distributed_backend: str
     visible_devices_env: str
+    fuses_swiglu: bool
+    vocab_multiple: int
 
     def check_available(self) -> None:
         """Raise PlatformUnavailable where the platform cannot be used."""

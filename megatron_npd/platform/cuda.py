@@ -29,6 +29,8 @@ class Device:
     name = "cuda"
     distributed_backend = "nccl"
     visible_devices_env = "CUDA_VISIBLE_DEVICES"
+    fuses_swiglu = True
+    vocab_multiple = 128
 
     def check_available(self) -> None:
         if not torch.backends.cuda.is_built():

@@ -35,6 +35,8 @@ class Device:
     name = "npu"
     distributed_backend = "hccl"
     visible_devices_env = "ASCEND_RT_VISIBLE_DEVICES"
+    fuses_swiglu = True
+    vocab_multiple = 128
 
     def check_available(self) -> None:
         if importlib.util.find_spec("torch_npu") is None:
@@ -60,6 +62,9 @@ class Device:
             }
         )
         install_adamw(NPUAdamW)
+        from megatron.core.fusions import fused_bias_swiglu
+
+        fused_bias_swiglu.bias_swiglu_impl = _swiglu  # before megatron.core's MLP takes it
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("npu", local_rank)
@@ -154,6 +159,13 @@ class NPUAdamW(GroupStepAdamW):
 def _npu() -> Any:
     """``torch.npu``, which torch_npu puts there."""
     return torch.npu  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _swiglu(x: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
+    """In the place of megatron-core's ``bias_swiglu_impl``, which is compiled: gate and up [..., 2F] -> [..., F]."""
+    import torch_npu  # pyright: ignore[reportMissingImports]
+
+    return torch_npu.npu_swiglu(x if bias is None else x + bias, dim=-1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.build import build_model, load_spec
 from megatron_npd.models.checkpoint import load_checkpoint
+from megatron_npd.models.convert import megatron_to_hf
+from megatron_npd.platform import get_platform
 from megatron_npd.training import saving
 from megatron_npd.training.step import TrainStep
 from megatron_npd.training.trainer import train
@@ -32,13 +35,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sp-fused": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "fused_linear_loss": True},
     "pp2-fused": {"pipeline_model_parallel_size": 2, "fused_linear_loss": True},
     "dp2-fused": {"fused_linear_loss": True},
+    "tp2-as-on-devices": {"tensor_model_parallel_size": 2},  # padded vocabulary, fused SwiGLU
 }
 TOLERANCE = 1e-4
 VOCAB_SIZE = 305
 
 
 def _train_all(rank: int, world_size: int, configs: list[TrainConfig]) -> None:
+    platform = get_platform()
     for cfg in configs:
+        devices = cfg.save.endswith("as-on-devices")
+        platform.fuses_swiglu, platform.vocab_multiple = devices, 128 if devices else 1
         assert train(cfg).finished
     if rank:  # whose clock stands still: rank 0's counts
         saving.time = SimpleNamespace(monotonic=lambda: 0.0)
@@ -80,6 +87,16 @@ def test_losses_and_gradient_norms_are_those_of_one_process(runs: Path, name: st
     hashes = [column(runs / run / "metrics.jsonl", "samples_sha256") for run in ("tp1", name)]
     assert hashes[0] == hashes[1] and len({*hashes[0]}) > 10
     assert expected[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])  # the warm-up, in which every step trains
+
+
+def test_padding_of_the_vocabulary_is_not_exported(runs: Path, tmp_path: Path) -> None:
+    exports = {}
+    for name in ("tp2", "tp2-as-on-devices"):
+        megatron_to_hf(runs / name / "iter_0000020", runs / "model", tmp_path / name)
+        exports[name] = load_file(tmp_path / name / "model.safetensors")
+    assert exports["tp2"].keys() == exports["tp2-as-on-devices"].keys()
+    for name, value in exports["tp2"].items():
+        torch.testing.assert_close(exports["tp2-as-on-devices"][name], value, atol=TOLERANCE, rtol=1e-3, msg=name)
 
 
 def final_state(path: Path, model_dir: Path, packs: Path) -> dict[str, torch.Tensor]:

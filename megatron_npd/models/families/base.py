@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_npd.platform import get_platform
+
 RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
 Dim = Literal["vocab", "hidden", "head", "query", "kv", "ffn"]
 
@@ -113,8 +115,12 @@ class ModelSpec:
     dtype: torch.dtype
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
-        """Rows of the embedding with the padding that ``tensor_parallel_size`` ranks need to own equal shares."""
-        return -(-self.vocab_size // tensor_parallel_size) * tensor_parallel_size
+        """Rows of the embedding with the padding that ``tensor_parallel_size`` ranks need to own equal shares.
+
+        Each is a multiple of what the platform's kernels like. Checkpoints hold the rows without padding.
+        """
+        multiple = tensor_parallel_size * get_platform().vocab_multiple
+        return -(-self.vocab_size // multiple) * multiple
 
     def export_config(self) -> dict[str, Any]:
         """``config.json`` of an export: as it stands, but for a family that is published with code of its own."""
