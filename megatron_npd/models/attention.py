@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_npd.models.zigzag import ContextShare
 from megatron_npd.platform import get_platform
+from megatron_npd.platform.base import Segments
 
 
 @dataclass(kw_only=True)
@@ -148,20 +149,16 @@ class PackedAttention(MegatronModule):
         cos, sin = self.rotary.of_row(row, query.dtype, query.device)
         query, key = _Rotate.apply(query, cos, sin), _Rotate.apply(key, cos, sin)
         if row.keys_K is None:
-            return self.platform.packed_attention(
-                query, key, value, row.cu_seqlens_q, row.max_seqlen_q, self.softmax_scale
-            )
+            segments = Segments(cu_seqlens=row.cu_seqlens_q, longest=row.max_seqlen_q)
+            return self.platform.packed_attention(query, key, value, segments, self.softmax_scale)
         row.keys_K = row.keys_K.to(query.device, non_blocking=True)  # once a row: the layers share it
         group = parallel_state.get_context_parallel_group()
         gathered = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=group)
         key, value = (gathered[:, index].index_select(0, row.keys_K) for index in (0, 1))
-        return self.platform.packed_attention(
-            query,
-            key,
-            value,
-            row.cu_seqlens_q,
-            row.max_seqlen_q,
-            self.softmax_scale,
+        segments = Segments(
+            cu_seqlens=row.cu_seqlens_q,
+            longest=row.max_seqlen_q,
             cu_seqlens_kv=row.cu_seqlens_kv,
-            max_seqlen_kv=row.max_seqlen_kv,
+            longest_kv=row.max_seqlen_kv,
         )
+        return self.platform.packed_attention(query, key, value, segments, self.softmax_scale)

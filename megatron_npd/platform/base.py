@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,29 @@ Tensors = list[Tensor]
 
 class PlatformUnavailable(Exception):
     """Why a platform cannot be used here, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Where the segments of a packed row start and end.
+
+    Attributes:
+        cu_seqlens: int32 [S + 1] on the CPU, from 0 to T.
+        longest: Tokens of the longest.
+        cu_seqlens_kv: int32 [S + 1] on the CPU, where a segment has at least as many keys as queries: the queries are
+            its last tokens. None: as many.
+        longest_kv: Keys of the longest, with ``cu_seqlens_kv``.
+    """
+
+    cu_seqlens: Tensor
+    longest: int
+    cu_seqlens_kv: Tensor | None = None
+    longest_kv: int = 0
+
+    @property
+    def keys(self) -> Tensor:
+        """Where each segment's keys start and end, int32 [S + 1] on the CPU."""
+        return self.cu_seqlens if self.cu_seqlens_kv is None else self.cu_seqlens_kv
 
 
 class Platform(Protocol):
@@ -79,29 +103,15 @@ class Platform(Protocol):
         """Give memory that nothing holds any more back to the device, for other processes."""
         ...
 
-    def packed_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        softmax_scale: float,
-        *,
-        cu_seqlens_kv: Tensor | None = None,
-        max_seqlen_kv: int = 0,
-    ) -> Tensor:
+    def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax_scale: float) -> Tensor:
         """Causal attention inside each segment of a packed row.
 
         Args:
             q: [T, H, D].
-            k, v: [T, H_kv, D]; H_kv divides H, and each key head serves H / H_kv neighbouring query heads.
-            cu_seqlens: int32 [S + 1] on the CPU, from 0 to T: where segments start and end.
-            max_seqlen: Length of the longest segment.
+            k, v: [T, H_kv, D], or as many tokens as ``segments`` has keys; H_kv divides H, and each key head serves H /
+                H_kv neighbouring query heads.
+            segments: Where they start and end.
             softmax_scale: Factor on the scores.
-            cu_seqlens_kv: int32 [S + 1] on the CPU, where a segment has at least as many keys as queries: the queries
-                are its last tokens, and k and v [K, H_kv, D]. None: as many.
-            max_seqlen_kv: Keys of the longest segment, with ``cu_seqlens_kv``.
 
         Returns:
             [T, H, D] in q's dtype, differentiable.
@@ -117,14 +127,12 @@ class Platform(Protocol):
         ...
 
 
-def attention_by_segment(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, softmax_scale: float, cu_seqlens_kv: Tensor | None = None
-) -> Tensor:
+def attention_by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax_scale: float) -> Tensor:
     """``Platform.packed_attention``, one SDPA call a segment: right everywhere, slow for many short segments."""
     q_HTD, k_HTD, v_HTD = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    bounds, bounds_kv = cu_seqlens.tolist(), (cu_seqlens if cu_seqlens_kv is None else cu_seqlens_kv).tolist()
+    queries_S, keys_S = (itertools.pairwise(x.tolist()) for x in (segments.cu_seqlens, segments.keys))
     out = []
-    for (start, end), (start_kv, end_kv) in zip(itertools.pairwise(bounds), itertools.pairwise(bounds_kv), strict=True):
+    for (start, end), (start_kv, end_kv) in zip(queries_S, keys_S, strict=True):
         queries, mask = end - start, None
         if earlier := end_kv - start_kv - queries:  # keys before the first query's own
             mask = torch.ones(queries, queries + earlier, dtype=torch.bool, device=q.device).tril(earlier)

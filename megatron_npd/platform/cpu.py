@@ -18,6 +18,7 @@ from torch.utils._device import _device_constructors
 
 from megatron_npd.platform.base import (
     GroupStepAdamW,
+    Segments,
     alias_tensor_type,
     assert_megatron_not_imported,
     attention_by_segment,
@@ -74,21 +75,10 @@ class Device:
     def release_memory(self) -> None:
         return
 
-    def packed_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        softmax_scale: float,
-        *,
-        cu_seqlens_kv: Tensor | None = None,
-        max_seqlen_kv: int = 0,
-    ) -> Tensor:
-        if cu_seqlens_kv is not None:
-            return attention_by_segment(q, k, v, cu_seqlens, softmax_scale, cu_seqlens_kv)
-        return grouped_attention(q, k, v, cu_seqlens, softmax_scale)
+    def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax_scale: float) -> Tensor:
+        if segments.cu_seqlens_kv is not None:
+            return attention_by_segment(q, k, v, segments, softmax_scale)
+        return grouped_attention(q, k, v, segments.cu_seqlens, softmax_scale)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if x.dtype != torch.float32:

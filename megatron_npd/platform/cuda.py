@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_npd.platform.base import (
     GroupStepAdamW,
     PlatformUnavailable,
+    Segments,
     assert_megatron_not_imported,
     attention_by_segment,
     has_fused_adam,
@@ -67,25 +68,13 @@ class Device:
     def release_memory(self) -> None:
         torch.cuda.empty_cache()
 
-    def packed_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        softmax_scale: float,
-        *,
-        cu_seqlens_kv: Tensor | None = None,
-        max_seqlen_kv: int = 0,
-    ) -> Tensor:
+    def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax_scale: float) -> Tensor:
         varlen = _varlen_attention()
         if varlen is None or q.dtype not in (torch.float16, torch.bfloat16):
-            return attention_by_segment(q, k, v, cu_seqlens, softmax_scale, cu_seqlens_kv)
-        bounds = bounds_kv = _to_device(tuple(cu_seqlens.tolist()), q.device)
-        if cu_seqlens_kv is not None:
-            bounds_kv = _to_device(tuple(cu_seqlens_kv.tolist()), q.device)
-        return varlen(q, k, v, (bounds, bounds_kv), (max_seqlen, max_seqlen_kv or max_seqlen), softmax_scale)
+            return attention_by_segment(q, k, v, segments, softmax_scale)
+        bounds, bounds_kv = (_to_device(tuple(x.tolist()), q.device) for x in (segments.cu_seqlens, segments.keys))
+        longest = (segments.longest, segments.longest_kv or segments.longest)
+        return varlen(q, k, v, (bounds, bounds_kv), longest, softmax_scale)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, eps)

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_npd.platform.base import (
     GroupStepAdamW,
     PlatformUnavailable,
+    Segments,
     Tensors,
     alias_tensor_type,
     assert_megatron_not_imported,
@@ -88,21 +89,9 @@ class Device:
     def release_memory(self) -> None:
         _npu().empty_cache()
 
-    def packed_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        softmax_scale: float,
-        *,
-        cu_seqlens_kv: Tensor | None = None,
-        max_seqlen_kv: int = 0,
-    ) -> Tensor:
+    def packed_attention(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, softmax_scale: float) -> Tensor:
         import torch_npu  # pyright: ignore[reportMissingImports]
 
-        ends = (cu_seqlens if cu_seqlens_kv is None else cu_seqlens_kv)[1:].tolist()
         return torch_npu.npu_fusion_attention(
             q,
             k,
@@ -111,9 +100,9 @@ class Device:
             "TND",
             atten_mask=_causal_mask(q.device),
             scale=softmax_scale,
-            actual_seq_qlen=cu_seqlens[1:].tolist(),
-            actual_seq_kvlen=ends,
-            sparse_mode=_LEFT_UP_CAUSAL if cu_seqlens_kv is None else _RIGHT_DOWN_CAUSAL,
+            actual_seq_qlen=segments.cu_seqlens[1:].tolist(),
+            actual_seq_kvlen=segments.keys[1:].tolist(),
+            sparse_mode=_LEFT_UP_CAUSAL if segments.cu_seqlens_kv is None else _RIGHT_DOWN_CAUSAL,
         )[0]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_npd.errors import UserError
 from megatron_npd.models.zigzag import ContextShare, check_alignment
-from megatron_npd.platform.base import attention_by_segment
+from megatron_npd.platform.base import Segments, attention_by_segment
 from tests.helpers import present, triple
 
 UNITS = [2, 5, 1, 4]  # lengths of a row's segments, in 2 x CP tokens; the last is its padding
@@ -51,7 +51,7 @@ def test_attention_of_all_shares_is_that_of_the_row(size: int, kv_heads: int) ->
         for heads in (4, kv_heads, kv_heads)
     )
     whole, shared = (triple(x.clone().requires_grad_() for x in inputs) for _ in range(2))
-    want = attention_by_segment(*whole, bounds, 0.3)
+    want = attention_by_segment(*whole, Segments(cu_seqlens=bounds, longest=0), 0.3)
 
     shares = [ContextShare(rank=rank, size=size) for rank in range(size)]
     order = torch.cat([_held(share, bounds) for share in shares])
@@ -61,7 +61,8 @@ def test_attention_of_all_shares_is_that_of_the_row(size: int, kv_heads: int) ->
         lengths = share.chunk_lengths(bounds), share.key_lengths(bounds)
         cu_q, cu_kv = (torch.cat([torch.zeros(1), x.cumsum(0)]).int() for x in lengths)
         index = share.keys(bounds)
-        out = attention_by_segment(query, keys[index], values[index], cu_q, 0.3, cu_kv)
+        segments = Segments(cu_seqlens=cu_q, longest=0, cu_seqlens_kv=cu_kv)
+        out = attention_by_segment(query, keys[index], values[index], segments, 0.3)
         got = got.index_copy(0, _held(share, bounds), out)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     weight = torch.randn(want.shape, generator=generator, dtype=torch.float64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_npd.platform.base import attention_by_segment
+from megatron_npd.platform.base import Segments, attention_by_segment
 from megatron_npd.platform.cpu_attention import _plan, grouped_attention
 from tests.helpers import present, triple
 
@@ -45,9 +45,13 @@ LENGTHS = {
 }
 
 
+def by_segment(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, softmax_scale: float) -> Tensor:
+    return attention_by_segment(q, k, v, Segments(cu_seqlens=bounds, longest=0), softmax_scale)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("attention", [grouped_attention, attention_by_segment])
+@pytest.mark.parametrize("attention", [grouped_attention, by_segment])
 def test_equals_reference(attention, lengths: list[int], kv_heads: int) -> None:
     bounds = _bounds(lengths)
     inputs = _inputs(int(bounds[-1]), 4, kv_heads, 8)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_npd.platform.base import PlatformUnavailable, attention_by_segment
+from megatron_npd.platform.base import PlatformUnavailable, Segments, attention_by_segment
 from megatron_npd.platform.cuda import Device
 from tests.helpers import triple
 
@@ -36,9 +37,10 @@ def test_packed_attention(device: Device, dtype: torch.dtype, kv_heads: int, ear
     exact = triple(torch.randn(shape, generator=generator).to(dtype).double().requires_grad_() for shape in shapes)
     ours = triple(x.detach().to("cuda", dtype).requires_grad_() for x in exact)
     upstream = torch.randn(shapes[0], generator=generator)
-    want = attention_by_segment(*exact, bounds, 0.125, bounds_kv)
-    prefixed = {"cu_seqlens_kv": bounds_kv, "max_seqlen_kv": max(keys)} if any(earlier) else {}
-    got = device.packed_attention(*ours, bounds, 300, 0.125, **prefixed)
+    prefixed: dict[str, Any] = {"cu_seqlens_kv": bounds_kv, "longest_kv": max(keys)} if any(earlier) else {}
+    segments = Segments(cu_seqlens=bounds, longest=300, **prefixed)
+    want = attention_by_segment(*exact, segments, 0.125)
+    got = device.packed_attention(*ours, segments, 0.125)
     want.backward(upstream.double())
     got.backward(upstream.to("cuda", dtype))
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
