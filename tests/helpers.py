@@ -72,12 +72,17 @@ def make_tiny_tokenizer(path: str | Path, *, vocab_size: int = 300) -> PreTraine
     return fast
 
 
+_FIELDS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
+}
+
+
 def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, **overrides: Any) -> Path:
     """Write a small random Hugging Face model with its tokenizer into ``path`` and return the path.
 
-    Two layers, hidden 64, two heads of size 32 (qwen3: 128), one kv head, fp32, tied embeddings. Biases and norm
-    weights are random too, so that a forgotten one shows; weights are large enough for distributions that differ
-    visibly.
+    Two layers, hidden 64, two heads of size 32 (qwen3: 128), one kv head, fp32, tied embeddings; of four experts
+    (qwen3_moe) two a token. Biases and norm weights are random too, so that a forgotten one shows; weights are large
+    enough for distributions that differ visibly.
 
     Args:
         path: Directory to create.
@@ -89,6 +94,7 @@ def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, *
 
     from megatron_npd.models.families import FAMILIES
 
+    overrides = _FIELDS.get(family, {}) | overrides
     table = next(entry for entry in FAMILIES.values() if entry.name == family)
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -106,7 +112,7 @@ def make_tiny_model(path: str | Path, *, family: str = "qwen2", seed: int = 0, *
         "initializer_range": 0.1,
         "dtype": "float32",
     }
-    config = AutoConfig.for_model(**({"model_type": family} | fields | table.export | overrides))
+    config = AutoConfig.for_model(**{"model_type": family, **fields, **table.export, **overrides})
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)

@@ -90,9 +90,11 @@ class PlanConfig(NPDConfig):
         )
         remedy = "npd plan has equal stages and keeps all activations"
         for name, stage in (("train", self.train), ("annotate", self.annotate)):
-            size, options = stage.context_parallel_size, list(stage.transformer_options)
-            require(size == 1, f"{name}.context_parallel_size", "1", size, "npd plan knows TP, PP and DP alone")
+            options = list(stage.transformer_options)
             require(not options, f"{name}.{' '.join(options)}", "left out", "it", remedy)
+            for axis, size in stage.parallel_sizes.items():
+                known = axis in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+                require(known or size == 1, f"{name}.{axis}", "1", size, "npd plan knows TP, PP and DP alone")
         parts = self.train.virtual_pipeline_model_parallel_size
         require(parts == 1, "train.virtual_pipeline_model_parallel_size", "1", parts, "npd plan has one part a stage")
 

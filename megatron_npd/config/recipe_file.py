@@ -13,7 +13,7 @@ from megatron_npd.errors import UserError
 OR_NULL = " or null"  # ends the rule of a field that may be null
 # Megatron's names for layouts that are not built, by the last part of a flag or field.
 NOT_BUILT = {
-    "expert_model_parallel_size": "expert parallelism (EP)",
+    "expert_model_parallel_size": "expert parallelism (EP) but for training",
 }
 _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"

@@ -73,6 +73,11 @@ class LayoutConfig:
         fields = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
         return {name: number for name, number in fields.items() if number}
 
+    @property
+    def copy_size(self) -> int:
+        """Ranks that hold one copy of the model, but for experts, which several copies may share."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:

@@ -18,6 +18,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +30,7 @@ from torch import Tensor
 from megatron_npd.errors import UserError
 from megatron_npd.models.attention import PackedAttention, Rotary, packed_params
 from megatron_npd.models.families import ModelSpec, load_spec
+from megatron_npd.models.families.base import Experts
 from megatron_npd.models.families.rope import inverse_frequencies
 from megatron_npd.models.hf_checkpoint import open_checkpoint, widest
 from megatron_npd.models.layout import check_layout
@@ -114,7 +118,8 @@ def build_chunks(
     pipeline_size = parallel_state.get_pipeline_model_parallel_world_size()
     parts = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     first, last = (options.get(f"num_layers_in_{stage}_pipeline_stage", 0) for stage in ("first", "last"))
-    check_layout(spec, tensor_size, pipeline_size, first=first, last=last, virtual=parts or 1)
+    expert_size = parallel_state.get_expert_model_parallel_world_size()
+    check_layout(spec, tensor_size, pipeline_size, first=first, last=last, virtual=parts or 1, expert_size=expert_size)
     config = _transformer_config(
         spec,
         tensor_size,
@@ -211,7 +216,7 @@ def _transformer_config(
         num_attention_heads=spec.num_heads,
         num_query_groups=spec.num_kv_heads,
         kv_channels=spec.head_dim,
-        ffn_hidden_size=spec.ffn_hidden_size,
+        ffn_hidden_size=spec.experts.ffn_hidden_size if spec.experts else spec.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=spec.rms_norm_eps,
         gated_linear_unit=True,
@@ -241,7 +246,22 @@ def _transformer_config(
         persist_layer_norm=False,
         deallocate_pipeline_outputs=False,
         **options,
+        **(_expert_options(spec.experts) if spec.experts else {}),
     )
+
+
+def _expert_options(experts: Experts) -> dict[str, Any]:
+    return {
+        "num_moe_experts": experts.number,
+        "moe_router_topk": experts.per_token,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        # Softmax of the chosen logits alone is that of all, scaled to add up to 1.
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",  # all to all needs streams of CUDA
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
 
 
 def _layer_spec(spec: ModelSpec) -> ModuleSpec:
@@ -272,13 +292,29 @@ def _layer_spec(spec: ModelSpec) -> ModuleSpec:
             ),
             self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
+            mlp=_experts_spec()
+            if spec.experts
+            else ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=linear("mlp.linear_fc1"), linear_fc2=linear("mlp.linear_fc2")),
             ),
             mlp_bda=bias_dropout_add,
         ),
     )
+
+
+def _experts_spec() -> ModuleSpec:
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = ModuleSpec(module=SequentialMLP, submodules=linear)
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=_Router))
+
+
+class _Router(TopKRouter):
+    """megatron-core's router; its logits are computed in float32 without Transformer Engine, which it insists on."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """[T, B, H] -> [T, B, E] float32."""
+        return F.linear(input.float(), self.weight.float())
 
 
 def _with_rotary(rotary: Rotary) -> Any:

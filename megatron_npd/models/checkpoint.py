@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -153,8 +153,9 @@ def load_checkpoint(
     kind = optimizer and _kind(optimizer)
     if with_optimizer and content["optimizer"] not in (True, kind):  # True: of an older version
         raise UserError(
-            f"use_distributed_optimizer and bf16 must be as in the run that wrote {path} ({content['optimizer']}), got "
-            f"{kind}; give the old settings, or start from its weights alone ({_WEIGHTS_ALONE})"
+            f"use_distributed_optimizer, bf16 and expert_model_parallel_size must be as in the run that wrote {path} "
+            f"({content['optimizer']}), got {kind}; give the old settings, or start from its weights alone "
+            f"({_WEIGHTS_ALONE})"
         )
     with_scheduler = scheduler is not None and content["scheduler"]
     wanted = _sharded_state(
@@ -237,16 +238,17 @@ def _sharded_state(
     return result
 
 
-def _inner(optimizer: MegatronOptimizer) -> MegatronOptimizer:
-    """The one that megatron-core chains: a model without experts has one."""
-    (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return inner
+def _inner(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Those that megatron-core chains: one more for experts where ranks share them."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _kind(optimizer: MegatronOptimizer) -> str:
     """What must be the same where a state is loaded: each class and precision has a layout of its own."""
     inner = _inner(optimizer)
-    return f"{type(inner).__name__} in {'bf16' if inner.config.bf16 else 'fp32'}"
+    shared = parallel_state.get_expert_model_parallel_world_size() if len(inner) > 1 else 1
+    kind = f"{type(inner[0]).__name__} in {'bf16' if inner[0].config.bf16 else 'fp32'}"
+    return kind if shared == 1 else f"{kind} with experts on {shared} ranks"
 
 
 @contextmanager
@@ -256,7 +258,7 @@ def _padding_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
     It would leave that out, and then slice what it gathered by offsets that count it: all that follows a padded bucket
     would be shifted. A pipeline stage with the tied embedding has several buckets.
     """
-    buffers = getattr(_inner(optimizer), "buffers", [])  # the distributed optimizer's
+    buffers = [buffer for inner in _inner(optimizer) for buffer in getattr(inner, "buffers", [])]  # a distributed one's
     parts = [part for buffer in buffers for part in (buffer, *buffer.buckets)]
     unpadded = [part.numel_unpadded for part in parts]
     for part in parts:
@@ -276,15 +278,21 @@ def _parameters_of_another_state(optimizer: MegatronOptimizer, state: Any) -> li
     megatron-core's distributed optimizer lays its copy of the parameters out as it does the moments: where one is
     right, all are.
     """
-    inner = _inner(optimizer)
-    if not isinstance(inner, DistributedOptimizer):
-        return []
     wrong = []
-    for index, parameter in enumerate(parameter for buffer in inner.buffers for parameter in buffer.param_index_map):
-        copy = state["param_state"][index]["param"].data  # a tensor's, or that of one with its place in the whole
-        if not torch.equal(copy.to(parameter), parameter):
-            wrong.append(inner._param_name(parameter))
+    for inner, own in zip(_inner(optimizer), _states(optimizer, state), strict=True):
+        if not isinstance(inner, DistributedOptimizer):
+            return []
+        for index, parameter in enumerate(one for buffer in inner.buffers for one in buffer.param_index_map):
+            copy = own["param_state"][index]["param"].data  # a tensor's, or that of one with its place in the whole
+            if not torch.equal(copy.to(parameter), parameter):
+                wrong.append(inner._param_name(parameter))
     return wrong
+
+
+def _states(optimizer: MegatronOptimizer, state: Any) -> list[Any]:
+    """A gathered or loaded state, optimizer by optimizer of those that are chained."""
+    number = len(_inner(optimizer))
+    return [state] if number == 1 else [state[index] for index in range(number)]
 
 
 def _refuse_another_state(path: Path, optimizer: MegatronOptimizer, state: Any) -> None:
@@ -300,8 +308,9 @@ def _refuse_another_state(path: Path, optimizer: MegatronOptimizer, state: Any) 
 def _keep_rates(optimizer: MegatronOptimizer, state: Any) -> None:
     """Put the configuration's learning rates into a loaded state: newer megatron-core finds its groups by them."""
     rates = {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr")}
-    for group in state.get("optimizer", state)["param_groups"]:
-        group.update(rates)
+    for own in _states(optimizer, state):
+        for group in own.get("optimizer", own)["param_groups"]:
+            group.update(rates)
 
 
 def _save(tensors: dict[str, Any], path: Path) -> None:

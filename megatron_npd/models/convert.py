@@ -22,7 +22,7 @@ from megatron_npd.lock import LOCK
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import config_hash, is_sealed, seal, writing
 from megatron_npd.models.checkpoint_files import KIND
-from megatron_npd.models.dist_checkpoint import DistCheckpoint, DistWriter, Stored
+from megatron_npd.models.dist_checkpoint import DistCheckpoint, DistWriter, Stored, stored_as
 from megatron_npd.models.families.base import ModelSpec, Rule
 from megatron_npd.models.families.config import DTYPES, load_spec
 from megatron_npd.models.hf_checkpoint import HFCheckpoint, open_checkpoint, write_weights
@@ -257,29 +257,23 @@ def _overlap(start: int, rows: int, other: int, other_rows: int) -> tuple[int, i
     return max(start, other), min(start + rows, other + other_rows)
 
 
-def _layer(rule: Rule) -> tuple[str, int | None]:
-    """A parameter's name without its layer, and the layer."""
-    prefix, _, rest = rule.mcore.partition("decoder.layers.")
-    if not rest or prefix:
-        return rule.mcore, None
-    number, _, rest = rest.partition(".")
-    return f"decoder.layers.{rest}", int(number)
+def _stack(rule: Rule, spec: ModelSpec) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Key of the stored tensor that a parameter is a part of, its place in it, and how many there are each way."""
+    key, place = stored_as(rule.mcore)[0]
+    return key, place, (spec.num_layers, spec.experts.number if spec.experts else 0)[: len(place)]
 
 
 def _place(part: _Part, first: int, spec: ModelSpec) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """Key and shape of the stored tensor of which rows of a part are a piece, and the piece's place in it."""
-    (key, layer), shape = _layer(part.rule), local_shape(part.rule, spec, 1)
-    offsets = (part.first + first, *(0 for _ in shape[1:]))
-    if layer is None:
-        return key, shape, offsets
-    return key, (spec.num_layers, *shape), (layer, *offsets)
+    (key, place, sizes), shape = _stack(part.rule, spec), local_shape(part.rule, spec, 1)
+    return key, (*sizes, *shape), (*place, part.first + first, *(0 for _ in shape[1:]))
 
 
 def _extra_state(rule: Rule, spec: ModelSpec) -> str:
     """The state that a linear layer of megatron-core has beside its weights, empty without FP8: loading asks for it."""
-    key, layer = _layer(rule)
+    key, place, sizes = _stack(rule, spec)
     name = key.removesuffix("weight") + "_extra_state"
-    return name if layer is None else f"{name}/shard_{layer}_{spec.num_layers}"
+    return f"{name}/shard_{'.'.join(map(str, place))}_{'.'.join(map(str, sizes))}" if place else name
 
 
 def stored_type(source: HFCheckpoint, dtype: str) -> torch.dtype:

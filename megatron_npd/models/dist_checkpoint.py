@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,6 +48,7 @@ from megatron_npd.stoppable import check_stop
 Shape = tuple[int, ...]
 _MAX_FILE_BYTES = 10**9  # several threads check the hashes of several files
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 # What Transformer Engine's fused layers call the norms, and with them what Megatron-LM writes.
 _FUSED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -63,20 +65,20 @@ class Stored:
 
     Attributes:
         key: Name of the stored tensor.
-        layer: Which layer of that tensor it is; None: all of it.
+        place: Which layer, and which expert of it, of that tensor it is: the first indices; (): all of it.
         shape: The parameter's own shape.
         dtype: Type of its numbers in the files.
         pieces: What it is made of.
     """
 
     key: str
-    layer: int | None
+    place: Shape
     shape: Shape
     dtype: torch.dtype
     pieces: tuple[ChunkStorageMetadata, ...]
 
     def __str__(self) -> str:
-        return self.key if self.layer is None else f"{self.key}[{self.layer}]"
+        return f"{self.key}{list(self.place)}" if self.place else self.key
 
 
 class DistCheckpoint:
@@ -104,6 +106,7 @@ class DistCheckpoint:
             and isinstance(entry, TensorStorageMetadata)
         }  # fmt: skip
         self._starts: dict[MetadataIndex, int] = {}
+        self._pieces: dict[str, dict[Shape, list[ChunkStorageMetadata]]] = {}
 
     @classmethod
     def open(cls, path: str | Path, workers: int = 1, *, verify: bool = True) -> DistCheckpoint:
@@ -142,20 +145,19 @@ class DistCheckpoint:
         Raises:
             UserError: The checkpoint has none of that name, or one of another shape or type.
         """
-        key, layer = next(((key, layer) for key, layer in _keys(name) if key in self._tensors), (None, None))
-        if key is None:
-            raise self._another_model(f"no {_keys(name)[0][0]}")
+        key, place = next(((key, place) for key, place in stored_as(name) if key in self._tensors), ("", ()))
+        if not key:
+            raise self._another_model(f"no {stored_as(name)[0][0]}")
         entry = self._tensors[key]
-        size, pieces, dtype = _shape(entry.size), entry.chunks, getattr(entry.properties, "dtype", None)
-        if layer is not None:
-            size = size[1:] if size and layer < size[0] else ()
-            pieces = [piece for piece in pieces if size and 0 <= layer - piece.offsets[0] < piece.sizes[0]]
+        size, dtype = _shape(entry.size), getattr(entry.properties, "dtype", None)
+        pieces = self._pieces_at(key, len(place)).get(place, [])
+        size = size[len(place) :] if all(index < count for index, count in zip(place, size, strict=False)) else ()
         padded = name.endswith(("word_embeddings.weight", "output_layer.weight")) and size[:1] > shape[:1]
         if size[1:] != shape[1:] or (size[:1] != shape[:1] and not padded):
             raise self._another_model(f"{key} of shape {list(entry.size)} where it would have {list(shape)} (a layer)")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise self._another_model(f"{key} of type {dtype}")
-        return Stored(key=key, layer=layer, shape=size, dtype=dtype, pieces=tuple(pieces))
+        return Stored(key=key, place=place, shape=size, dtype=dtype, pieces=tuple(pieces))
 
     def check_all_used(self, found: Iterable[Stored]) -> None:
         """Insist that the parameters that were found are all there are.
@@ -163,14 +165,26 @@ class DistCheckpoint:
         Raises:
             UserError: The checkpoint holds another one, or more layers.
         """
-        used: dict[str, int] = {}
+        used: dict[str, Shape] = {}
         for stored in found:
-            used[stored.key] = max(used.get(stored.key, 0), 0 if stored.layer is None else stored.layer + 1)
+            before = used.get(stored.key, (0,) * len(stored.place))
+            used[stored.key] = tuple(max(most, index + 1) for most, index in zip(before, stored.place, strict=True))
         for key, entry in self._tensors.items():
             if key not in used:
                 raise self._another_model(f"{key} too")
-            if used[key] not in (0, entry.size[0]):
-                raise self._another_model(f"{key} of {entry.size[0]} layers where config.json has {used[key]}")
+            for axis, has, wanted in zip(("layers", "experts"), entry.size, used[key], strict=False):
+                if has != wanted:
+                    raise self._another_model(f"{key} of {has} {axis} where config.json has {wanted}")
+
+    def _pieces_at(self, key: str, axes: int) -> dict[Shape, list[ChunkStorageMetadata]]:
+        """The pieces of a stored tensor by the indices of its first axes."""
+        if key not in self._pieces:
+            found = self._pieces[key] = {}
+            for piece in self._tensors[key].chunks:
+                spans = zip(piece.offsets[:axes], piece.sizes[:axes], strict=True)
+                for place in product(*(range(first, first + count) for first, count in spans)):
+                    found.setdefault(place, []).append(piece)
+        return self._pieces[key]
 
     def read(self, stored: Stored, first: int, out_RC: Tensor) -> None:
         """Fill a tensor with a parameter's rows, cast to its type.
@@ -186,8 +200,8 @@ class DistCheckpoint:
         filled = 0
         for piece in stored.pieces:
             plane, start, size = 0, _shape(piece.offsets), _shape(piece.sizes)
-            if stored.layer is not None:
-                plane, start, size = stored.layer - start[0], start[1:], size[1:]
+            for index in stored.place:
+                plane, start, size = plane * size[0] + index - start[0], start[1:], size[1:]
             low, high = max(first, start[0]), min(first + len(out_RC), start[0] + size[0])
             if low >= high:
                 continue
@@ -223,14 +237,17 @@ class DistCheckpoint:
         return UserError(f"{self.path} must hold this model, got {got}; give the directory that it started from")
 
 
-def _keys(name: str) -> list[tuple[str, int | None]]:
-    """The stored tensors that may hold a parameter, each with the layer of it; None: the tensor is of one layer."""
+def stored_as(name: str) -> list[tuple[str, Shape]]:
+    """The stored tensors that may hold a parameter, each with its place in it (``Stored``); ours writes the first."""
     if not (match := _LAYER.fullmatch(name)):
-        return [(name, None)]
+        return [(name, ())]
     layer, inner = match.groups()
+    expert: Shape = ()
+    if of_expert := _EXPERT.fullmatch(inner):
+        inner, expert = f"mlp.experts.experts.{of_expert[2]}", (int(of_expert[1]),)
     fused = next((new + inner.removeprefix(old) for old, new in _FUSED.items() if inner.startswith(old)), inner)
-    stacked: list[tuple[str, int | None]] = [(f"decoder.layers.{part}", int(layer)) for part in (inner, fused)]
-    return stacked + [(f"decoder.layers.{layer}.{part}", None) for part in (inner, fused)]
+    stacked: list[tuple[str, Shape]] = [(f"decoder.layers.{part}", (int(layer), *expert)) for part in (inner, fused)]
+    return stacked + [(f"decoder.layers.{layer}.{part}", expert) for part in (inner, fused)]
 
 
 def _shape(size: torch.Size) -> Shape:

@@ -67,4 +67,17 @@ def known_logprobs(directory: str | Path, vocab_size: int) -> dict[str, Any] | N
 
 def _fill(module: nn.Module, checkpoint: HFCheckpoint, prefix: str) -> None:
     """Give a module, which is on no device, its weights."""
-    module.load_state_dict({name: checkpoint.read(prefix + name).float() for name in module.state_dict()}, assign=True)
+    module.load_state_dict({name: _read(checkpoint, prefix + name) for name in module.state_dict()}, assign=True)
+
+
+def _read(checkpoint: HFCheckpoint, name: str) -> torch.Tensor:
+    """A tensor in float32; transformers keeps those of a layer's experts as one."""
+    if name in checkpoint.shapes or ".experts." not in name:
+        return checkpoint.read(name).float()
+    prefix, _, kind = name.rpartition("experts.")
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    experts = []
+    while f"{prefix}experts.{len(experts)}.{parts[0]}.weight" in checkpoint.shapes:
+        own = [checkpoint.read(f"{prefix}experts.{len(experts)}.{part}.weight").float() for part in parts]
+        experts.append(torch.cat(own))
+    return torch.stack(experts)

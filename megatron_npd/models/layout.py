@@ -7,7 +7,14 @@ from megatron_npd.models.families.base import ModelSpec
 
 
 def check_layout(
-    spec: ModelSpec, tensor_size: int, pipeline_size: int, *, first: int = 0, last: int = 0, virtual: int = 1
+    spec: ModelSpec,
+    tensor_size: int,
+    pipeline_size: int,
+    *,
+    first: int = 0,
+    last: int = 0,
+    virtual: int = 1,
+    expert_size: int = 1,
 ) -> None:
     """Refuse sizes by which a model's heads, widths or layers cannot be divided.
 
@@ -18,6 +25,7 @@ def check_layout(
         first: Layers of the first pipeline stage; 0: as many as the stages between.
         last: Layers of the last one, likewise.
         virtual: Parts of each stage's layers.
+        expert_size: Expert-parallel ranks.
 
     Raises:
         UserError: One does not divide.
@@ -31,7 +39,10 @@ def check_layout(
 
     tensor, pipeline = f"tensor_model_parallel_size ({tensor_size})", f"pipeline_model_parallel_size ({pipeline_size})"
     must(spec.num_heads % tensor_size == 0, "attention heads", tensor, spec.num_heads)
-    must(spec.ffn_hidden_size % tensor_size == 0, "MLP width", tensor, spec.ffn_hidden_size)
+    width = spec.experts.ffn_hidden_size if spec.experts else spec.ffn_hidden_size
+    must(width % tensor_size == 0, "MLP width", tensor, width)
+    number = spec.experts.number if spec.experts else 1
+    must(number % expert_size == 0, "experts", f"expert_model_parallel_size ({expert_size})", number)
     must(spec.hidden_size % tensor_size == 0, "hidden size", tensor, spec.hidden_size)
     if first == last == 0:
         must(spec.num_layers % pipeline_size == 0, "layers", pipeline, spec.num_layers)

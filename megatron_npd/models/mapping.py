@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, cast
 
 from torch import nn
 
@@ -39,13 +41,21 @@ def parameter_rules(spec: ModelSpec) -> dict[str, Rule]:
     embedding, norm, head = spec.family.outer_rules
     if spec.tied:
         head = replace(head, hf=embedding.hf)
-    layers = (_of_layer(rule, index) for index in range(spec.num_layers) for rule in spec.layer_rules)
-    return {rule.mcore: rule for rule in (embedding, *layers, norm, head)}
+    layers = (_of_layer(rule, index, spec) for index in range(spec.num_layers) for rule in spec.layer_rules)
+    return {rule.mcore: rule for rule in (embedding, *chain.from_iterable(layers), norm, head)}
 
 
-def _of_layer(rule: Rule, index: int) -> Rule:
+def _of_layer(rule: Rule, index: int, spec: ModelSpec) -> Iterator[Rule]:
+    """A layer's parameter of this kind, or one for each of its experts."""
+    if "{e}" not in rule.mcore:
+        yield _named(rule, index, 0)
+    elif spec.experts is not None:
+        yield from (_named(rule, index, expert) for expert in range(spec.experts.number))
+
+
+def _named(rule: Rule, layer: int, expert: int) -> Rule:
     def name(template: str) -> str:
-        return template.replace("{i}", str(index))
+        return template.replace("{i}", str(layer)).replace("{e}", str(expert))
 
     return replace(rule, mcore=name(rule.mcore), hf={name(hf): dims for hf, dims in rule.hf.items()})
 
@@ -64,6 +74,8 @@ def rule_shapes(rule: Rule, spec: ModelSpec) -> dict[str, Shape]:
         "query": spec.num_heads * spec.head_dim,
         "kv": spec.num_kv_heads * spec.head_dim,
         "ffn": spec.ffn_hidden_size,
+        "experts": spec.experts.number if spec.experts else 0,
+        "moe_ffn": spec.experts.ffn_hidden_size if spec.experts else 0,
     }
     return {name: tuple(sizes[dim] for dim in dims) for name, dims in rule.hf.items()}
 
@@ -167,7 +179,7 @@ def _stack(runs: Iterable[tuple[str, int, int]]) -> list[Piece]:
 
 
 def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters by their global name: layers are counted over all pipeline stages.
+    """This rank's parameters by their global name: layers and experts are counted over all ranks.
 
     Args:
         model: A megatron-core GPTModel, bare or wrapped (DDP, Float16Module).
@@ -178,7 +190,12 @@ def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         prefix, _, rest = name.partition("decoder.layers.")
         if rest and not prefix:
             local, _, rest = rest.partition(".")
-            number = model.get_submodule(f"decoder.layers.{local}").layer_number
+            module = model.get_submodule(f"decoder.layers.{local}")
+            number = module.layer_number
             assert isinstance(number, int)  # megatron-core counts layers from 1, over all pipeline stages
-            name = f"decoder.layers.{number - 1}.{rest}"
+            first, here, rest = rest.partition("local_experts.")
+            if here:
+                expert, _, rest = rest.partition(".")
+                rest = f"{here}{cast(Any, module.mlp).local_expert_indices[int(expert)]}.{rest}"
+            name = f"decoder.layers.{number - 1}.{first}{rest}"
         yield name, parameter

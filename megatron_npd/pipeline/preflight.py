@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +130,7 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     from megatron_npd.ops.implementation import use_triton
     from megatron_npd.platform import get_platform
     from megatron_npd.platform.initialize import check_devices, check_world_size
-    from megatron_npd.training.trainer import check_batch
+    from megatron_npd.training.trainer import check_batch, check_experts
 
     check_objective(**cfg.train.kd_settings())
     use_triton(cfg.train.loss_impl, get_platform().device(0), name="train.loss_impl")
@@ -140,8 +139,10 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     for spec, stage in zip(specs, (cfg.train, cfg.annotate), strict=False):
         check_world_size(cfg.world_size, **stage.parallel_sizes)
         sizes = stage.tensor_model_parallel_size, stage.pipeline_model_parallel_size
-        check_layout(spec, *sizes, **stage.pipeline_split)
-    check_batch(cfg.train, cfg.pack.seq_length, cfg.world_size // prod(cfg.train.parallel_sizes.values()))
+        expert_size = stage.parallel_sizes.get("expert_model_parallel_size", 1)
+        check_layout(spec, *sizes, **stage.pipeline_split, expert_size=expert_size)
+    check_experts(cfg.train, specs[0])
+    check_batch(cfg.train, cfg.pack.seq_length, cfg.world_size // cfg.train.copy_size)
 
 
 def _check_lengths(cfg: NPDConfig, context: int, longest: int) -> None:

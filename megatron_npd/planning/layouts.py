@@ -28,7 +28,7 @@ from megatron_npd.planning.memory import (
     training_memory,
 )
 from megatron_npd.planning.model import Layout
-from megatron_npd.training.trainer import check_batch
+from megatron_npd.training.trainer import check_batch, check_experts
 
 Cfg = TypeVar("Cfg", bound=LayoutConfig)
 
@@ -87,6 +87,7 @@ def training_layouts(spec: ModelSpec, cfg: PlanConfig, nodes: int, machine: Mach
 
     def look(layout: Layout) -> Candidate:
         train, row = cut(cfg.train, layout), cfg.pack.seq_length
+        check_experts(train, spec)
         rows = check_batch(train, row, layout.dp)
         memory = training_memory(
             spec,

@@ -129,7 +129,18 @@ def layer_activations(spec: ModelSpec, tp: int, e: int, *, sequence_parallel: bo
         attention += _norm(query, heads, e, norms) + _norm(key, kv_heads, e, norms)
         if norms != "cpu":
             attention -= key * e  # the key's norm keeps a view of the product
-    return hidden + attention + MIDDLE[norms] * spec.ffn_hidden_size / tp * e
+    return hidden + attention + MIDDLE[norms] * spec.ffn_hidden_size / tp * e + _expert_activations(spec, tp, e, split)
+
+
+def _expert_activations(spec: ModelSpec, tp: int, e: int, split: int) -> float:
+    """What a layer with experts keeps per token beside what an MLP of the width of a token's experts does."""
+    if spec.experts is None:
+        return 0.0
+    per_token, width = spec.experts.per_token, spec.ffn_hidden_size / tp * e
+    inputs = per_token * spec.hidden_size * e  # a copy for each expert
+    # Of the router its input in float32, the chosen experts and their weights; then the maps of the dispatch.
+    router = (spec.hidden_size * (4 - e) + 12 * per_token) / split + 5 * spec.experts.number + 12 * per_token
+    return inputs + width + router  # the width: of outputs before they are weighted
 
 
 def _norm(width: float, groups: float, e: int, norms: Norms) -> float:
@@ -150,7 +161,8 @@ def _head(spec: ModelSpec, cfg: TrainConfig, tp: int, tokens: int, e: int) -> tu
 
 def _layer_working(spec: ModelSpec, tp: int, e: int) -> float:
     """Bytes per token that a layer's forward or backward holds beside what is kept: the widest is the MLP's."""
-    return (4 * spec.ffn_hidden_size / tp + 2 * spec.hidden_size) * e
+    copies = 1 + (spec.experts.per_token if spec.experts else 0)  # of a token, in and out
+    return (4 * spec.ffn_hidden_size / tp + 2 * copies * spec.hidden_size) * e
 
 
 def annotation_memory(spec: ModelSpec, cfg: AnnotateConfig, layout: Layout) -> RankMemory:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from megatron_npd.models.families import ModelSpec
-from megatron_npd.models.mapping import hf_shapes, local_shape, parameter_rules
+from megatron_npd.models.families import ModelSpec, Rule
+from megatron_npd.models.mapping import hf_shapes, local_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +31,21 @@ def parameters(spec: ModelSpec) -> int:
 
 def rank_parameters(spec: ModelSpec, layout: Layout) -> list[int]:
     """Parameters on a rank of each pipeline stage, from the first. A tied output layer is a copy on a later one."""
+    embedding, norm, head = (prod(local_shape(rule, spec, layout.tp)) for rule in spec.family.outer_rules)
+    layer = sum(prod(local_shape(rule, spec, layout.tp)) * _count(rule, spec) for rule in spec.layer_rules)
     stages = [0] * layout.pp
-    for name, rule in parameter_rules(spec).items():
-        size = prod(local_shape(rule, spec, layout.tp))
-        if name.startswith("embedding."):
-            stages[0] += size
-        elif name.startswith("decoder.layers."):
-            layer = int(name.split(".")[2])
-            stages[layer * layout.pp // spec.num_layers] += size
-        elif not (name.startswith("output_layer.") and spec.tied and layout.pp == 1):
-            stages[-1] += size
+    for index in range(spec.num_layers):
+        stages[index * layout.pp // spec.num_layers] += layer
+    stages[0] += embedding
+    stages[-1] += norm + (0 if spec.tied and layout.pp == 1 else head)
     return stages
+
+
+def _count(rule: Rule, spec: ModelSpec, *, active: bool = False) -> int:
+    """Parameters of this kind in a layer, or those of them that a token meets."""
+    if "{e}" not in rule.mcore or spec.experts is None:
+        return 1
+    return spec.experts.per_token if active else spec.experts.number
 
 
 def head_parameters(spec: ModelSpec) -> int:
@@ -50,10 +54,9 @@ def head_parameters(spec: ModelSpec) -> int:
 
 
 def layer_weights(spec: ModelSpec) -> int:
-    """Parameters of all layers that a token is multiplied with: matrices, no norms and biases."""
-    rules = [rule for name, rule in parameter_rules(spec).items() if name.startswith("decoder.layers.")]
-    shapes = [local_shape(rule, spec, 1) for rule in rules]
-    return sum(prod(shape) for shape in shapes if len(shape) == 2)
+    """Parameters of all layers that a token is multiplied with: matrices, no norms and biases, its own experts."""
+    shapes = [(local_shape(rule, spec, 1), _count(rule, spec, active=True)) for rule in spec.layer_rules]
+    return spec.num_layers * sum(prod(shape) * count for shape, count in shapes if len(shape) == 2)
 
 
 def forward_flops(spec: ModelSpec, tokens: float, *, head_tokens: float, context: float) -> float:

@@ -23,6 +23,7 @@ _SIZES = {
     "pipeline_model_parallel_size": "get_pipeline_model_parallel_world_size",
     "context_parallel_size": "get_context_parallel_world_size",
     "virtual_pipeline_model_parallel_size": "get_virtual_pipeline_model_parallel_world_size",
+    "expert_model_parallel_size": "get_expert_model_parallel_world_size",
 }
 _layouts: dict[tuple[int, ...] | None, dict[str, Any]] = {}  # megatron-core's private names in each; None: in none
 
@@ -38,7 +39,8 @@ def initialize_distributed(*, seed: int = 1234, **sizes: int) -> None:
         seed: Seed of the random streams (the tensor-parallel one differs by rank, as megatron-core has it).
         sizes: ``tensor_model_parallel_size``, ranks that share a layer; ``pipeline_model_parallel_size``, that share
             the depth; ``context_parallel_size``, that share a row; ``virtual_pipeline_model_parallel_size``, parts of
-            the depth of one of those ranks. Each is 1 where it is not given.
+            the depth of one of those ranks; ``expert_model_parallel_size``, that share the experts of a layer, taken
+            from the data-parallel ones. Each is 1 where it is not given.
 
     Raises:
         UserError: The world size is not a multiple of the sizes' product, or this machine has no device for this
@@ -103,12 +105,13 @@ def check_world_size(world: int, **sizes: int) -> None:
         UserError: It is no multiple of the product of ``sizes``, named as in ``initialize_distributed``.
     """
     assert sizes.keys() <= _SIZES.keys(), sizes
-    cut = {name: size for name, size in sizes.items() if size > 1}
-    if world % prod(cut.values()):
-        raise UserError(
-            f"number of processes must be a multiple of {' x '.join(cut)} = {' x '.join(map(str, cut.values()))}, got "
-            f"{world}; start another number of processes or change the sizes"
-        )
+    for other in ("expert_model_parallel_size", "context_parallel_size"):  # experts are shared along the latter too
+        cut = {name: size for name, size in sizes.items() if size > 1 and name != other}
+        if world % prod(cut.values()):
+            raise UserError(
+                f"number of processes must be a multiple of {' x '.join(cut)} = {' x '.join(map(str, cut.values()))}, "
+                f"got {world}; start another number of processes or change the sizes"
+            )
 
 
 def _join(backend: str) -> None:

@@ -101,6 +101,7 @@ def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainR
         return _result(cfg, state, interrupt)
     with together():
         data = _open_data(cfg, rounds.schedule, spec)
+    check_experts(cfg, spec)
     dp_size = parallel_state.get_data_parallel_world_size()
     rows_per_step = check_batch(cfg, data.seq_length, dp_size)
     chunks = build_chunks(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel, **cfg.transformer_options)
@@ -210,9 +211,22 @@ class _Loop:
         self._saver.save(self._step, state | ({"policy": self._refresh.progress.policies} if marked else {}))
 
 
+def check_experts(cfg: TrainConfig, spec: ModelSpec) -> None:
+    """Refuse a layout in which tensor-parallel ranks would send every token to the experts several times.
+
+    Raises:
+        UserError: The sequence is not split over them.
+    """
+    if spec.experts and cfg.tensor_model_parallel_size > 1 and not cfg.sequence_parallel:
+        raise UserError(
+            f"sequence_parallel must be true where {spec.path}, a model with experts, trains with "
+            f"tensor_model_parallel_size {cfg.tensor_model_parallel_size}, got false; switch it on"
+        )
+
+
 def _log_start(cfg: TrainConfig, stop: int, rows_per_step: int, seq_length: int) -> None:
     get_logger().info(
-        "training %s to step %d of %d: %d rows of %d tokens per step, TP %d, PP %d, CP %d, DP %d",
+        "training %s to step %d of %d: %d rows of %d tokens per step, TP %d, PP %d, CP %d, EP %d, DP %d",
         "bf16" if cfg.bf16 else "fp32",
         stop,
         cfg.train_iters,

@@ -46,6 +46,8 @@ NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _LLAMA31_8B = "4096 14336 32 32 8 128256 131072"
 _QWEN3 = {"rms_norm_eps": 1e-6, "attention_bias": False, "use_sliding_window": False, "sliding_window": None}
 _QWEN3 |= {"head_dim": 128, "rope_theta": 1e6, "rope_scaling": None, "max_window_layers": 28}
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+_EXPERTS |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 _DUAL_CHUNKS = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
 _PHI3 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -93,6 +95,9 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "DeepSeek-R1-Distill-Qwen-1.5B": qwen2("1536 8960 28 12 2 151936 131072", 1e4, 4096, use_mrope=False),
     "QwQ-32B": qwen2("5120 27648 64 40 8 152064 40960", 1e6, 32768),
     "Qwen3-0.6B": _config("Qwen3ForCausalLM", "qwen3", "1024 3072 28 16 8 151936 40960", **_QWEN3 | TIED),
+    "Qwen3-30B-A3B": _config(
+        "Qwen3MoeForCausalLM", "qwen3_moe", "2048 6144 48 32 4 151936 40960", **_QWEN3, **_EXPERTS
+    ),
     "openPangu-Embedded-1B": openpangu("1536 6144 26 12 6 153376 32768", 4e6, **TIED),
     "openPangu-Embedded-7B": openpangu("4096 12800 34 32 8 153376 32768", 16e6),
 }
@@ -138,5 +143,7 @@ def scaled_down(config: dict[str, Any]) -> dict[str, Any]:
         scaling["original_max_position_embeddings"] = 32
     kind = scaling.pop("type", scaling.pop("rope_type", "default"))
     small["rope_parameters"] = scaling | {"rope_type": kind, "rope_theta": theta}
-    kept = ("tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps", "sliding_window")
+    if "num_experts" in config:
+        small |= {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 24}
+    kept = ("norm_topk_prob", "tie_word_embeddings", "attention_bias", "mlp_bias", "rms_norm_eps", "sliding_window")
     return small | {name: config[name] for name in kept if name in config}

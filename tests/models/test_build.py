@@ -39,11 +39,12 @@ def _reference(model_dir: Path, seeds: list[int]) -> tuple[float, float]:
 
 
 def _first_steps(
-    rank: int, world: int, model_dir: Path, tensor: int, pipeline: int, sequence_parallel: bool
+    rank: int, world: int, model_dir: Path, tensor: int, pipeline: int, sequence_parallel: bool, expert: int = 1
 ) -> tuple[list[float], float]:
     from megatron_npd.models.build import build_model, load_hf_weights, load_spec
 
-    initialize_distributed(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    initialize_distributed(**sizes, expert_model_parallel_size=expert)
     spec = load_spec(model_dir)
     model = build_model(spec, sequence_parallel=sequence_parallel)
     load_hf_weights(model, spec)
@@ -76,6 +77,16 @@ def test_loss_and_gradient_equal_transformers_in_each_family(tmp_path: Path, fam
     want_loss, want_norm = _reference(model_dir, [0])
     assert losses[0] == pytest.approx(want_loss, abs=2e-6)
     assert norm == pytest.approx(want_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_experts_that_ranks_share_equal_transformers(tmp_path: Path, normalised: bool) -> None:
+    model_dir = make_tiny_model(tmp_path / "model", family="qwen3_moe", norm_topk_prob=normalised)
+    results = run_distributed(_first_steps, 2, model_dir, 1, 1, False, 2)
+    want_loss, want_norm = _reference(model_dir, [0, 1])
+    for losses, norm in results:
+        assert losses[0] == pytest.approx(want_loss, abs=2e-6)
+        assert norm == pytest.approx(want_norm, rel=1e-5)
 
 
 def test_data_parallel_gradient_equals_transformers(model_dir: Path) -> None:

@@ -110,7 +110,7 @@ def run_layouts(rank: int, world_size: int, layouts: tuple[tuple[int, int], ...]
         for case in CASES:
             out = work / f"{case}-tp{tp}-pp{pp}"
             spec = load_spec(work / case)
-            model = build_model(spec)
+            model = build_model(spec, sequence_parallel=spec.experts is not None)
             load_hf_weights(model, spec)
             save_checkpoint(out / "checkpoint", 3, model=model, state={})
             difference = forward_backward(model, spec.vocab_size, torch.load(work / f"{case}.pt"))
@@ -162,10 +162,11 @@ def forward_backward(model: Any, vocab_size: int, expected_TV: torch.Tensor) -> 
             dist.send(present(hidden.grad), dist.get_rank() - 1)
     if not (first and last) and model.share_embeddings_and_output_weights:
         dist.all_reduce(model.shared_embedding_or_output_weight().grad, group=parallel_state.get_embedding_group())
-    if model.config.qk_layernorm:  # each tensor rank has gradients of its heads, as megatron-core's finalize knows
-        for name, parameter in model.named_parameters():
-            if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
-                dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+    # Tensor ranks have gradients of their heads and their part of a split sequence, as megatron-core's finalize knows.
+    for name, parameter in model.named_parameters():
+        split = tp > 1 and getattr(parameter, "sequence_parallel", False)
+        if split or name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+            dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
     if not last:
         return None
     parts = [torch.empty_like(output[0]) for _ in range(tp)]
@@ -186,8 +187,23 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         logits_TV = torch.cat([model(segment).logits[0] for segment in tokens.split(SEGMENTS, dim=1)])
         (logits_TV * weights_TV).sum().backward()
         torch.save(logits_TV.detach(), work / f"{case}.pt")
-        torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, work / f"{case}-grad.pt")
+        gradients = (
+            item for name, parameter in model.named_parameters() for item in apart(name, present(parameter.grad))
+        )
+        torch.save(dict(gradients), work / f"{case}-grad.pt")
     return work
+
+
+def apart(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A parameter of transformers as the tensors of a checkpoint: it keeps those of a layer's experts as one."""
+    if ".experts." not in name:
+        yield name, tensor
+        return
+    prefix, _, kind = name.rpartition(".")
+    for expert, own in enumerate(tensor):
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        for part, piece in zip(parts, own.chunk(len(parts)), strict=True):
+            yield f"{prefix}.{expert}.{part}.weight", piece
 
 
 @pytest.fixture(scope="module")

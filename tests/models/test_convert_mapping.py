@@ -24,12 +24,17 @@ SIZES = {
     "num_key_value_heads": G,
     "head_dim": D,
     "vocab_size": V,
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": F,
 }
+EXPERTS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size"}
 
 
 @pytest.fixture(params=PUBLISHED.values(), ids=list(PUBLISHED))
 def spec(request: pytest.FixtureRequest, tmp_path: Path) -> ModelSpec:
-    (tmp_path / "config.json").write_text(json.dumps(request.param | SIZES))
+    sizes = {name: size for name, size in SIZES.items() if name in request.param or name not in EXPERTS}
+    (tmp_path / "config.json").write_text(json.dumps(request.param | sizes))
     return load_spec(tmp_path)
 
 
@@ -54,7 +59,9 @@ def local(name: str, spec: ModelSpec, hf: dict[str, torch.Tensor], rank: int, si
 @pytest.mark.parametrize("size", [1, 2])
 def test_layouts_are_megatrons(spec: ModelSpec, size: int) -> None:
     hf = numbered(spec)
-    layer, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+    layer, mlp, ours = "model.layers.1.self_attn", "model.layers.1.mlp", "decoder.layers.1.mlp"
+    if spec.experts:
+        mlp, ours = f"{mlp}.experts.1", f"{ours}.experts.local_experts.1"
     q, k, v = (hf[f"{layer}.{name}_proj.weight"].view(G, -1, H) for name in "qkv")
     qkv = torch.cat([q, k, v], dim=1).view(-1, H)
     padded = torch.zeros(V + V % size, H, dtype=torch.int64)
@@ -66,9 +73,9 @@ def test_layouts_are_megatrons(spec: ModelSpec, size: int) -> None:
 
         assert torch.equal(got("decoder.layers.1.self_attention.linear_qkv.weight"), qkv.chunk(size)[rank])
         gate, up = (hf[f"{mlp}.{name}_proj.weight"].chunk(size)[rank] for name in ("gate", "up"))
-        assert torch.equal(got("decoder.layers.1.mlp.linear_fc1.weight"), torch.cat([gate, up]))
+        assert torch.equal(got(f"{ours}.linear_fc1.weight"), torch.cat([gate, up]))
         down = hf[f"{mlp}.down_proj.weight"].chunk(size, dim=1)[rank]
-        assert torch.equal(got("decoder.layers.1.mlp.linear_fc2.weight"), down)
+        assert torch.equal(got(f"{ours}.linear_fc2.weight"), down)
         out = hf[f"{layer}.o_proj.weight"].chunk(size, dim=1)[rank]
         assert torch.equal(got("decoder.layers.1.self_attention.linear_proj.weight"), out)
         assert torch.equal(got("decoder.layers.1.input_layernorm.weight"), hf["model.layers.1.input_layernorm.weight"])

@@ -126,6 +126,25 @@ MISTRAL_7B = {
     "use_cache": True,
     "vocab_size": 32768,
 }
+QWEN3_30B = QWEN3_06B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
 _PANGU_CODE = "modeling_openpangu_dense.PanguEmbedded"
 PANGU_1B = {
     "architectures": ["PanguEmbeddedForCausalLM"],
@@ -162,6 +181,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3": QWEN3_06B,
     "mistral": MISTRAL_7B,
     "openpangu": PANGU_1B,
+    "qwen3_moe": QWEN3_30B,
 }
 LLAMA3_SCALING = LLAMA32_1B["rope_scaling"]
 DROP = object()
@@ -193,7 +213,7 @@ def test_published_llama32_config(tmp_path: Path) -> None:
 def loadable(config: dict[str, Any]) -> dict[str, Any]:
     """A published configuration as transformers loads it without code that comes along."""
     export = FAMILIES[config["architectures"][0]].export
-    return {key: value for key, value in (config | export).items() if key != "auto_map"}
+    return {key: value for key, value in {**config, **export}.items() if key != "auto_map"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -255,6 +275,13 @@ def test_padding_is_to_a_multiple_of_tp_only(tmp_path: Path) -> None:
         (QWEN25_7B, {"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequenceClassification"),
         (LLAMA32_1B, {"architectures": ["PanguEmbeddedForCausalLM"]}, "model_type"),
         (PANGU_1B, {"bias": False}, "bias"),
+        (QWEN3_30B, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        (QWEN3_30B, {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        (QWEN3_30B, {"num_experts_per_tok": 129}, "num_experts_per_tok"),
+        (QWEN3_30B, {"num_experts_per_tok": 1}, "norm_topk_prob"),
+        (QWEN3_30B, {"num_experts": DROP}, "num_local_experts"),
+        (QWEN3_30B, {"num_local_experts": 64}, "num_local_experts"),
+        (QWEN3_30B, {"moe_intermediate_size": "768"}, "moe_intermediate_size"),
         (QWEN25_7B, {"architectures": DROP}, "architectures"),
         (QWEN25_7B, {"model_type": "qwen3"}, "model_type"),
         (QWEN25_7B, {"use_sliding_window": True}, "use_sliding_window"),

@@ -72,7 +72,7 @@ def test_scaled_down_they_are_what_transformers_makes_of_them(tmp_path: Path) ->
 
     expected, made = {}, {}
     for config in ACCEPTED.values():
-        small = {"family": FAMILIES[config["architectures"][0]].name} | scaled_down(config)
+        small: dict[str, Any] = {"family": FAMILIES[config["architectures"][0]].name} | scaled_down(config)
         name = made.setdefault(json.dumps(small, sort_keys=True), str(len(made)))
         if name in expected:
             continue  # the same as another one's
@@ -103,7 +103,7 @@ def test_turns_of_openpangu_open_and_end_with_unused_tokens(tmp_path: Path) -> N
     tokenizer.add_tokens([f"[unused{i}]" for i in range(9, 18)], special_tokens=True)
     tokenizer.eos_token, tokenizer.chat_template = "[unused10]", PANGU_TEMPLATE
     tokenizer.save_pretrained(tmp_path)
-    nine, ten = tokenizer.convert_tokens_to_ids(["[unused9]", "[unused10]"])
+    nine, ten = (tokenizer.convert_tokens_to_ids(f"[unused{i}]") for i in (9, 10))
     write(tmp_path, ACCEPTED["openPangu-Embedded-1B"] | {"eos_token_id": ten})
     model = load_model_tokens(tmp_path)
     assert model.stop_ids == (ten,)

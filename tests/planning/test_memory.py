@@ -23,6 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": False},
     "llama": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 32, "num_experts": 8, "moe_intermediate_size": 96},
 }
 # tensor- and pipeline-parallel sizes of two ranks, and settings
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -146,7 +147,7 @@ class Kept:
 
 
 def _measure_all(rank: int, world_size: int, root: Path, family: str) -> dict[str, dict[str, int]]:
-    return {name: _measure(rank, world_size, root / family, *case) for name, case in CASES.items()}
+    return {name: _measure(rank, world_size, root / family, *case) for name, case in trained(family).items()}
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,13 @@ def measured(models: Path) -> dict[str, list[dict[str, dict[str, int]]]]:
     return {family: run_distributed(_measure_all, 2, models, family) for family in SHAPES}
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", SHAPES)
+def trained(family: str) -> dict[str, tuple[int, int, dict[str, Any]]]:
+    """The cases that are not refused."""
+    experts = "num_experts" in SHAPES[family]
+    return {name: case for name, case in CASES.items() if not experts or case[0] == 1 or "sequence_parallel" in case[2]}
+
+
+@pytest.mark.parametrize(("family", "case"), [(family, case) for family in SHAPES for case in trained(family)])
 def test_each_part_is_what_a_step_allocates(models: Path, measured: Any, family: str, case: str) -> None:
     tp, pp, fields = CASES[case]
     layout = Layout(tp=tp, pp=pp, dp=2 // (tp * pp))

@@ -21,11 +21,11 @@ from megatron_npd.planning.devices import ACCELERATORS
 from megatron_npd.planning.hours import Machine, decoding, prefill_seconds, step_time
 from megatron_npd.planning.layouts import layouts
 from megatron_npd.planning.memory import server_memory
-from megatron_npd.planning.model import Layout, cache_bytes, forward_flops, parameters
+from megatron_npd.planning.model import Layout, cache_bytes, forward_flops, parameters, rank_parameters
 from megatron_npd.planning.plan import Plan, make_plan
 from megatron_npd.planning.splits import RoundTime, run_seconds
 from megatron_npd.planning.table import as_dict, as_text
-from tests.models.test_families import LLAMA32_1B, QWEN3_06B, QWEN25_7B, write
+from tests.models.test_families import LLAMA32_1B, QWEN3_06B, QWEN3_30B, QWEN25_7B, write
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples" / "recipes" / "npd_72b_to_7b.yaml"
@@ -47,7 +47,7 @@ PANGU_1B |= {"num_attention_heads": 12, "num_key_value_heads": 6}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("configs")
-    configs = {"72b": QWEN25_72B, "7b": QWEN25_7B, "qwen3": QWEN3_06B, "llama": LLAMA32_1B}
+    configs = {"72b": QWEN25_72B, "7b": QWEN25_7B, "qwen3": QWEN3_06B, "llama": LLAMA32_1B, "30b": QWEN3_30B}
     for name, fields in (configs | {"pangu-7b": PANGU_7B, "pangu-1b": PANGU_1B}).items():
         (root / name).mkdir()
         write(root / name, fields)
@@ -70,6 +70,16 @@ def test_a_forward_takes_two_flops_per_parameter_and_token(models: Path) -> None
     assert forward_flops(spec, 100, head_tokens=100, context=0) == pytest.approx(200 * without_embedding, rel=1e-3)
     attended = forward_flops(spec, 1, head_tokens=0, context=1000) - forward_flops(spec, 1, head_tokens=0, context=0)
     assert attended == 4 * 80 * 64 * 128 * 1000
+
+
+def test_of_experts_all_are_held_and_a_few_are_computed(models: Path) -> None:
+    """Qwen3-30B-A3B: 30.5 billion parameters, 3.3 of which a token meets (with the embedding)."""
+    spec = load_spec(models / "30b")
+    assert parameters(spec) == 30_532_122_624
+    flops = forward_flops(spec, 1, head_tokens=1, context=0)
+    assert flops / 2 + spec.vocab_size * spec.hidden_size == pytest.approx(3.35e9, rel=0.01)
+    halves = rank_parameters(spec, Layout(tp=2, pp=2, dp=1))
+    assert sum(halves) * 2 == pytest.approx(parameters(spec), rel=1e-3)
 
 
 def test_the_recipe_for_72b_to_7b_fits_and_its_layouts_are_the_ones_planned(models: Path) -> None:

@@ -9,7 +9,8 @@ from megatron_npd.models.families.mistral import MISTRAL
 from megatron_npd.models.families.openpangu import OPENPANGU
 from megatron_npd.models.families.qwen2 import QWEN2
 from megatron_npd.models.families.qwen3 import QWEN3
+from megatron_npd.models.families.qwen3_moe import QWEN3_MOE
 
-FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, OPENPANGU, QWEN2, QWEN3)}
+FAMILIES = {family.architecture: family for family in (LLAMA, MISTRAL, OPENPANGU, QWEN2, QWEN3, QWEN3_MOE)}
 
 __all__ = ["FAMILIES", "Family", "ModelSpec", "Rule", "load_spec"]

@@ -14,7 +14,7 @@ import torch
 from megatron_npd.platform import get_platform
 
 RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
-Dim = Literal["vocab", "hidden", "head", "query", "kv", "ffn"]
+Dim = Literal["vocab", "hidden", "head", "query", "kv", "ffn", "experts", "moe_ffn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class Rule:
     """How one megatron-core parameter is made of Hugging Face tensors.
 
     Attributes:
-        mcore: Name of the megatron-core parameter; ``{i}`` stands for the layer's global index.
+        mcore: Name of the megatron-core parameter; ``{i}`` stands for the layer's global index, ``{e}`` for the
+            expert's, where a layer has a parameter of this kind for each.
         hf: Names and dimensions of the Hugging Face tensors, in the order that the kind expects.
         kind: ``vocab`` (rows split over TP, padded), ``qkv`` (q, k, v interleaved by query group, rows split),
             ``gate_up`` (each rank holds its rows of gate, then its rows of up), ``row`` (columns split),
@@ -69,6 +70,28 @@ class Family:
     outer_rules: tuple[Rule, ...]
     layer_rules: tuple[Rule, ...]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers have experts in place of an MLP."""
+        return any("{e}" in rule.mcore for rule in self.layer_rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """What a layer has in place of one MLP.
+
+    Attributes:
+        number: Experts of a layer.
+        per_token: Of them, those that a token goes through.
+        ffn_hidden_size: Width of an expert.
+        normalised: Whether the probabilities of a token's experts are scaled to add up to 1.
+    """
+
+    number: int
+    per_token: int
+    ffn_hidden_size: int
+    normalised: bool
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -85,7 +108,8 @@ class ModelSpec:
         num_heads: Query heads.
         num_kv_heads: Key and value heads.
         head_dim: Size of a head.
-        ffn_hidden_size: Width of the gated MLP.
+        ffn_hidden_size: Width of the gated MLP; with experts, of what a token goes through in a layer.
+        experts: None: layers have an MLP each.
         vocab_size: Rows of the embedding, without padding.
         tied: Whether the output layer is the embedding.
         rms_norm_eps: Epsilon of the norms.
@@ -106,6 +130,7 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     ffn_hidden_size: int
+    experts: Experts | None
     vocab_size: int
     tied: bool
     rms_norm_eps: float
@@ -124,7 +149,7 @@ class ModelSpec:
 
     def export_config(self) -> dict[str, Any]:
         """``config.json`` of an export: as it stands, but for a family that is published with code of its own."""
-        config = self.hf_config | self.family.export
+        config = {**self.hf_config, **self.family.export}
         return {key: value for key, value in config.items() if key != "auto_map" or not self.family.export}
 
     def has(self, parameter: str) -> bool:

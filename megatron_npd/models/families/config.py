@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_npd.errors import UserError
-from megatron_npd.models.families.base import Family, ModelSpec
+from megatron_npd.models.families.base import Experts, Family, ModelSpec
 from megatron_npd.models.families.rope import parse_rope
 from megatron_npd.models.families.values import ELSEWHERE, expect, is_size
 from megatron_npd.weights import language_config, read_config
@@ -44,6 +44,7 @@ _READ = frozenset(
         "torch_dtype",
     ]
 ).union(_SIZES)
+_EXPERTS = ("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 # Values under which a key of any family leaves the maths as it is.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -120,6 +121,7 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
     expect(isinstance(eps, float) and 0 < eps < 1, config_file, "rms_norm_eps", "between 0 and 1", config)
     tied = config.get("tie_word_embeddings", False)
     expect(isinstance(tied, bool), config_file, "tie_word_embeddings", "true or false", config)
+    experts = _parse_experts(config, config_file) if family.has_experts else None
     rope_theta, rope_scaling = parse_rope(config, config_file, family)
     return ModelSpec(
         path=str(path),
@@ -132,7 +134,8 @@ def load_spec(hf_dir: str | Path) -> ModelSpec:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn_hidden_size=config["intermediate_size"],
+        ffn_hidden_size=experts.per_token * experts.ffn_hidden_size if experts else config["intermediate_size"],
+        experts=experts,
         vocab_size=config["vocab_size"],
         tied=tied,
         rms_norm_eps=eps,
@@ -161,6 +164,7 @@ def _check_keys(config: Mapping[str, Any], file: Path, family: Family) -> None:
     """Refuse, by name, each key whose value changes the maths and each key that nobody has looked at."""
     neutral = {**_NEUTRAL, **dict.fromkeys(family.switches, (True, False)), **family.neutral}
     known = _READ | _HARMLESS | set(family.harmless)
+    known |= set(_EXPERTS) if family.has_experts else set()
     for key, value in config.items():
         if key in neutral:
             allowed = " or ".join(json.dumps(item) for item in neutral[key])
@@ -180,6 +184,21 @@ def _check_keys(config: Mapping[str, Any], file: Path, family: Family) -> None:
                 f"{file} must hold known keys only, got {key} = {json.dumps(value)[:200]}, which may change the maths "
                 f"of a {family.name} model; remove the key if it does not ({ELSEWHERE})"
             )
+
+
+def _parse_experts(config: Mapping[str, Any], file: Path) -> Experts:
+    key = "num_experts" if "num_experts" in config else "num_local_experts"  # the latter in transformers 5
+    number = config.get(key)
+    for name in (key, "num_experts_per_tok", "moe_intermediate_size"):
+        expect(is_size(config.get(name)), file, name, "a positive integer", config)
+    expect(config.get("num_local_experts", number) == number, file, "num_local_experts", f"{number} too", config)
+    per_token, width, normalised = (config[name] for name in _EXPERTS[2:])
+    expect(per_token <= config[key], file, "num_experts_per_tok", f"at most {key} ({number})", config)
+    expect(isinstance(normalised, bool), file, "norm_topk_prob", "true or false", config)
+    # A single expert's probability would always be 1, and its router never learn.
+    learns = per_token > 1 or not normalised
+    expect(learns, file, "norm_topk_prob", "false with one expert per token", config, ELSEWHERE)
+    return Experts(number=config[key], per_token=per_token, ffn_hidden_size=width, normalised=normalised)
 
 
 def _parse_dtype(config: Mapping[str, Any], file: Path) -> torch.dtype:

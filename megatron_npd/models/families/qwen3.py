@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_npd.models.families.base import Family, Rule
 from megatron_npd.models.families.llama import ATTENTION_BIAS, LAYER_RULES, OUTER_RULES
 
-_QK_NORMS = tuple(
+QK_NORMS = tuple(
     Rule(
         mcore=f"decoder.layers.{{i}}.self_attention.{name}_layernorm.weight",
         hf={f"model.layers.{{i}}.self_attn.{name}_norm.weight": ("head",)},
@@ -23,5 +23,5 @@ QWEN3 = Family(
     neutral={"use_sliding_window": (False,)},
     harmless=("sliding_window", "max_window_layers"),  # without effect where use_sliding_window is false
     outer_rules=OUTER_RULES,
-    layer_rules=(*LAYER_RULES, *_QK_NORMS),
+    layer_rules=(*LAYER_RULES, *QK_NORMS),
 )
