@@ -144,11 +144,11 @@ def on_policy(costs: Costs, lengths: npt.NDArray[np.int64], devices: int, *, pla
 
 def round_time(costs: Costs, lengths: npt.NDArray[np.int64], serving: int, training: int, epochs: int) -> RoundTime:
     """Of one round on these devices."""
-    tokens = float((lengths + costs.prompt).sum())
+    steps = [lengths[first : first + BATCH] for first in range(0, len(lengths), BATCH)]
     return RoundTime(
         rollout=generate(costs, lengths, serving) + costs.refresh,
-        annotate=costs.scored * tokens / training,
-        train=costs.trained * tokens * epochs / training,
+        annotate=work(costs.scored, costs, lengths, training, padded=False),
+        train=epochs * sum(work(costs.trained, costs, step, training, padded=False) for step in steps),
     )
 
 

@@ -153,18 +153,8 @@ class Quickstart:
         model = self.sft("teacher", recipe, problems="teacher", start=start, until=recipe.train_iters)
         result = self.work / "teacher" / "accuracy.json"
         if not result.exists():
-            prompts = self._prepare(self.work / "data" / "npd.jsonl", self.work / "seqkd" / "prompts", model)
             with ServerPool.open(model, self.npd.rollout, version="teacher", log_dir=self.work / "logs") as pool:
                 accuracy = self._accuracy(pool, model)
-                generate_round(  # one greedy response to each prompt, for SeqKD
-                    prompts,
-                    self.work / "seqkd" / "rollouts",
-                    pool=pool,
-                    cfg=dataclasses.replace(self.npd.rollout, greedy_paths=1, sampled_paths=0, prompts_per_round=0),
-                    round_index=0,
-                    policy_version="teacher",
-                    source="teacher",
-                )
             write_atomic(result, json.dumps({"accuracy": accuracy}) + "\n")
             get_logger().info(f"teacher: {accuracy:.1f} % of the held-out problems")
         return model
@@ -205,7 +195,19 @@ class Quickstart:
         return self.sft("further", recipe, problems="student", start=student, until=recipe.train_iters)
 
     def _seqkd(self, student: Path, cfg: NPDConfig) -> Path:
-        data = self.work / "seqkd"
+        data, teacher = self.work / "seqkd", Path(cfg.teacher)
+        prompts = self._prepare(Path(cfg.prompts), data / "prompts", teacher)
+        if not is_sealed(data / "rollouts"):
+            with ServerPool.open(teacher, self.npd.rollout, version="teacher", log_dir=self.work / "logs") as pool:
+                generate_round(
+                    prompts,
+                    data / "rollouts",
+                    pool=pool,
+                    cfg=dataclasses.replace(self.npd.rollout, greedy_paths=1, sampled_paths=0, prompts_per_round=0),
+                    round_index=0,
+                    policy_version="teacher",
+                    source="teacher",
+                )
         pack_rollouts(data / "rollouts", data / "data", cfg.pack, vocab_size=load_spec(student).vocab_size)
         recipe = dataclasses.replace(cfg.train, objective="sft")
         return self.sft("seqkd", recipe, problems="npd", start=student, until=recipe.train_iters)

@@ -132,7 +132,8 @@ class NPDConfig(ClusterConfig):
         require(
             self.train.refresh != "by_lag" or self.rollout.measures_lag,
             "train.refresh",
-            "another than by_lag without rollout.sampled_paths at temperature 1 and top_p 1, which the lag is known of",
+            "another than by_lag without rollout.sampled_paths of the student at temperature 1 and top_p 1, of which "
+            "alone the lag is known",
             self.train.refresh,
             "sample a path so, or use every_n",
         )

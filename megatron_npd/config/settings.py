@@ -156,7 +156,7 @@ class RolloutConfig:
     @property
     def measures_lag(self) -> bool:
         """Whether there are responses of which the policy lag is known (METHOD section 4)."""
-        return self.sampled_paths > 0 and self.temperature == self.top_p == 1
+        return self.sampled_paths > 0 and self.temperature == self.top_p == 1 and self.dataset_fraction < 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def build_chunks(
     Call it after ``initialize_distributed``, whose sizes it takes. Call a part with tokens int64 [1, T], those of
     this context-parallel rank, as ``model(tokens, positions, None, packed_seq_params=packed_params(cu_seqlens))``; the
     positions are not read, those that cu_seqlens implies are used. The last stage gives logits [1, T, V / TP], its
-    slice of the vocabulary padded to a multiple of TP; other stages give hidden states [T, 1, H] (T / TP where
+    slice of the padded vocabulary; other stages give hidden states [T, 1, H] (T / TP where
     sequence-parallel).
 
     Args:

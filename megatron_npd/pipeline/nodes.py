@@ -23,7 +23,7 @@ from megatron_npd.config.cluster import ClusterConfig
 from megatron_npd.durable import write_atomic
 from megatron_npd.errors import UserError
 from megatron_npd.run_dir import RunDir
-from megatron_npd.stoppable import StoppedBySignal
+from megatron_npd.stoppable import StoppedBySignal, check_stop
 
 END = "end"  # in the place of a command: what an earlier call started is to end
 POLL_SECONDS = 0.5
@@ -118,6 +118,7 @@ class Nodes:
         """The servers of all server nodes, once all have announced theirs."""
         files = [self.state / f"node-{rank}" / "urls" for rank in range(self.cfg.training_nodes, self.cfg.nnodes)]
         while not all(file.exists() for file in files):
+            check_stop()
             time.sleep(POLL_SECONDS)
         return tuple(url for file in files for url in json.loads(file.read_text()))
 

@@ -63,9 +63,7 @@ class Device:
             }
         )
         install_adamw(NPUAdamW)
-        from megatron.core.fusions import fused_bias_swiglu
-
-        fused_bias_swiglu.bias_swiglu_impl = _swiglu  # before megatron.core's MLP takes it
+        install_swiglu()
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("npu", local_rank)
@@ -148,6 +146,14 @@ class NPUAdamW(GroupStepAdamW):
 def _npu() -> Any:
     """``torch.npu``, which torch_npu puts there."""
     return torch.npu  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def install_swiglu() -> None:
+    """Have megatron-core's MLPs use the NPU's SwiGLU; importing anything of it has given them its own by now."""
+    from megatron.core.transformer import mlp
+    from megatron.core.transformer.moe import shared_experts
+
+    mlp.bias_swiglu_impl = shared_experts.bias_swiglu_impl = _swiglu
 
 
 def _swiglu(x: Tensor, bias: Tensor | None, *_: Any) -> Tensor:

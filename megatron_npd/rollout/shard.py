@@ -68,6 +68,7 @@ class Shard:
             response = self._unanswerable(index) or known.pop(index, None)
             if response is not None:
                 self.take(index, response)
+        self.__dict__.pop("_table_of_prompts", None)  # read again when its shard is asked: those of all are too much
 
     @property
     def missing(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_npd.errors import UserError
 from megatron_npd.probe import PROBED, known_probe, probe_ids
 from megatron_npd.serving.control import Control
-from megatron_npd.serving.protocol import Malformed, read_scores, scoring_body
+from megatron_npd.serving.protocol import Malformed, is_defined, read_scores, scoring_body
 from megatron_npd.serving.server import GENERATE, ServerLost
 
 # Nats that the median token may differ by between kernels and tensor-parallel layouts. With SmolLM2-135M in 1, 2, 4
@@ -63,6 +63,8 @@ class Answer:
             ids = probe_ids(size)
             answer = servers.control(url, GENERATE, body=scoring_body(ids), timeout=servers.patience)
             logprobs = read_scores(ids, answer)
+            if not all(map(is_defined, logprobs)):
+                raise Malformed(f"NaN or infinity among {logprobs}")
         except ServerLost:
             raise
         except (Malformed, UserError) as error:  # vLLM answers 400 where one is NaN, which is no JSON

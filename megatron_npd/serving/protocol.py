@@ -92,19 +92,16 @@ def scoring_body(token_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def read_scores(token_ids: Sequence[int], body: Any) -> list[float]:
-    """Log-probabilities of all given tokens but the first, from the JSON value that came back.
+    """Log-probabilities of all given tokens but the first, defined or not, from the JSON value that came back.
 
     Raises:
-        Malformed: It does not hold them, or one is not defined.
+        Malformed: It does not hold them.
     """
     positions = field(body, "prompt_logprobs")
     if not isinstance(positions, list) or len(positions) != len(token_ids):
         raise Malformed(f"prompt_logprobs for other than {len(token_ids)} tokens")
     pairs = zip(token_ids[1:], positions[1:], strict=True)
-    logprobs = [field(field(position, str(token)), "logprob") for token, position in pairs]
-    if not all(map(is_defined, logprobs)):
-        raise Malformed(f"NaN or infinity among {logprobs}")
-    return logprobs
+    return [field(field(position, str(token)), "logprob") for token, position in pairs]
 
 
 def read_response(request: Request, body: Any, vocab_size: int) -> Response | Failure:
@@ -140,9 +137,11 @@ def read_response(request: Request, body: Any, vocab_size: int) -> Response | Fa
     return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=_versions(choice))
 
 
-def _read_given(request: Request, body: Any, choice: Any) -> Response:
+def _read_given(request: Request, body: Any, choice: Any) -> Response | Failure:
     ids = list(request.given)
     logprobs = read_scores([*request.token_ids, *ids], body)[-len(ids) :]
+    if not all(map(is_defined, logprobs)):
+        return Failure(reason=UNDEFINED, detail=f"log-probabilities {logprobs[:8]}")
     reason = "stop" if ids[-1] in request.stop_ids else "length"
     return Response(token_ids=ids, logprobs=logprobs, finish_reason=reason, versions=_versions(choice))
 

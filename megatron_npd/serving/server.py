@@ -162,7 +162,8 @@ class VLLMServer:
             environment |= _CPU_ENVIRONMENT
         elif self.cfg.num_servers > 1:
             environment |= device_environment(self.cfg, self.index)
-        environment.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # for tensor parallelism here; it would slow the server
+        if environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":  # platform/cuda.py's, slow for servers
+            del environment["CUDA_DEVICE_MAX_CONNECTIONS"]
         command += self.cfg.server_args  # last, so that they win
         get_logger().info("starting vLLM on %s for %s, log in %s", self.url, self.model_dir, self.log_path)
         self._started = time.monotonic()

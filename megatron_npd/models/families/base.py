@@ -142,7 +142,8 @@ class ModelSpec:
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding with the padding that ``tensor_parallel_size`` ranks need to own equal shares.
 
-        Each is a multiple of what the platform's kernels like. Checkpoints hold the rows without padding.
+        Each is a multiple of what the platform's kernels like. Exports hold the rows without padding; a checkpoint is
+        read under another padding.
         """
         multiple = tensor_parallel_size * get_platform().vocab_multiple
         return -(-self.vocab_size // multiple) * multiple
