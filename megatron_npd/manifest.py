@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,6 +96,12 @@ def read_manifest(path: str | Path, *, kind: str | None = None, verify: bool = T
         for name, file in files.items():
             _verify(path, file, manifest.files[name], full=full)
     return manifest
+
+
+def verify_files(path: str | Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Check some files of a sealed directory, as ``read_manifest`` checks all; errors as of that."""
+    for name in names:
+        _verify(Path(path), file_inside(path, name), manifest.files[name], full=False)
 
 
 def verified_file(path: str | Path, name: str, *, kind: str, verify: bool = True) -> Path:

@@ -100,6 +100,13 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     """Steps between checkpoints that are kept; 0: only the one at the end."""
     save_interval_in_mins: float = 10.0
     """Minutes of training after which one is saved between those; it is removed when the next is whole. 0: none."""
+    most_recent_k: int = 0
+    """Checkpoints that are kept at most, beside those that become a policy: the newest ones; 0: all."""
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in the host's memory; one that becomes a policy is waited
+    for."""
+    change_global_batch_size: bool = False
+    """Go on from a checkpoint with another global batch size, after the rows that it consumed; else it is refused."""
     log_interval: int = 10
     """Steps between log lines."""
     log_entropy: bool = False
@@ -193,7 +200,7 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
         by_lag = self.refresh == "by_lag"
         require(not (by_lag and self.replay), "replay", "0 with refresh by_lag", self.replay, "old rows lag for ever")
         require_not_negative(self, "save_interval", "save_interval_in_mins", "exit_at_iteration", "global_batch_tokens")
-        require_not_negative(self, "updates", "max_lead", "refresh_interval", "exit_duration_in_mins")
+        require_not_negative(self, "updates", "max_lead", "refresh_interval", "exit_duration_in_mins", "most_recent_k")
         needs_interval = self.refresh in ("every_n", "by_lag")
         require(
             not needs_interval or self.refresh_interval > 0,

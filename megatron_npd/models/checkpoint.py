@@ -6,10 +6,8 @@ directory's manifest is verified before any of them is read, and classes that on
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
-import queue
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,8 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -30,7 +26,7 @@ from torch.nn import Module
 
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import MANIFEST, PART, read_manifest, seal, unlisted, verified_file, writing
+from megatron_npd.manifest import MANIFEST, PART, read_manifest, seal, unlisted, verified_file, verify_files, writing
 from megatron_npd.models.checkpoint_files import (
     COMMON_FILE,
     KIND,
@@ -42,6 +38,7 @@ from megatron_npd.models.checkpoint_files import (
     plain,
     read_content,
 )
+from megatron_npd.models.checkpoint_writer import Writing, load_strategy
 from megatron_npd.models.mapping import global_parameters
 from megatron_npd.models.unpickle import known_classes_only, refused
 
@@ -51,18 +48,11 @@ _WEIGHTS_ALONE = "hf_model made by npd convert --direction megatron-to-hf"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def save_checkpoint(
-    root: str | Path,
-    iteration: int,
-    *,
-    model: Model,
-    optimizer: MegatronOptimizer | None = None,
-    scheduler: OptimizerParamScheduler | None = None,
-    state: Mapping[str, Any],
-) -> Path:
-    """Write ``root/iter_0000100`` and seal it; all ranks call it together and it returns when the files are on disk.
+class Saving:
+    """A checkpoint ``root/iter_0000100`` in the making; all ranks make it together, and ``finish`` it together.
 
-    What a killed attempt left of the same iteration is removed first.
+    Until it is finished it has no manifest, and nothing takes it for a checkpoint. What a killed attempt left of the
+    same iteration is removed first.
 
     Args:
         root: Directory of the run's checkpoints, shared by all ranks.
@@ -71,45 +61,109 @@ def save_checkpoint(
         optimizer: Its optimizer; None: weights alone.
         scheduler: Its learning-rate schedule.
         state: The position in the data and whatever else the run wants back; it must fit into JSON.
+        provenance: What made it, for its manifest.
+        in_background: Training goes on while a thread of each rank writes; else all is on the disk at the return.
 
-    Returns:
-        The checkpoint's directory.
+    Attributes:
+        path: The checkpoint's directory.
 
     Raises:
-        UserError: The iteration has a sealed checkpoint already, another process writes it, the disk is full, or a
-            weight is NaN or infinite.
+        UserError: The iteration has a sealed checkpoint already, another process writes it, or a weight is NaN or
+            infinite.
     """
-    path = Path(root) / f"iter_{iteration:07d}"
-    with together():
-        _refuse_not_finite(model, iteration)
-    with ExitStack() as stack:
+
+    def __init__(
+        self,
+        root: str | Path,
+        iteration: int,
+        *,
+        model: Model,
+        optimizer: MegatronOptimizer | None = None,
+        scheduler: OptimizerParamScheduler | None = None,
+        state: Mapping[str, Any],
+        provenance: Mapping[str, Any] | None = None,
+        in_background: bool = False,
+    ) -> None:
+        self.path = Path(root) / f"iter_{iteration:07d}"
+        self._iteration, self._provenance = iteration, provenance
+        self._content = {
+            "state": dict(state),
+            "optimizer": optimizer and _kind(optimizer),
+            "scheduler": scheduler is not None,
+        }
         with together():
-            if dist.get_rank() == 0:
-                stack.enter_context(writing(path))
-        part = path / PART
-        tensors = _sharded_state(model, optimizer, scheduler, is_loading=False)
-        if optimizer is not None:
+            _refuse_not_finite(model, iteration)
+        with ExitStack() as stack:
             with together():
-                wrong = _parameters_of_another_state(optimizer, tensors["optimizer"])
-                assert not wrong, f"the optimizer's copy of {wrong} is not the model's"
+                if dist.get_rank() == 0:
+                    stack.enter_context(writing(self.path))
+            tensors = _sharded_state(model, optimizer, scheduler, is_loading=False)
+            if optimizer is not None:
+                with together():
+                    wrong = _parameters_of_another_state(optimizer, tensors["optimizer"])
+                    assert not wrong, f"the optimizer's copy of {wrong} is not the model's"
+            with self._disk_errors():
+                self._writing = Writing(tensors, self.path / PART, in_background=in_background)
+            self._stack = stack.pop_all()
+
+    def done(self) -> bool:
+        """Whether this rank's part is on the disk."""
+        return self._writing.done()
+
+    def finish(self) -> Path:
+        """Wait until the parts of all ranks are on the disk, and seal them; the checkpoint's directory.
+
+        Raises:
+            UserError: The disk is full, or the directory was taken over.
+        """
+        part = self.path / PART
+        with self._stack:
+            with self._disk_errors():
+                hashes = self._writing.finish()
+            with together():
+                if dist.get_rank() == 0:
+                    (part / STATE_FILE).write_text(json.dumps(self._content, indent=1) + "\n")
+                    counts = {"iteration": self._iteration}
+                    seal(part, kind=KIND, provenance=self._provenance, counts=counts, hashes=hashes)
+        return self.path
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
         try:
-            _save(tensors, part)
+            yield
         except (CheckpointException, RuntimeError) as error:
             if isinstance(error, RuntimeError) and _STREAM_ERROR not in str(error):
                 raise
             raise UserError(
-                f"{path} must be writable, got: {_reason(error)}; mend that and run the same command again"
+                f"{self.path} must be writable, got: {_reason(error)}; mend that and run the same command again"
             ) from error
-        with together():
-            if dist.get_rank() == 0:
-                content = {
-                    "state": dict(state),
-                    "optimizer": optimizer and _kind(optimizer),
-                    "scheduler": scheduler is not None,
-                }
-                (part / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n")
-                seal(part, kind=KIND, counts={"iteration": iteration})
-    return path
+
+
+def save_checkpoint(root: str | Path, iteration: int, **content: Any) -> Path:
+    """Write and seal a checkpoint; arguments, result and errors as of ``Saving`` and its ``finish``."""
+    return Saving(root, iteration, **content).finish()
+
+
+def verify_together(path: str | Path) -> None:
+    """Check every file of a checkpoint, each rank a share of them; all ranks call it together.
+
+    Raises:
+        UserError: It is not a sealed checkpoint, a file is damaged, or one lies there that no hash vouches for.
+    """
+    path = Path(path)
+    known: list[Any] = [None]
+    with together():
+        if dist.get_rank() == 0:
+            manifest = read_manifest(path, kind=KIND, verify=False)
+            # Nothing may lie there that no hash vouches for: it could be a pickle that megatron-core opens.
+            if foreign := unlisted(path, manifest):
+                raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
+            known = [manifest]
+    dist.broadcast_object_list(known, src=0)
+    (manifest,) = known
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name]["bytes"], name))
+    with together():
+        verify_files(path, manifest, by_size[dist.get_rank() :: dist.get_world_size()])
 
 
 def saved_state(path: str | Path) -> dict[str, Any]:
@@ -144,10 +198,7 @@ def load_checkpoint(
             of optimizer, or optimizer state that is not of its weights.
     """
     path = Path(path)
-    with together():
-        # Nothing may lie there that no hash vouches for: it could be a pickle that megatron-core opens.
-        if dist.get_rank() == 0 and (foreign := unlisted(path, read_manifest(path, kind=KIND))):
-            raise UserError(f"{path} must hold what its {MANIFEST} lists, got {foreign[0]} too; move that away")
+    verify_together(path)
     content = read_content(path / STATE_FILE)
     with_optimizer = optimizer is not None and content["optimizer"]
     kind = optimizer and _kind(optimizer)
@@ -165,7 +216,7 @@ def load_checkpoint(
     try:
         with known_classes_only(path, read_manifest(path, verify=False).files):
             check_common(path)
-            loaded: Any = dist_checkpointing.load(wanted, str(path))
+            loaded: Any = dist_checkpointing.load(wanted, str(path), load_strategy())
     except (CheckpointingException, CheckpointException, pickle.UnpicklingError) as error:
         if (planted := refused(path, _first(error))) is not None:
             raise planted from error
@@ -311,47 +362,6 @@ def _keep_rates(optimizer: MegatronOptimizer, state: Any) -> None:
     for own in _states(optimizer, state):
         for group in own.get("optimizer", own)["param_groups"]:
             group.update(rates)
-
-
-def _save(tensors: dict[str, Any], path: Path) -> None:
-    # The writer hands its results over through a queue of this module, which is by default another process's.
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(tensors, str(path), _InProcessSave("torch_dist", 1))
-
-
-class _InProcessSave(TorchDistSaveShardedStrategy):
-    """megatron-core's strategy without its writer processes: forking a process that runs threads may hang it."""
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
-        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
-        if request.async_fn is None:  # nothing to write on this rank
-            return request
-        assert isinstance(request.async_fn, functools.partial), "megatron-core binds the transforms to its writer"
-        transforms = request.async_fn.args[0]
-        return request._replace(async_fn=functools.partial(_write, transforms))
-
-
-def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
-    """Write this rank's files one after another; the same results as megatron-core's writer processes give."""
-    written: dict[int, Any] = {}
-    for index, bucket in enumerate(buckets):
-        answers: Any = queue.Queue()
-        tickets: Any = queue.Queue()
-        tickets.put(index)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, answers, tickets, use_fsync=True
-        )
-        _, outcome = answers.get()
-        if isinstance(outcome, Exception):
-            chain: list[BaseException] = [outcome]
-            while chain[-1].__context__ is not None:
-                chain.append(chain[-1].__context__)
-            # torch.save's complaint about its own file hides the system's, which says what to do.
-            results.put(next((error for error in chain if isinstance(error, OSError)), outcome))
-            return
-        written[index] = outcome
-    results.put(written)
 
 
 def _first(error: BaseException) -> BaseException:

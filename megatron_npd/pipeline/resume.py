@@ -47,9 +47,9 @@ _FREE = {
     "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
     "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers",
     "eval.": "teacher",
-    "train.": "save_interval save_interval_in_mins max_skipped_steps log_interval log_entropy tensorboard_dir "
-    "wandb_project wandb_exp_name platform micro_batch_size balance_attention tensor_model_parallel_size "
-    "pipeline_model_parallel_size context_parallel_size decoder_first_pipeline_num_layers "
+    "train.": "save_interval save_interval_in_mins most_recent_k async_save change_global_batch_size max_skipped_steps "
+    "log_interval log_entropy tensorboard_dir wandb_project wandb_exp_name platform micro_batch_size balance_attention "
+    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size decoder_first_pipeline_num_layers "
     "decoder_last_pipeline_num_layers virtual_pipeline_model_parallel_size expert_model_parallel_size "
     "sequence_parallel recompute_granularity "
     "recompute_modules recompute_method recompute_num_layers overlap_grad_reduce overlap_param_gather "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch.distributed as dist
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.durable import fsync_path
 from megatron_npd.manifest import is_sealed
-from megatron_npd.models.checkpoint import save_checkpoint, saved_state, together
+from megatron_npd.models.checkpoint import Saving, saved_state, together
 from megatron_npd.training.step import TrainStep
 
 _TEMPORARY = "temporary"  # in a checkpoint's state: a later one replaces it
@@ -23,14 +27,19 @@ _TEMPORARY = "temporary"  # in a checkpoint's state: a later one replaces it
 class Saver:
     """The checkpoints of one call of ``train``: kept ones by steps, and between them one by time, replaced by the next.
 
+    With ``async_save`` one may be on its way to the disk; it is finished, by all ranks together, at the end of a step
+    after which all have written, before the next one, or at the end. One that becomes a policy is waited for.
+
     Args:
-        cfg: Gives ``save``, ``save_interval`` and ``save_interval_in_mins``.
+        cfg: Gives ``save``, ``save_interval``, ``save_interval_in_mins``, ``most_recent_k`` and ``async_save``.
         stop: The step at which the call ends.
     """
 
     def __init__(self, cfg: TrainConfig, stop: int) -> None:
         self._cfg, self._stop = cfg, stop
         self._last = time.monotonic()
+        self._saving: Saving | None = None
+        self._provenance = {"config": asdict(cfg), "versions": versions()}
 
     def due(self, iteration: int, *, marked: bool, late: bool) -> bool:
         """Whether a checkpoint follows this step; every rank asks after each step, and all get the same answer.
@@ -46,41 +55,75 @@ class Saver:
         """Write a checkpoint of ``state["iteration"]`` steps and remove those that it replaces; all ranks together.
 
         Raises:
-            UserError: As for ``save_checkpoint``, or an earlier checkpoint is damaged; it stays.
+            UserError: As for ``Saving``, or an earlier checkpoint is damaged; it stays.
         """
-        iteration = state["iteration"]
+        self.finish()
+        iteration, policy = state["iteration"], "policy" in state
         step.gather_parameters()
-        save_checkpoint(
+        self._saving = Saving(
             self._cfg.save,
             iteration,
             model=step.chunks,
             optimizer=step.optimizer,
             scheduler=step.scheduler,
-            state=state if "policy" in state or self._is_kept(iteration) else {**state, _TEMPORARY: True},
+            state=state if policy or self._is_kept(iteration) else {**state, _TEMPORARY: True},
+            provenance=self._provenance,
+            in_background=self._cfg.async_save and not policy,
         )
-        with together():
-            if dist.get_rank() == 0:
-                _remove_replaced(Path(self._cfg.save), iteration)
+        if policy or not self._cfg.async_save:
+            self.finish()
         self._last = time.monotonic()
 
-    def _is_kept(self, iteration: int) -> bool:
-        interval = self._cfg.save_interval
-        return iteration == self._stop or bool(interval and iteration % interval == 0)
+    def written(self) -> bool:
+        """Whether this rank's part of a checkpoint that is not finished is on the disk."""
+        return self._saving is not None and self._saving.done()
+
+    def finish(self) -> None:
+        """Seal the checkpoint that is on its way, if one is, and remove those that it replaces."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        path = saving.finish()
+        with together():
+            if dist.get_rank() == 0:
+                _remove_replaced(path, self._cfg.most_recent_k)
 
     def late(self) -> bool:
         """Whether it is time for one, by this rank's clock: no two agree."""
         minutes = self._cfg.save_interval_in_mins
         return bool(minutes) and time.monotonic() - self._last >= 60 * minutes
 
+    def _is_kept(self, iteration: int) -> bool:
+        interval = self._cfg.save_interval
+        return iteration == self._stop or bool(interval and iteration % interval == 0)
 
-def _remove_replaced(root: Path, iteration: int) -> None:
-    """Remove earlier temporary checkpoints, and what killed attempts left of others.
 
-    A directory first gets another name, so that no part of it is taken for a checkpoint if this is killed.
+def versions() -> dict[str, str]:
+    """What computes: the versions of Python, torch, megatron-core and this package."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "megatron-core", "megatron-npd"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _remove_replaced(newest: Path, most_recent: int) -> None:
+    """Remove earlier temporary checkpoints, what killed attempts left of others, and those beyond the newest kept ones.
+
+    A policy's is no matter of number. A directory first gets another name, so that no part of it is taken for a
+    checkpoint if this is killed.
     """
-    for path in root.glob("iter_*"):
-        number = re.fullmatch(r"iter_(\d+)", path.name)
-        if number and int(number[1]) < iteration and not (is_sealed(path) and not saved_state(path).get(_TEMPORARY)):
+    root, end = newest.parent, int(newest.name.removeprefix("iter_"))
+    earlier = {path: re.fullmatch(r"iter_(\d+)", path.name) for path in root.glob("iter_*")}
+    numbers = {path: int(match[1]) for path, match in earlier.items() if match and int(match[1]) <= end}
+    left = most_recent or len(numbers)
+    for path in sorted(numbers, key=lambda path: -numbers[path]):
+        state = saved_state(path) if is_sealed(path) else {_TEMPORARY: True}
+        if "policy" in state:
+            continue
+        if path == newest or (left > 0 and not state.get(_TEMPORARY)):
+            left -= 1
+        else:
             path.rename(root / f".{path.name}")
     fsync_path(root)
     for path in root.glob(".iter_*"):

@@ -20,14 +20,10 @@ from megatron_npd.lock import hold_lock
 from megatron_npd.log import get_logger
 from megatron_npd.models.attention import context_share
 from megatron_npd.models.build import ModelSpec, build_chunks, load_hf_weights, load_spec
-from megatron_npd.models.checkpoint import (
-    load_checkpoint,
-    saved_state,
-    together,
-)
+from megatron_npd.models.checkpoint import load_checkpoint, together
 from megatron_npd.ops.arguments import check_objective
 from megatron_npd.ops.implementation import use_triton
-from megatron_npd.paths import check_training, first_checkpoint
+from megatron_npd.paths import check_training
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import Platform, local_rank
 from megatron_npd.platform.initialize import initialize_distributed
@@ -37,6 +33,7 @@ from megatron_npd.training.interrupt import Interrupt, Interrupted
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
 from megatron_npd.training.objectives import OBJECTIVES
 from megatron_npd.training.refresh_schedule import RefreshSchedule
+from megatron_npd.training.resuming import check_state, find_checkpoint
 from megatron_npd.training.rounds import Rounds
 from megatron_npd.training.saving import Saver
 from megatron_npd.training.skipped import Skipped
@@ -84,14 +81,11 @@ def train(cfg: TrainConfig) -> TrainResult:
 
 def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainResult:
     stop = min(cfg.exit_at_iteration or cfg.train_iters, cfg.train_iters)
-    checkpoint = first_checkpoint(cfg)
-    state: dict[str, Any] = {"iteration": 0, "rows_consumed": 0} | (
-        {} if checkpoint is None else saved_state(checkpoint)
-    )
+    checkpoint, found = find_checkpoint(cfg)
+    state: dict[str, Any] = {"iteration": 0, "rows_consumed": 0} | found
     if state["iteration"] >= stop:
         get_logger().info("step %d is in %s already; nothing to do", stop, checkpoint)
         return _result(cfg, state)
-    _check_order(cfg, state, checkpoint)
     spec = load_spec(cfg.hf_model)
     own = state if checkpoint is not None and checkpoint.parent == Path(cfg.save) else {}  # not another run's rounds
     rounds, refresh = Rounds(cfg, interrupt), RefreshSchedule(cfg, own.get("refresh"))
@@ -104,6 +98,8 @@ def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainR
     check_experts(cfg, spec)
     dp_size = parallel_state.get_data_parallel_world_size()
     rows_per_step = check_batch(cfg, data.seq_length, dp_size)
+    if checkpoint is not None:
+        check_state(cfg, state, checkpoint, rows_per_step)
     chunks = build_chunks(spec, bf16=cfg.bf16, sequence_parallel=cfg.sequence_parallel, **cfg.transformer_options)
     if checkpoint is None:
         for chunk in chunks:
@@ -125,7 +121,7 @@ def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainR
         BatchLoader(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
         MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
     ):
-        loop = _Loop(cfg, stop, interrupt, rounds, refresh, step, feed, writer)
+        loop = _Loop(cfg, stop, interrupt, rounds, refresh, step, feed, writer, rows_per_step)
         return _result(cfg, *loop.run(iteration, rows_per_step * data.seq_length))
 
 
@@ -142,7 +138,9 @@ class _Loop:
         step: TrainStep,
         feed: BatchLoader,
         writer: MetricsWriter | None,
+        rows_per_step: int,
     ) -> None:
+        self._rows_per_step = rows_per_step
         self._cfg, self._stop, self._interrupt, self._rounds, self._refresh = cfg, stop, interrupt, rounds, refresh
         self._step, self._feed, self._writer = step, feed, writer
         self._saver, self._skipped = Saver(cfg, stop), Skipped(cfg)
@@ -163,7 +161,11 @@ class _Loop:
             values, votes = self._step.run(self._feed, iteration + 1, self._votes)
             iteration += 1
             whole = self._feed.whole
-            self._skipped.after(iteration, values, whole and whole.samples)
+            try:
+                self._skipped.after(iteration, values, whole and whole.samples)
+            except UserError:  # on all ranks
+                self._saver.finish()
+                raise
             seconds = time.perf_counter() - start
             if self._writer is not None and whole is not None:
                 self._writer.write(
@@ -184,11 +186,14 @@ class _Loop:
             lag = None if values["skipped"] else values.get("lag_k3")
             marked = self._refresh.after(iteration, entry.round, lag)
             interrupted = votes["interrupt"] > 0 and iteration < self._stop
+            if votes["written"] == dist.get_world_size():
+                self._saver.finish()
             if self._saver.due(iteration, marked=marked, late=interrupted or votes["late"] > 0):
                 self._save(iteration, marked=marked)
                 saved = iteration
             if marked and self._cfg.exit_at_refresh:
                 break
+        self._saver.finish()
         position = {"iteration": iteration, "rows_consumed": self._feed.rows_consumed}
         return position, self._interrupt if interrupted else None
 
@@ -200,13 +205,14 @@ class _Loop:
 
     def _votes(self) -> dict[str, float]:
         """What the ranks agree on in each step, by the sum over them."""
-        return {"interrupt": self._interrupt.asked(), "late": dist.get_rank() == 0 and self._saver.late()}
+        late = dist.get_rank() == 0 and self._saver.late()
+        return {"interrupt": self._interrupt.asked(), "late": late, "written": self._saver.written()}
 
     def _save(self, iteration: int, *, marked: bool) -> None:
         if self._writer is not None:
             self._writer.sync()
         state = {"iteration": iteration, "rows_consumed": self._feed.rows_consumed}
-        state |= {"seed": self._cfg.seed, "replay": self._cfg.replay}
+        state |= {"seed": self._cfg.seed, "replay": self._cfg.replay, "global_batch_size": self._rows_per_step}
         state |= {"refresh": self._refresh.state(), "schedule": self._rounds.state(self._feed.rows_consumed)}
         self._saver.save(self._step, state | ({"policy": self._refresh.progress.policies} if marked else {}))
 
@@ -235,17 +241,6 @@ def _log_start(cfg: TrainConfig, stop: int, rows_per_step: int, seq_length: int)
         *cfg.parallel_sizes.values(),
         parallel_state.get_data_parallel_world_size(),
     )
-
-
-def _check_order(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path | None) -> None:
-    if "seed" not in state:  # converted weights
-        return
-    for name, given in (("seed", cfg.seed), ("replay", cfg.replay)):
-        if (trained := state.get(name, 0.0)) != given:
-            raise UserError(
-                f"{name} must be {trained}, with which {checkpoint} was trained, got {given}: another one would repeat "
-                f"some rows and leave others out; give the old {name}"
-            )
 
 
 def _result(cfg: TrainConfig, state: Mapping[str, Any], interrupt: Interrupt | None = None) -> TrainResult:

@@ -128,7 +128,7 @@ def die(*_: Any, **__: Any) -> None:
 
 def _kill(moment: str) -> None:
     """Have this process die without a word when it first comes to the moment."""
-    append, extend, step, save = rounds.append_entry, BatchLoader.extend, TrainStep.run, saving.save_checkpoint
+    append, extend, step, save = rounds.append_entry, BatchLoader.extend, TrainStep.run, saving.Saver.save
 
     def appending(path: Path, entry: ScheduleEntry) -> None:
         here = "round 0 is appended" in moment if entry.round == 0 else moment.endswith(" the append")
@@ -151,7 +151,7 @@ def _kill(moment: str) -> None:
         if moment == "after the mark is saved":
             die()
 
-    rounds.append_entry, TrainStep.run, saving.save_checkpoint = appending, stepping, save_or_die
+    rounds.append_entry, TrainStep.run, saving.Saver.save = appending, stepping, save_or_die
     BatchLoader.extend = die if moment == "before the packs are read" else extend
 
 

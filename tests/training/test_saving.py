@@ -26,27 +26,34 @@ STEPS, RANKS = 3, 2
 
 @dataclass(frozen=True)
 class Kill:
-    """Which ranks die, in the saving after which step, and after how many seconds of it."""
+    """Which ranks die, in the saving after which step, after how many seconds of it, and whether training goes on."""
 
     ranks: tuple[int, ...]
     step: int
     seconds: float
+    in_background: bool
 
 
 def _train(rank: int, world: int, cfg: TrainConfig, kill: Kill | None) -> list[float]:
     """Train on this rank and save after each step; the seconds that each saving took."""
     from megatron_npd.training import saving
 
-    save, took = saving.save_checkpoint, list[float]()
+    save, finish, took = saving.Saver.save, saving.Saver.finish, list[float]()
 
-    def timed(root: Any, iteration: int, **arguments: Any) -> None:
-        start = time.monotonic()
-        if kill is not None and rank in kill.ranks and iteration == kill.step:
+    def timed(self: Any, step: Any, state: Any) -> None:
+        finish(self)
+        took.append(time.monotonic())
+        if kill is not None and rank in kill.ranks and state["iteration"] == kill.step:
             signal.setitimer(signal.ITIMER_REAL, kill.seconds)  # its signal ends a process as SIGKILL does
-        save(root, iteration, **arguments)
-        took.append(time.monotonic() - start)
+        save(self, step, state)
 
-    saving.save_checkpoint = timed  # pyright: ignore[reportAttributeAccessIssue]
+    def finished(self: Any) -> None:
+        open_one = self._saving is not None
+        finish(self)
+        if open_one:
+            took.append(time.monotonic() - took.pop())
+
+    saving.Saver.save, saving.Saver.finish = timed, finished  # pyright: ignore[reportAttributeAccessIssue]
     train(cfg)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return took
@@ -64,21 +71,23 @@ class Killed:
         self.model, self.packs, self.root = model, make_packs(root / "packs", samples=20), root
         self.seconds = max(run_distributed(_train, RANKS, self._config("whole"), None)[0][1:])
 
-    def _config(self, name: str) -> TrainConfig:
-        more = {"train_iters": STEPS, "save_interval": 1, "lr_warmup_iters": 0}
+    def _config(self, name: str, async_save: bool = False) -> TrainConfig:
+        more = {"train_iters": STEPS, "save_interval": 1, "lr_warmup_iters": 0, "async_save": async_save}
         return config(self.model, self.packs, self.root / name, **more)
 
     def draw(self, seed: int) -> Kill:
         """A kill of one rank or both, in the saving of the second or third checkpoint."""
         rng = random.Random(seed)
-        return Kill(rng.choice([(0,), (1,), (0, 1)]), rng.choice([2, 3]), rng.uniform(1e-4, 1.1 * self.seconds))
+        return Kill(
+            rng.choice([(0,), (1,), (0, 1)]), rng.choice([2, 3]), rng.uniform(1e-4, 1.1 * self.seconds), bool(seed % 2)
+        )
 
     def run(self, kill: Kill) -> bool:
         """Whether the kill came in time; raises AssertionError where it leaves a part that passes for a checkpoint,
         loses an earlier one, or the run does not end as the whole one."""
         shutil.rmtree(self.root / "killed", ignore_errors=True)
         try:
-            run_distributed(_train, RANKS, self._config("killed"), kill)
+            run_distributed(_train, RANKS, self._config("killed", kill.in_background), kill)
         except AssertionError as error:
             assert f"-{signal.SIGALRM:d}" in str(error).splitlines()[0], error
             died = True
@@ -88,7 +97,7 @@ class Killed:
         assert len(sealed) >= kill.step - 1, f"{kill}: {sealed}"
         for path in sealed:
             self._alike(path)
-        run_distributed(_train, RANKS, self._config("killed"), None)
+        run_distributed(_train, RANKS, self._config("killed", kill.in_background), None)
         for path in (self.root / "whole").glob("iter_*"):
             self._alike(self.root / "killed" / path.name)
         assert self._metrics("killed") == self._metrics("whole")
@@ -121,7 +130,8 @@ def _save_beside_a_damaged_one(rank: int, world: int, root: Path) -> str:
     from megatron_npd.training import saving
 
     initialize_distributed()
-    saving.save_checkpoint = lambda *_, **__: None  # pyright: ignore
+    done = types.SimpleNamespace(finish=lambda: root / "iter_0000002")
+    saving.Saving = lambda *_, **__: done  # pyright: ignore
     saver = saving.Saver(config(root, root, root), stop=9)
     step: Any = types.SimpleNamespace(chunks=[], optimizer=None, scheduler=None, gather_parameters=lambda: None)
     with pytest.raises(UserError) as caught:

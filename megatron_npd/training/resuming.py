@@ -1,0 +1,100 @@
+"""What a training run goes on from: the newest checkpoint that is whole, which rank 0 finds for all ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_npd.config.training import TrainConfig
+from megatron_npd.durable import fsync_path
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
+from megatron_npd.manifest import is_sealed
+from megatron_npd.models.checkpoint import saved_state, together, verify_together
+
+
+def find_checkpoint(cfg: TrainConfig) -> tuple[Path | None, dict[str, Any]]:
+    """The newest whole checkpoint of ``save``, else of ``load``, and its state; all ranks call it together.
+
+    Every file is hashed, by all ranks together. A damaged checkpoint is named and left out; under ``save`` it gets
+    another name, ``damaged_iter_0000100``, since the run will come to that step again.
+
+    Raises:
+        UserError: There are checkpoints, and none of them is whole: the run would begin anew.
+    """
+    damaged: list[str] = []
+    while (path := _newest(cfg, damaged)) is not None:
+        try:
+            verify_together(path)
+        except UserError as error:
+            damaged.append(str(path))
+            _set_aside(cfg, path, error)
+            continue
+        answer: list[Any] = [None]
+        with together():
+            if dist.get_rank() == 0:
+                answer = [saved_state(path)]
+        dist.broadcast_object_list(answer, src=0)
+        return path, answer[0]
+    if damaged:
+        raise UserError(
+            f"{cfg.save or cfg.load} must hold a whole checkpoint, got damage in all of them ({', '.join(damaged)}); "
+            "restore one, or give a new save to begin anew"
+        )
+    return None, {}
+
+
+def _newest(cfg: TrainConfig, damaged: list[str]) -> Path | None:
+    """Rank 0's answer: a shared file system may not show all ranks the same."""
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = (path for root in (cfg.save, cfg.load) if root for path in _sealed(Path(root)))
+        answer = [next((path for path in found if str(path) not in damaged), None)]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _sealed(root: Path) -> Iterator[Path]:
+    """Checkpoints under a directory, the newest first."""
+    numbers = {path: re.fullmatch(r"iter_(\d+)", path.name) for path in root.glob("iter_*")}
+    sealed = {path: int(match[1]) for path, match in numbers.items() if match and is_sealed(path)}
+    yield from sorted(sealed, key=lambda path: -sealed[path])
+
+
+def _set_aside(cfg: TrainConfig, path: Path, error: UserError) -> None:
+    with together():
+        if dist.get_rank() == 0:
+            where = path
+            if cfg.save and path.parent == Path(cfg.save):
+                names = (f"damaged_{path.name}{f'.{number}' if number else ''}" for number in count())
+                where = next(new for new in map(path.with_name, names) if not new.exists())
+                path.rename(where)
+                fsync_path(path.parent)
+            get_logger().warning("%s is damaged (%s) and is left out; it is %s now", path.name, error, where)
+
+
+def check_state(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path, rows_per_step: int) -> None:
+    """Refuse settings with which a run would not go on with the rows that it would have had.
+
+    Raises:
+        UserError: One differs from the checkpoint's.
+    """
+    if "seed" not in state:  # converted weights
+        return
+    for name, given in (("seed", cfg.seed), ("replay", cfg.replay)):
+        if (trained := state.get(name, 0.0)) != given:
+            raise UserError(
+                f"{name} must be {trained}, with which {checkpoint} was trained, got {given}: another one would repeat "
+                f"some rows and leave others out; give the old {name}"
+            )
+    before = state.get("global_batch_size", rows_per_step)  # an older version did not note it
+    if before != rows_per_step and not cfg.change_global_batch_size:
+        raise UserError(
+            f"global_batch_size must be {before}, with which {checkpoint} was trained, got {rows_per_step}; give "
+            f"--change-global-batch-size to go on after its {state['rows_consumed']} rows with steps of another size"
+        )
