@@ -32,6 +32,7 @@ from megatron_npd.durable import write_atomic  # noqa: E402
 from megatron_npd.log import get_logger, run_main  # noqa: E402
 from megatron_npd.manifest import is_sealed  # noqa: E402
 from megatron_npd.platform import get_platform  # noqa: E402
+from megatron_npd.stoppable import StoppedBySignal  # noqa: E402
 from models import write_models  # noqa: E402
 from problems import SPLITS, write_splits  # noqa: E402
 
@@ -144,6 +145,8 @@ class Quickstart:
             recipe, hf_model=str(start), data_path=str(data / "packs"), save=str(save), exit_at_iteration=until
         )
         train_command.main(command_flags(dataclasses.asdict(cfg)))
+        if not is_sealed(save / f"iter_{until:07d}"):  # it has said what stopped it
+            raise StoppedBySignal("what stopped the trainer")
         megatron_to_hf(save / f"iter_{until:07d}", start, out)
         return out
 

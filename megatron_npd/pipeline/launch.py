@@ -23,7 +23,8 @@ from megatron_npd.stoppable import Stopped, check_stop
 _POLL_SECONDS = 0.05
 SERVE = "serve"  # the command that is one process per node, whatever ranks there are
 _LOOKS = 10  # of ``nodes.POLL_SECONDS`` each
-_STOP_SECONDS = 600.0  # for a trainer that saves before it ends
+STOP_SECONDS = {"train": 600.0}  # it saves before it ends
+_STOP_SECONDS = 60.0  # of others
 
 
 def command_line(cfg: ClusterConfig, command: str, fields: Mapping[str, Any], port: int = 0) -> list[str]:
@@ -128,7 +129,7 @@ class Job:
         """End this node's part, if it has not ended."""
         self.ask_to_stop()
         try:
-            self._process.wait(_STOP_SECONDS)
+            self._process.wait(STOP_SECONDS.get(self.command, _STOP_SECONDS))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -221,6 +222,7 @@ class Launcher:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ask_to_stop()
         for job in self._jobs:
             job.stop()
 

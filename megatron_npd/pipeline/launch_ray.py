@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_npd.config.run import NPDConfig
 from megatron_npd.errors import USER_ERROR, UserError
 from megatron_npd.log import get_logger
-from megatron_npd.pipeline.launch import Job, Launcher, command_line
+from megatron_npd.pipeline.launch import STOP_SECONDS, Job, Launcher, command_line
 from megatron_npd.pipeline.launch_ray_actors import LOST, Ranks, Runner, Server
 from megatron_npd.pipeline.signals import Signals
 from megatron_npd.serving.access import make_token
@@ -35,7 +35,7 @@ from megatron_npd.stoppable import check_stop
 
 _LOOK_SECONDS = 0.5
 _PLACE_SECONDS = 600.0  # for nodes that are still to come, or to come back
-_END_SECONDS = 60.0
+_END_SECONDS = STOP_SECONDS["train"]
 _ANSWER_SECONDS = 30.0
 _RESOURCES = {"cuda": "GPU", "npu": "NPU", "cpu": ""}  # what Ray calls a platform's devices
 

@@ -99,11 +99,15 @@ class Nodes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._closed.set()
         if kind is not None and issubclass(kind, StoppedBySignal):
-            write_atomic(self._stopped, "\n")
-        elif kind is not None and not self._failed.exists():
+            self.tell_stopped()
+        elif kind is not None and not self._failed.exists() and not self._stopped.exists():
             write_atomic(self._failed, f"node {self.cfg.node_rank}: {error or kind.__name__}\n")
         elif kind is None and self.cfg.node_rank == 0:
             write_atomic(self._done, "\n")
+
+    def tell_stopped(self) -> None:
+        """Tell the other nodes that this one was asked to stop, so that they stop too."""
+        write_atomic(self._stopped, "\n")
 
     @property
     def token_file(self) -> Path:
@@ -146,7 +150,10 @@ class Nodes:
         """Have the other training nodes end what they started for a call, and wait until all have, if they live."""
         order, until = self.call(END, {"number": call.number}), time.monotonic() + SILENT_SECONDS
         marks = [self._ended(order, rank) for rank in range(1, self.cfg.training_nodes)]
-        while not all(mark.exists() for mark in marks) and not self._failed.exists() and time.monotonic() < until:
+        over = (self._failed, self._stopped)  # then the others end what they started without a mark
+        while not all(mark.exists() for mark in marks) and not any(path.exists() for path in over):
+            if time.monotonic() >= until:
+                return
             time.sleep(POLL_SECONDS)
 
     def ended(self, order: Call) -> None:

@@ -40,7 +40,7 @@ from megatron_npd.pipeline.signals import Signals
 from megatron_npd.pipeline.stages import STAGES, Stage
 from megatron_npd.pipeline.work import Context
 from megatron_npd.run_dir import RunDir, version
-from megatron_npd.stoppable import Worker, check_stop
+from megatron_npd.stoppable import StoppedBySignal, Worker, check_stop
 
 _POLL_SECONDS = 0.2
 
@@ -242,6 +242,9 @@ def _work_off(ctx: Context, pending: list[Task], report: Callable[[Path], object
         elif training or any(task.worker is not None for task in pending):
             ended.wait(_POLL_SECONDS)
             ended.clear()
+        elif any(task.stage.background and task.at_work for task in pending):
+            # It ended well before its goal: it was asked to, here or on another node, whose word may come later.
+            raise StoppedBySignal("what stopped the trainer")
         elif pending:
             raise UserError(
                 f"{pending[0].place}: {pending[0].stage.name} must get its inputs, got none, and nothing that makes "

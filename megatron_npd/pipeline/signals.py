@@ -34,21 +34,23 @@ class Signals:
         self._timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGUSR1)) if minutes else None
 
     def _stop(self, number: int, _: FrameType | None) -> None:
+        if self._stopped:
+            return
         if self.nodes is not None:
             self.nodes.check()
-        if not self._stopped:
-            self._stopped = True
-            if self.launcher is not None:
-                self.launcher.ask_to_stop()
-            raise StoppedBySignal(signal.Signals(number).name)
+            self.nodes.tell_stopped()  # before the trainer ends: no other node must take that for a failure
+        self._stopped = True
+        if self.launcher is not None:
+            self.launcher.ask_to_stop()
+        raise StoppedBySignal(signal.Signals(number).name)
 
     def __enter__(self) -> Signals:
         self._before = []
         if threading.current_thread() is threading.main_thread():  # no other takes signals
             self._before = [signal.signal(number, self._stop) for number in _SIGNALS]
-        if self._timer is not None:
-            self._timer.daemon = True
-            self._timer.start()
+            if self._timer is not None:
+                self._timer.daemon = True
+                self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:

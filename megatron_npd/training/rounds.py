@@ -107,7 +107,7 @@ class Rounds:
         assert self._run is not None
         seconds = 0.0
         while (result := _on_rank_0(partial(look, seconds))) is None:
-            if _on_rank_0(self._interrupt.asked):
+            if _on_any_rank(self._interrupt.asked()):
                 raise Interrupted
             if not seconds:
                 get_logger().info("waiting for %s", self._run.packs(index))
@@ -145,6 +145,12 @@ class Rounds:
         entry = ScheduleEntry(from_row=from_row, packs=name, round=index, policy_version=version)
         append_entry(run.schedule, entry)
         return entry
+
+
+def _on_any_rank(asked: bool) -> bool:
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, asked)
+    return any(answers)
 
 
 def _on_rank_0(function: Callable[[], Result]) -> Result:

@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.durable import fsync
 from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
-from megatron_npd.training.metrics import metrics_file
+from megatron_npd.training.metrics import metrics_file, truncate_metrics
 
 SKIPPED_FILE = "skipped.jsonl"
 
@@ -21,12 +23,15 @@ class Skipped:
 
     Args:
         cfg: ``max_skipped_steps``, and where the metrics are.
+        iteration: Steps done; what an earlier call noted of later ones is forgotten, as they are done again.
     """
 
-    def __init__(self, cfg: TrainConfig) -> None:
+    def __init__(self, cfg: TrainConfig, iteration: int) -> None:
         metrics = metrics_file(cfg)
         self._path = metrics and metrics.with_name(SKIPPED_FILE)
         self._most, self._in_a_row = cfg.max_skipped_steps, 0
+        if self._path is not None and dist.get_rank() == 0:
+            truncate_metrics(self._path, iteration)
 
     def after(self, iteration: int, values: dict[str, Any], samples: Sequence[str] | None) -> None:
         """Take note of a step; all ranks call it, and of a skipped step the numbers that are not finite become None.

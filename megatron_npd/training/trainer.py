@@ -143,10 +143,11 @@ class _Loop:
         self._rows_per_step = rows_per_step
         self._cfg, self._stop, self._interrupt, self._rounds, self._refresh = cfg, stop, interrupt, rounds, refresh
         self._step, self._feed, self._writer = step, feed, writer
-        self._saver, self._skipped = Saver(cfg, stop), Skipped(cfg)
+        self._saver = Saver(cfg, stop)
 
     def run(self, iteration: int, tokens: int) -> tuple[dict[str, Any], Interrupt | None]:
         """The position where the steps end, and what stopped them before the goal; ``tokens``: of a step."""
+        self._skipped = Skipped(self._cfg, iteration)
         saved, interrupted = iteration, False
         while iteration < self._stop and not interrupted:
             looked = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from megatron_npd.pipeline.stages import Stage  # noqa: E402
 from megatron_npd.pipeline.work import Context  # noqa: E402
 from megatron_npd.run_dir import RunDir  # noqa: E402
 from megatron_npd.serving.server import ServerLost  # noqa: E402
+from megatron_npd.stoppable import StoppedBySignal  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,3 +145,26 @@ def test_a_node_of_servers_starts_again_what_dies(monkeypatch: pytest.MonkeyPatc
     assert server.restarted == 2
     with pytest.raises(ServerLost):
         servers.watch_servers([cast(Any, Dying(100))], lambda: False)
+
+
+def test_a_node_that_a_signal_stops_tells_the_others_at_once(tmp_path: Path) -> None:
+    """Before its trainer has saved: without it the ranks of all end, which another node would take for a failure."""
+    fields = {"nnodes": 2, "master_addr": "a", "attempt": "7"}
+    with (
+        pytest.raises(StoppedBySignal),
+        Signals(0.0) as signals,
+        nodes.Nodes(RunDir(tmp_path), ClusterConfig(**fields, node_rank=1)) as second,
+    ):
+        signals.nodes = second
+        first = nodes.Nodes(RunDir(tmp_path), ClusterConfig(**fields))
+        call = first.call("serve", {})
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(60)
+        finally:
+            assert (tmp_path / "attempts/7/stopped").exists()
+            os.kill(os.getpid(), signal.SIGUSR1)  # a later one changes nothing
+            before = time.monotonic()
+            first.end(call)  # whose marks nobody will leave
+            assert time.monotonic() - before < nodes.SILENT_SECONDS / 2
+    assert not (tmp_path / "attempts/7/failed").exists()
