@@ -9,8 +9,8 @@ import pytest
 from megatron_npd import choices
 from megatron_npd.ops.divergences import DIVERGENCES
 from megatron_npd.pipeline.launch import LAUNCHERS
-from megatron_npd.planning.devices import ACCELERATORS
 from megatron_npd.platform import PLATFORMS, get_platform
+from megatron_npd.platform.accelerators import ACCELERATORS
 from megatron_npd.selection.metrics import FILTERS
 
 get_platform("cpu")

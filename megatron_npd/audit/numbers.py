@@ -34,6 +34,7 @@ _NO_PARTS = (
     "step_seconds",
     "data_wait_seconds",
     "round_wait_seconds",
+    "model_tflops",
 )
 _ESSENTIAL = (
     *("teacher", "student", "prompts", "updates", "rollout.greedy_paths", "rollout.sampled_paths"),

@@ -55,7 +55,7 @@ class PlanConfig(NPDConfig):
     gpus_per_node: int = 0
     """Devices of a node; 0: nproc_per_node."""
     gpu: GpuName = "h100-80g"
-    """Device, by the name of its data sheet (planning/devices.py)."""
+    """Device, by the name of its data sheet (platform/accelerators.py)."""
     num_prompts: int = 0
     """Prompts of the run; 0: those of the file of prompts."""
     prompt_tokens: int = 0

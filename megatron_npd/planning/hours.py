@@ -11,13 +11,13 @@ from megatron_npd.config.plan import Assumptions
 from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.models.families import ModelSpec
-from megatron_npd.planning.devices import Accelerator
+from megatron_npd.models.flops import BACKWARD, forward_flops
 from megatron_npd.planning.memory import GRADIENT, ServerMemory, element_bytes
-from megatron_npd.planning.model import Layout, cache_bytes, forward_flops, rank_parameters
+from megatron_npd.planning.model import Layout, cache_bytes, rank_parameters
+from megatron_npd.platform.accelerators import Accelerator
 
 GBIT = 10**9 / 8
 MILLISECOND = 1e-3
-BACKWARD = 2  # its FLOPs in those of the forward
 UPDATE_BYTES = 28  # per parameter: gradient, weight and two moments read, weight and moments written, in float32
 
 

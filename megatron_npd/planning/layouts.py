@@ -17,7 +17,6 @@ from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import ModelSpec
 from megatron_npd.models.layout import check_layout
-from megatron_npd.planning.devices import GIB
 from megatron_npd.planning.hours import Decoding, Machine, StepTime, decoding, prefill_seconds, step_time
 from megatron_npd.planning.memory import (
     RankMemory,
@@ -28,6 +27,7 @@ from megatron_npd.planning.memory import (
     training_memory,
 )
 from megatron_npd.planning.model import Layout
+from megatron_npd.platform.accelerators import GIB
 from megatron_npd.training.trainer import check_batch, check_experts
 
 Cfg = TypeVar("Cfg", bound=LayoutConfig)

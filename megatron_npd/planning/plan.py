@@ -9,7 +9,6 @@ from pathlib import Path
 from megatron_npd.config.plan import PlanConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import ModelSpec, load_spec
-from megatron_npd.planning.devices import ACCELERATORS, GIB
 from megatron_npd.planning.hours import Machine
 from megatron_npd.planning.layouts import (
     Candidate,
@@ -32,6 +31,7 @@ from megatron_npd.planning.storage import (
     rollouts_bytes,
     selection_bytes,
 )
+from megatron_npd.platform.accelerators import ACCELERATORS, GIB
 from megatron_npd.training.refresh_schedule import RefreshSchedule
 
 

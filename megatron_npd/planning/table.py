@@ -8,11 +8,11 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from megatron_npd.config.settings import LayoutConfig
-from megatron_npd.planning.devices import GB, GIB, TERA
 from megatron_npd.planning.layouts import Candidate, by_time, cut, own_sizes
 from megatron_npd.planning.memory import RankMemory
 from megatron_npd.planning.model import parameters
 from megatron_npd.planning.plan import Plan, Split
+from megatron_npd.platform.accelerators import GB, GIB, TERA
 
 _SHOWN, _LARGE = 6, 2  # layouts of a table that fit, and that are too large
 _HOURS = ["as: TP x PP; rollout, annotate, train: of one round; select and pack take seconds per million samples"]

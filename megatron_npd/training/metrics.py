@@ -12,6 +12,8 @@ from typing import Any
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.durable import fsync, write_atomic
 from megatron_npd.log import get_logger, progress
+from megatron_npd.platform import get_platform
+from megatron_npd.platform.accelerators import accelerator_of
 
 METRICS_FILE = "metrics.jsonl"
 _wandb_runs: dict[str, Any] = {}  # those that are open: the rounds of a run are one of wandb's
@@ -23,6 +25,8 @@ _NO_PARTS = (
     "step_seconds",
     "data_wait_seconds",
     "round_wait_seconds",
+    "model_tflops",
+    "memory_gb",
 )  # shown in units of their own
 
 
@@ -58,8 +62,15 @@ def average(records: list[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def console_line(record: Mapping[str, Any], train_iters: int) -> str:
-    """An interval's means in one line, with units; quantities that are not defined are left out."""
+def console_line(record: Mapping[str, Any], train_iters: int, *, ranks: int = 1, peak: float | None = None) -> str:
+    """An interval's means in one line, with units; quantities that are not defined are left out.
+
+    Args:
+        record: The means.
+        train_iters: Steps of the run.
+        ranks: That share the work.
+        peak: FLOP/s that one's device could reach; None: not known.
+    """
 
     def items() -> Iterator[str]:
         yield f"step {record['iteration']}/{train_iters}"
@@ -68,8 +79,16 @@ def console_line(record: Mapping[str, Any], train_iters: int) -> str:
                 yield f"{_LABELS.get(name, name.replace('_', ' '))} {value:.4f}"
         yield f"lr {record['lr']:.2e}"
         yield f"{record['tokens_per_second']:.0f} tok/s"
+        if ranks > 1:
+            yield f"{record['tokens_per_second'] / ranks:.0f} per rank"
+        if (tflops := record.get("model_tflops")) is not None:
+            speed = tflops / record["step_seconds"] / ranks
+            utilisation = f" (MFU {1e12 * speed / peak:.1%})" if peak else ""
+            yield f"{speed:.3g} TFLOP/s{' per rank' * (ranks > 1)}{utilisation}"
         yield f"{1e3 * record['step_seconds']:.1f} ms/step (data {1e3 * record['data_wait_seconds']:.1f})"
         yield f"{record['rows_consumed']} rows"
+        if (memory := record.get("memory_gb")) is not None:
+            yield f"{memory:.1f} GB"
 
     return ", ".join(items())
 
@@ -100,10 +119,14 @@ class MetricsWriter:
         cfg: Names the outputs; TensorBoard and wandb are imported only where asked for.
         iteration: Steps done before; later lines of an interrupted attempt are dropped from the JSONL file.
         stop: Step at which this call ends, for the progress bar.
+        ranks: That share the work.
     """
 
-    def __init__(self, cfg: TrainConfig, *, iteration: int, stop: int) -> None:
-        self._cfg, self._stop = cfg, stop
+    def __init__(self, cfg: TrainConfig, *, iteration: int, stop: int, ranks: int = 1) -> None:
+        self._cfg, self._stop, self._ranks = cfg, stop, ranks
+        devices = get_platform().device_names()
+        sheet = accelerator_of(devices[0]) if devices else None
+        self._peak = sheet and sheet.flops(cfg.bf16)
         self._pending: list[dict[str, Any]] = []
         self._jsonl = self._tensorboard = self._wandb = None
         path = metrics_file(cfg)
@@ -153,7 +176,9 @@ class MetricsWriter:
         step, means = self._pending[-1]["iteration"], average(self._pending)
         self._pending.clear()
         self._bar.clear()
-        get_logger().info(console_line(means, self._cfg.train_iters))
+        means["memory_gb"] = get_platform().max_memory_bytes() / 1e9
+        line = console_line(means, self._cfg.train_iters, ranks=self._ranks, peak=self._peak)
+        get_logger().info(line)
         self._bar.refresh()
         scalars = {name: value for name, value in means.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:

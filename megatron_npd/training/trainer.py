@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from megatron_npd.log import get_logger
 from megatron_npd.models.attention import context_share
 from megatron_npd.models.build import ModelSpec, build_chunks, load_hf_weights, load_spec
 from megatron_npd.models.checkpoint import load_checkpoint, together
+from megatron_npd.models.flops import step_flops
 from megatron_npd.ops.arguments import check_objective
 from megatron_npd.ops.implementation import use_triton
 from megatron_npd.paths import check_training
@@ -116,12 +117,15 @@ def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainR
         step.reapply_optimizer_config()
         get_logger().info("resumed from %s after %d rows", checkpoint, state["rows_consumed"])
     _log_start(cfg, stop, rows_per_step, data.seq_length)
-    iteration = state["iteration"]
+    iteration, writer = state["iteration"], None
     with (
+        ExitStack() as stack,
         BatchLoader(data, cfg, rows_per_step, platform, state["rows_consumed"]) as feed,
-        MetricsWriter(cfg, iteration=iteration, stop=stop) if dist.get_rank() == 0 else nullcontext() as writer,
     ):
-        loop = _Loop(cfg, stop, interrupt, rounds, refresh, step, feed, writer, rows_per_step)
+        if dist.get_rank() == 0:
+            ranks = dist.get_world_size()
+            writer = stack.enter_context(MetricsWriter(cfg, iteration=iteration, stop=stop, ranks=ranks))
+        loop = _Loop(cfg, spec, stop, interrupt, rounds, refresh, step, feed, writer, rows_per_step)
         return _result(cfg, *loop.run(iteration, rows_per_step * data.seq_length))
 
 
@@ -131,6 +135,7 @@ class _Loop:
     def __init__(
         self,
         cfg: TrainConfig,
+        spec: ModelSpec,
         stop: int,
         interrupt: Interrupt,
         rounds: Rounds,
@@ -140,7 +145,7 @@ class _Loop:
         writer: MetricsWriter | None,
         rows_per_step: int,
     ) -> None:
-        self._rows_per_step = rows_per_step
+        self._spec, self._rows_per_step = spec, rows_per_step
         self._cfg, self._stop, self._interrupt, self._rounds, self._refresh = cfg, stop, interrupt, rounds, refresh
         self._step, self._feed, self._writer = step, feed, writer
         self._saver = Saver(cfg, stop)
@@ -178,6 +183,7 @@ class _Loop:
                         **values,
                         "samples_sha256": whole.sha256,
                         "tokens": tokens,
+                        "model_tflops": step_flops(self._spec, tokens, whole.attention_cost) / 1e12,
                         "tokens_per_second": tokens / seconds,
                         "step_seconds": seconds,
                         "data_wait_seconds": self._feed.take_wait(),

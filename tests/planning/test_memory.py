@@ -12,8 +12,9 @@ import torch
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.data.batch import PackedBatch
 from megatron_npd.models.families import FAMILIES, load_spec
+from megatron_npd.models.flops import head_parameters
 from megatron_npd.planning.memory import RankMemory, server_memory, training_memory
-from megatron_npd.planning.model import Layout, cache_bytes, head_parameters, parameters, rank_parameters
+from megatron_npd.planning.model import Layout, cache_bytes, parameters, rank_parameters
 from tests.dist import run_distributed
 from tests.helpers import VOCAB_SIZE, make_tiny_model
 

@@ -17,14 +17,15 @@ from megatron_npd.config.plan import PlanConfig
 from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import load_spec
-from megatron_npd.planning.devices import ACCELERATORS
+from megatron_npd.models.flops import forward_flops
 from megatron_npd.planning.hours import Machine, decoding, prefill_seconds, step_time
 from megatron_npd.planning.layouts import layouts
 from megatron_npd.planning.memory import server_memory
-from megatron_npd.planning.model import Layout, cache_bytes, forward_flops, parameters, rank_parameters
+from megatron_npd.planning.model import Layout, cache_bytes, parameters, rank_parameters
 from megatron_npd.planning.plan import Plan, make_plan
 from megatron_npd.planning.splits import RoundTime, run_seconds
 from megatron_npd.planning.table import as_dict, as_text
+from megatron_npd.platform.accelerators import ACCELERATORS
 from tests.models.test_families import LLAMA32_1B, QWEN3_06B, QWEN3_30B, QWEN25_7B, write
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_npd.config.training import TrainConfig
+from megatron_npd.platform.accelerators import ACCELERATORS, accelerator_of
 from megatron_npd.training.metrics import MetricsWriter, average, console_line, metrics_file, truncate_metrics
 
 
@@ -77,6 +78,29 @@ def test_console_has_one_line_an_interval_and_one_at_the_end(caplog: pytest.LogC
     assert "loss 1.5000, CE 1.0000, KD 0.2500" in lines[0] and "lag k3 0.0100" in lines[0]
     assert "1000 tok/s" in lines[0] and "256.0 ms/step (data 10.0)" in lines[0]
     assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_line_says_how_fast_a_rank_is_and_what_part_of_its_peak_that_is() -> None:
+    line = console_line(record(1, model_tflops=64.0) | {"memory_gb": 41.25}, 10, ranks=4, peak=125e12)
+    assert ", 1000 tok/s, 250 per rank, 62.5 TFLOP/s per rank (MFU 50.0%), " in line and line.endswith(", 41.2 GB")
+    alone = console_line(record(1, model_tflops=64.0), 10)
+    assert ", 1000 tok/s, 250 TFLOP/s, " in alone and "MFU" not in alone
+
+
+@pytest.mark.parametrize(
+    ("product", "key"),
+    [
+        ("NVIDIA H200", "h200-141g"),
+        ("NVIDIA H20", "h20-96g"),
+        ("NVIDIA H100 80GB HBM3", "h100-80g"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("Ascend910B3", "ascend-910b-64g"),
+        ("NVIDIA T4", ""),
+    ],
+)
+def test_a_device_is_known_by_its_product_name(product: str, key: str) -> None:
+    found = accelerator_of(product)
+    assert (found and found.flops_bf16) == (ACCELERATORS[key].flops_bf16 if key else None)
 
 
 def test_the_file_is_under_save_unless_named() -> None:

@@ -1,4 +1,4 @@
-"""The devices that a run can be planned for, with the numbers of their data sheets."""
+"""Devices with the numbers of their data sheets: what a run can be planned for, and what a device could reach."""
 
 from __future__ import annotations
 
@@ -70,3 +70,11 @@ ACCELERATORS: dict[GpuName, Accelerator] = {
         source="as reported for the 910B3 of an Atlas 800T A2, which has no public data sheet",
     ),
 }
+
+
+def accelerator_of(product: str) -> Accelerator | None:
+    """The data sheet of a device by its product name (``NVIDIA H200``); None: it is not known."""
+    name = product.lower().replace(" ", "").replace("-", "")
+    known = {key.rpartition("-")[0].replace("-", ""): sheet for key, sheet in ACCELERATORS.items()}
+    found = [key for key in known if key in name]
+    return known[max(found, key=len)] if found else None  # h20 is in h200 too
