@@ -111,6 +111,14 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     """Steps between log lines."""
     log_entropy: bool = False
     """Log the student's entropy over the whole vocabulary too, one more operation on the logits."""
+    profile: bool = False
+    """Profile some steps with torch's profiler; profile/rank-0000.json.gz beside the metrics opens in Perfetto."""
+    profile_step_start: int = 10
+    """First step that is profiled."""
+    profile_step_end: int = 12
+    """First step after them that is not."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that profile."""
     train_iters: int = 100
     """Optimizer steps of the whole run; the learning-rate schedule spans them."""
     exit_at_iteration: int = 0
@@ -201,6 +209,13 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
         require(not (by_lag and self.replay), "replay", "0 with refresh by_lag", self.replay, "old rows lag for ever")
         require_not_negative(self, "save_interval", "save_interval_in_mins", "exit_at_iteration", "global_batch_tokens")
         require_not_negative(self, "updates", "max_lead", "refresh_interval", "exit_duration_in_mins", "most_recent_k")
+        require(
+            0 < self.profile_step_start < self.profile_step_end,
+            "profile_step_start",
+            f"from 1 to profile_step_end - 1 ({self.profile_step_end - 1})",
+            self.profile_step_start,
+            "give a window of steps",
+        )
         needs_interval = self.refresh in ("every_n", "by_lag")
         require(
             not needs_interval or self.refresh_interval > 0,

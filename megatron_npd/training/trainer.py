@@ -33,6 +33,7 @@ from megatron_npd.training.batch_loader import BatchLoader
 from megatron_npd.training.interrupt import Interrupt, Interrupted
 from megatron_npd.training.metrics import MetricsWriter, metrics_file
 from megatron_npd.training.objectives import OBJECTIVES
+from megatron_npd.training.profiling import Profiling
 from megatron_npd.training.refresh_schedule import RefreshSchedule
 from megatron_npd.training.resuming import check_state, find_checkpoint
 from megatron_npd.training.rounds import Rounds
@@ -126,7 +127,8 @@ def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainR
             ranks = dist.get_world_size()
             writer = stack.enter_context(MetricsWriter(cfg, iteration=iteration, stop=stop, ranks=ranks))
         loop = _Loop(cfg, spec, stop, interrupt, rounds, refresh, step, feed, writer, rows_per_step)
-        return _result(cfg, *loop.run(iteration, rows_per_step * data.seq_length))
+        profiling = stack.enter_context(Profiling(cfg))
+        return _result(cfg, *loop.run(iteration, rows_per_step * data.seq_length, profiling))
 
 
 class _Loop:
@@ -150,7 +152,7 @@ class _Loop:
         self._step, self._feed, self._writer = step, feed, writer
         self._saver = Saver(cfg, stop)
 
-    def run(self, iteration: int, tokens: int) -> tuple[dict[str, Any], Interrupt | None]:
+    def run(self, iteration: int, tokens: int, profiling: Profiling) -> tuple[dict[str, Any], Interrupt | None]:
         """The position where the steps end, and what stopped them before the goal; ``tokens``: of a step."""
         self._skipped = Skipped(self._cfg, iteration)
         saved, interrupted = iteration, False
@@ -164,8 +166,10 @@ class _Loop:
                     self._save(iteration, marked=False)
                 break
             start, entry = time.perf_counter(), self._feed.entry()
+            profiling.before(iteration + 1)
             values, votes = self._step.run(self._feed, iteration + 1, self._votes)
             iteration += 1
+            profiling.after(iteration)
             whole = self._feed.whole
             try:
                 self._skipped.after(iteration, values, whole and whole.samples)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import shutil
 from pathlib import Path
@@ -344,3 +346,14 @@ def test_responses_that_nobody_scored_train_and_tell_their_lag(tmp_path: Path, t
     assert all(line["lag_k3"] > 0 and "kd" not in line and line["policy_version"] == "v0003" for line in lines)
     with pytest.raises(UserError, match="distillation"):
         train(config(tiny_model_dir, tmp_path / "packs"))
+
+
+def test_a_window_of_steps_is_profiled(tmp_path: Path, tiny_model_dir: Path) -> None:
+    packs = make_packs(tmp_path / "packs")
+    window = {"profile": True, "profile_step_start": 2, "profile_step_end": 3}
+    train(config(tiny_model_dir, packs, tmp_path / "run", train_iters=3, lr_warmup_iters=0, **window))
+    trace = gzip.decompress((tmp_path / "run" / "profile" / "rank-0000.json.gz").read_bytes())
+    names = [event.get("name", "") for event in json.loads(trace)["traceEvents"]]
+    assert sum(name == "aten::embedding" for name in names) == 4, "the micro-batches of one step"
+    with pytest.raises(UserError, match=r"profile_step_start must be from 1 to profile_step_end - 1 \(11\), got 12"):
+        config(tiny_model_dir, packs, profile_step_start=12)
