@@ -1,4 +1,4 @@
-"""The one error class that users see without a traceback."""
+"""The errors that users see without a traceback."""
 
 from __future__ import annotations
 
@@ -11,3 +11,7 @@ class UserError(ValueError):
     The message says ``what must be rule, got value; remedy`` and names file and record. ``run_main`` prints it
     without a traceback. Our own bugs are ``assert``s and other exceptions, and keep their traceback.
     """
+
+
+class Damaged(UserError):
+    """Sealed content that is not what its manifest says: no setting mends it, and no look at it later."""

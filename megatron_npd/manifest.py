@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_npd.durable import fsync_path, write_atomic
-from megatron_npd.errors import UserError
+from megatron_npd.errors import Damaged, UserError
 from megatron_npd.links import link_in_words, refuse_links_beside
 from megatron_npd.lock import LOCK, check_lock, hold_lock
 
@@ -192,7 +192,7 @@ def _parse(path: Path) -> Manifest:
     except UserError:
         raise
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(
+        raise Damaged(
             f"{file} must be a whole manifest, got {str(error)[:300]}; remove {path} and rerun the stage"
         ) from error
     return manifest
@@ -200,9 +200,9 @@ def _parse(path: Path) -> Manifest:
 
 def _verify(path: Path, file: Path, expected: Mapping[str, Any], *, full: bool) -> None:
     if not file.is_file():
-        raise UserError(f"{file} must exist as {path / MANIFEST} lists it, got nothing; remove {path} and rerun")
+        raise Damaged(f"{file} must exist as {path / MANIFEST} lists it, got nothing; remove {path} and rerun")
     if (size := file.stat().st_size) != expected["bytes"]:
-        raise UserError(
+        raise Damaged(
             f"{file} must have {expected['bytes']} bytes, got {size}; it was cut or changed: "
             f"remove {path} and rerun the stage"
         )
@@ -211,7 +211,7 @@ def _verify(path: Path, file: Path, expected: Mapping[str, Any], *, full: bool) 
         before = _state(file)
         _remember(file, before, digest := file_sha256(file))
     if digest != expected["sha256"]:
-        raise UserError(
+        raise Damaged(
             f"{file} must have sha256 {expected['sha256'][:12]}..., got {digest[:12]}...; it was damaged or "
             f"changed: remove {path} and rerun the stage"
         )
@@ -289,18 +289,25 @@ def seal(
         hashes: sha256 of files that were hashed as they were written.
 
     Raises:
-        UserError: Another process has taken the directory over, or a file of it is a link.
+        UserError: Another process has taken the directory over, a file of it is a link, or one that was hashed is not
+            there.
     """
     path = Path(path)
     out = path.parent if path.name == PART else path
     files: dict[str, dict[str, Any]] = {}
+    given = dict(hashes or {})
     for file in sorted(_content(path, path)):
         if file.is_symlink():
             raise UserError(link_in_words(file))
         fsync_path(file)
         name = str(file.relative_to(path))
-        digest = (hashes or {}).get(name) or file_sha256(file)
+        digest = given.pop(name, "") or file_sha256(file)
         files[name] = {"sha256": digest, "bytes": file.stat().st_size}
+    if given:
+        raise UserError(
+            f"{out} must be on a file system that all processes share, got no {min(given)} here, which one wrote; give "
+            "another directory"
+        )
     for directory in {(path / name).parent for name in files} | {path}:
         fsync_path(directory)
     check_lock(out)

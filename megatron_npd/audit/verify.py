@@ -98,8 +98,8 @@ def _directories(run: Path) -> list[Path]:
     """Directories that are sealed, or were begun."""
     found = []
     for folder, names, files in os.walk(run):
-        names[:] = [name for name in names if not name.startswith(".")]
-        parent = any(name.startswith("iter_") for name in names)  # checkpoints; the lock is their trainer's
+        parent = any("iter_" in name for name in names)  # checkpoints; the lock is their trainer's
+        names[:] = [name for name in names if not name.startswith((".", "damaged_iter_"))]  # set aside
         if MANIFEST in files or (LOCK in files and Path(folder) != run and not parent):
             found.append(Path(folder))
     return found

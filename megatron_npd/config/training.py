@@ -106,7 +106,8 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     """Write checkpoints while training goes on, from a copy in the host's memory; one that becomes a policy is waited
     for."""
     change_global_batch_size: bool = False
-    """Go on from a checkpoint with another global batch size, after the rows that it consumed; else it is refused."""
+    """Go on from a checkpoint with another global batch size, after the rows that it consumed; else it is refused. For
+    npd train alone: a run's batch size is part of its recipe."""
     log_interval: int = 10
     """Steps between log lines."""
     log_entropy: bool = False
@@ -234,6 +235,13 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
 
     def _check_parallel(self) -> None:
         require_positive(self, "virtual_pipeline_model_parallel_size")
+        require(
+            self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
+            "virtual_pipeline_model_parallel_size",
+            "1 without pipeline_model_parallel_size",
+            self.virtual_pipeline_model_parallel_size,
+            "it cuts the stages of a pipeline",
+        )
         full, method, layers = self.recompute_granularity == "full", self.recompute_method, self.recompute_num_layers
         rule = "uniform or block with recompute_granularity full" if full else "none without recompute_granularity full"
         require((method != "none") == full, "recompute_method", rule, method, "uniform keeps least")

@@ -24,7 +24,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
-from megatron_npd.errors import UserError
+from megatron_npd.errors import Damaged, UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, PART, read_manifest, seal, unlisted, verified_file, verify_files, writing
 from megatron_npd.models.checkpoint_files import (
@@ -148,7 +148,8 @@ def verify_together(path: str | Path) -> None:
     """Check every file of a checkpoint, each rank a share of them; all ranks call it together.
 
     Raises:
-        UserError: It is not a sealed checkpoint, a file is damaged, or one lies there that no hash vouches for.
+        Damaged: A file, or the manifest, is; on all ranks.
+        UserError: It is not a sealed checkpoint, cannot be read, or a file lies there that no hash vouches for.
     """
     path = Path(path)
     known: list[Any] = [None]
@@ -382,16 +383,17 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Run a block on all ranks; a rank's error in it is raised on every rank, so that none waits for another."""
+    """Run a block on all ranks; a rank's error in it is raised on every rank, ``Damaged`` if no rank had another."""
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if failure is None else str(failure))
-    if failure is not None:
+    told: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if failure is None else (isinstance(failure, Damaged), str(failure)))
+    if not (errors := [error for error in told if error is not None]):
+        return
+    damaged, message = min(errors, key=lambda error: error[0])
+    if failure is not None and isinstance(failure, Damaged) == damaged:
         raise failure
-    for message in messages:
-        if message is not None:
-            raise UserError(message)
+    raise (Damaged if damaged else UserError)(message)

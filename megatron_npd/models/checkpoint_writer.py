@@ -126,13 +126,13 @@ class _InProcessSave(TorchDistSaveShardedStrategy):
 def _write(transforms: list[Any], rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
     """Write this rank's files one after another; the same results as megatron-core's writer processes give."""
     written: dict[int, Any] = {}
+    write: Any = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    write = getattr(write, "__wrapped__", write)  # which has the garbage collector off, as a forked writer needs it
     for index, bucket in enumerate(buckets):
         answers: Any = queue.Queue()
         tickets: Any = queue.Queue()
         tickets.put(index)
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, answers, tickets, use_fsync=True
-        )
+        write(transforms, index, bucket, answers, tickets, use_fsync=True)
         _, outcome = answers.get()
         if isinstance(outcome, Exception):
             chain: list[BaseException] = [outcome]

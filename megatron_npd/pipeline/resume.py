@@ -50,7 +50,7 @@ _FREE = {
     "train.": "save_interval save_interval_in_mins most_recent_k async_save change_global_batch_size max_skipped_steps "
     "log_interval log_entropy tensorboard_dir wandb_project wandb_exp_name platform micro_batch_size balance_attention "
     "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size decoder_first_pipeline_num_layers "
-    "decoder_last_pipeline_num_layers virtual_pipeline_model_parallel_size expert_model_parallel_size "
+    "decoder_last_pipeline_num_layers virtual_pipeline_model_parallel_size "
     "sequence_parallel recompute_granularity "
     "recompute_modules recompute_method recompute_num_layers overlap_grad_reduce overlap_param_gather "
     "fused_linear_loss loss_impl profile profile_step_start profile_step_end profile_ranks",
@@ -128,7 +128,7 @@ def _directories(run: RunDir, first: str) -> Iterator[Path]:
         outputs = (STAGES[name].output(run, index) for name in _OF_A_ROUND if name in later or index)
         yield from (output for output in outputs if output is not None and output.is_dir())
     for directory in (run.checkpoints, run.policies):
-        yield from sorted(path for path in directory.glob("[iv]*") if path.is_dir())
+        yield from sorted(path for path in directory.glob("[ivd]*") if path.is_dir())
 
 
 def _holds_results(path: Path) -> bool:

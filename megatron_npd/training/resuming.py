@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,31 @@ import torch.distributed as dist
 
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.durable import fsync_path
-from megatron_npd.errors import UserError
+from megatron_npd.errors import Damaged, UserError
 from megatron_npd.log import get_logger
-from megatron_npd.manifest import is_sealed
+from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.models.checkpoint import saved_state, together, verify_together
+from megatron_npd.models.checkpoint_files import KIND
 
 
 def find_checkpoint(cfg: TrainConfig) -> tuple[Path | None, dict[str, Any]]:
     """The newest whole checkpoint of ``save``, else of ``load``, and its state; all ranks call it together.
 
     Every file is hashed, by all ranks together. A damaged checkpoint is named and left out; under ``save`` it gets
-    another name, ``damaged_iter_0000100``, since the run will come to that step again.
+    another name, ``damaged_iter_0000100``, since the run will come to that step again. What is damaged for one rank has
+    to be for rank 0 too, which looks again: a file system may fail a node for a moment.
 
     Raises:
-        UserError: There are checkpoints, and none of them is whole: the run would begin anew.
+        UserError: There are checkpoints of the run, and none of them is whole: it would begin anew. Or one cannot be
+            read, is another release's, or holds what no hash vouches for.
     """
     damaged: list[str] = []
     while (path := _newest(cfg, damaged)) is not None:
+        if damaged and cfg.save and path.parent != Path(cfg.save):
+            break
         try:
             verify_together(path)
-        except UserError as error:
+        except Damaged as error:
             damaged.append(str(path))
             _set_aside(cfg, path, error)
             continue
@@ -69,6 +75,7 @@ def _sealed(root: Path) -> Iterator[Path]:
 def _set_aside(cfg: TrainConfig, path: Path, error: UserError) -> None:
     with together():
         if dist.get_rank() == 0:
+            _confirm(path, error)
             where = path
             if cfg.save and path.parent == Path(cfg.save):
                 names = (f"damaged_{path.name}{f'.{number}' if number else ''}" for number in count())
@@ -76,6 +83,15 @@ def _set_aside(cfg: TrainConfig, path: Path, error: UserError) -> None:
                 path.rename(where)
                 fsync_path(path.parent)
             get_logger().warning("%s is damaged (%s) and is left out; it is %s now", path.name, error, where)
+
+
+def _confirm(path: Path, error: UserError) -> None:
+    with suppress(Damaged):
+        read_manifest(path, kind=KIND)
+        raise UserError(
+            f"{path} must be the same for all ranks, got a whole one for rank 0, and for another: {error}; look at how "
+            "that node sees the file system"
+        )
 
 
 def check_state(cfg: TrainConfig, state: Mapping[str, Any], checkpoint: Path, rows_per_step: int) -> None:

@@ -44,6 +44,7 @@ class Rounds:
     Attributes:
         schedule: What the packed data set is opened from.
         entries: Rounds of a run that grows that are scheduled, the same on all ranks; they may begin at later rows.
+        before_waiting: What all ranks do before they wait for packs.
     """
 
     def __init__(self, cfg: TrainConfig, interrupt: Interrupt) -> None:
@@ -52,6 +53,7 @@ class Rounds:
         self._updates, self._max_lead, self._train_iters = cfg.updates, cfg.max_lead, cfg.train_iters
         self.schedule = path if self._run is None else self._run.schedule
         self.entries: list[ScheduleEntry] = []
+        self.before_waiting: Callable[[], object] = lambda: None
 
     def begin(self, trained: Sequence[Mapping[str, Any]]) -> None:
         """Have the schedule there, with the first round once its packs are sealed; all ranks call it together.
@@ -110,6 +112,7 @@ class Rounds:
             if _on_any_rank(self._interrupt.asked()):
                 raise Interrupted
             if not seconds:
+                self.before_waiting()
                 get_logger().info("waiting for %s", self._run.packs(index))
             seconds = _TELL_SECONDS
         return result

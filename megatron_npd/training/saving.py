@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.durable import fsync_path
+from megatron_npd.errors import UserError
+from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.models.checkpoint import Saving, saved_state, together
 from megatron_npd.training.step import TrainStep
@@ -55,7 +57,7 @@ class Saver:
         """Write a checkpoint of ``state["iteration"]`` steps and remove those that it replaces; all ranks together.
 
         Raises:
-            UserError: As for ``Saving``, or an earlier checkpoint is damaged; it stays.
+            UserError: As for ``Saving``.
         """
         self.finish()
         iteration, policy = state["iteration"], "policy" in state
@@ -118,7 +120,11 @@ def _remove_replaced(newest: Path, most_recent: int) -> None:
     numbers = {path: int(match[1]) for path, match in earlier.items() if match and int(match[1]) <= end}
     left = most_recent or len(numbers)
     for path in sorted(numbers, key=lambda path: -numbers[path]):
-        state = saved_state(path) if is_sealed(path) else {_TEMPORARY: True}
+        try:
+            state = saved_state(path) if is_sealed(path) else {_TEMPORARY: True}
+        except UserError as error:  # it is not for an older one to end the run
+            get_logger().warning("%s is kept, as its state cannot be read: %s", path, error)
+            continue
         if "policy" in state:
             continue
         if path == newest or (left > 0 and not state.get(_TEMPORARY)):

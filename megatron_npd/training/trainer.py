@@ -151,6 +151,7 @@ class _Loop:
         self._cfg, self._stop, self._interrupt, self._rounds, self._refresh = cfg, stop, interrupt, rounds, refresh
         self._step, self._feed, self._writer = step, feed, writer
         self._saver = Saver(cfg, stop)
+        rounds.before_waiting = self._saver.finish  # a wait may be long
 
     def run(self, iteration: int, tokens: int, profiling: Profiling) -> tuple[dict[str, Any], Interrupt | None]:
         """The position where the steps end, and what stopped them before the goal; ``tokens``: of a step."""
@@ -160,6 +161,9 @@ class _Loop:
             looked = time.perf_counter()
             try:
                 self._take_round(iteration)
+            except UserError:  # on all ranks
+                self._saver.finish()
+                raise
             except Interrupted:
                 interrupted = True
                 if saved != iteration:
@@ -234,6 +238,11 @@ def check_experts(cfg: TrainConfig, spec: ModelSpec) -> None:
     Raises:
         UserError: The sequence is not split over them.
     """
+    if spec.experts and cfg.recompute_granularity == "selective" and "mlp" in cfg.recompute_modules:
+        raise UserError(
+            f"recompute_modules must be without mlp for {spec.path}, a model with experts, computed again by "
+            f"whole layers alone, got {' '.join(cfg.recompute_modules)}; take recompute_granularity full"
+        )
     if spec.experts and cfg.tensor_model_parallel_size > 1 and not cfg.sequence_parallel:
         raise UserError(
             f"sequence_parallel must be true where {spec.path}, a model with experts, trains with "

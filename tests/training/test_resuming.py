@@ -53,7 +53,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
     assert names(tmp_path / "run") == ["damaged_iter_0000004", "iter_0000002", "iter_0000004"]
     assert exact(tmp_path / "run/metrics.jsonl") == whole and weights.read_bytes() == original
 
-    (tmp_path / "run/iter_0000004/planted.distcp").write_bytes(b"pickle")
+    planted = tmp_path / "run/iter_0000004/planted.distcp"
+    planted.write_bytes(b"pickle")
+    with pytest.raises(AssertionError, match=r"must hold what its manifest.json lists, got planted.distcp too"):
+        run_distributed(_train, 2, cfg)
+    assert names(tmp_path / "run") == ["damaged_iter_0000004", "iter_0000002", "iter_0000004"], "left as it is"
+
+    planted.unlink()
+    flip(tmp_path / "run/iter_0000004/.metadata")
     flip(tmp_path / "run/iter_0000002/.metadata")
     with pytest.raises(AssertionError, match="must hold a whole checkpoint, got damage in all of them"):
         run_distributed(_train, 2, cfg)
@@ -122,4 +129,12 @@ def test_all_checkpoints_of_load_are_damaged(tmp_path: Path, tiny_model_dir: Pat
     with pytest.raises(UserError, match="got damage in all of them"):
         train(config(tiny_model_dir, packs, tmp_path / "second", load=str(tmp_path / "first")))
     assert names(tmp_path / "first") == ["iter_0000001"]  # another run's is left as it is
+
+    # A run whose own are damaged does not begin anew from those that it once began with.
+    train(config(tiny_model_dir, packs, tmp_path / "good", train_iters=1, lr_warmup_iters=0))
+    cfg = config(tiny_model_dir, packs, tmp_path / "third", load=str(tmp_path / "good"), train_iters=2)
+    train(cfg)
+    flip(tmp_path / "third/iter_0000002/.metadata")
+    with pytest.raises(UserError, match=r"third must hold a whole checkpoint, got damage in all of them"):
+        train(cfg)
     shutil.rmtree(tmp_path / "first")
