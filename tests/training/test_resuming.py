@@ -132,7 +132,9 @@ def test_all_checkpoints_of_load_are_damaged(tmp_path: Path, tiny_model_dir: Pat
 
     # A run whose own are damaged does not begin anew from those that it once began with.
     train(config(tiny_model_dir, packs, tmp_path / "good", train_iters=1, lr_warmup_iters=0))
-    cfg = config(tiny_model_dir, packs, tmp_path / "third", load=str(tmp_path / "good"), train_iters=2)
+    cfg = config(
+        tiny_model_dir, packs, tmp_path / "third", load=str(tmp_path / "good"), train_iters=2, lr_warmup_iters=0
+    )
     train(cfg)
     flip(tmp_path / "third/iter_0000002/.metadata")
     with pytest.raises(UserError, match=r"third must hold a whole checkpoint, got damage in all of them"):
