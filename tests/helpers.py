@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from megatron_npd.log import get_logger
 
 VOCAB_SIZE = 304  # of the tiny model; its tokenizer has 300 entries, so a few embedding rows are padding
 
@@ -155,3 +159,16 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[Any], seconds: f
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.005)
     return found
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What this process logs within it: a process of ``run_distributed`` has another test's standard error."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    get_logger().addHandler(handler)
+    try:
+        yield said
+    finally:
+        get_logger().removeHandler(handler)

@@ -15,6 +15,7 @@ from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.models import checkpoint_writer
 from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
+from tests.helpers import logged
 from tests.training.make_run import column, config, make_packs
 from tests.training.test_trainer import exact
 
@@ -34,20 +35,21 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def _train(rank: int, _: int, cfg: TrainConfig) -> int:
-    return train(cfg).iteration
+def _train(rank: int, _: int, cfg: TrainConfig) -> tuple[int, str]:
+    with logged() as said:
+        return train(cfg).iteration, "\n".join(said)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
-    tmp_path: Path, tiny_model_dir: Path, packs: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_model_dir: Path, packs: Path
 ) -> None:
     cfg = config(tiny_model_dir, packs, tmp_path / "run", train_iters=4, save_interval=2, lr_warmup_iters=0)
     run_distributed(_train, 2, cfg)
     whole, weights = exact(tmp_path / "run/metrics.jsonl"), tmp_path / "run/iter_0000004/__1_0.distcp"
     original = weights.read_bytes()
     flip(weights)
-    assert run_distributed(_train, 2, cfg) == [4, 4]
-    said = capfd.readouterr().err
+    (first, said), (second, _) = run_distributed(_train, 2, cfg)
+    assert first == second == 4
     assert "iter_0000004 is damaged" in said and "__1_0.distcp must have sha256" in said
     assert f"resumed from {tmp_path}/run/iter_0000002" in said
     assert names(tmp_path / "run") == ["damaged_iter_0000004", "iter_0000002", "iter_0000004"]
