@@ -98,7 +98,7 @@ def test_a_line_says_how_fast_a_rank_is_and_what_part_of_its_peak_that_is() -> N
         ("NVIDIA T4", ""),
     ],
 )
-def test_a_device_is_known_by_its_product_name(product: str, key: str) -> None:
+def test_a_device_is_known_by_its_product_name(product: str, key: Any) -> None:
     found = accelerator_of(product)
     assert (found and found.flops_bf16) == (ACCELERATORS[key].flops_bf16 if key else None)
 
