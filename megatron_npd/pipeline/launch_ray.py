@@ -284,6 +284,9 @@ class RayJob(Job):
         with suppress(RayActorError):
             _ask(self._launcher.ranks[0].tell_end.remote(self._number))
 
+    def ask_to_stop(self) -> None:
+        """Nothing: ``stop`` asks all nodes, and waits for them."""
+
     def stop(self) -> None:
         """End it on all nodes, if it has not ended; it is not started again."""
         self._left = 0
