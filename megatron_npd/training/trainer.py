@@ -233,10 +233,11 @@ class _Loop:
 
 
 def check_experts(cfg: TrainConfig, spec: ModelSpec) -> None:
-    """Refuse a layout in which tensor-parallel ranks would send every token to the experts several times.
+    """Refuse what megatron-core does otherwise where a model has experts.
 
     Raises:
-        UserError: The sequence is not split over them.
+        UserError: The sequence is not split over tensor-parallel ranks, which would then send every token to the
+            experts several times, or experts' MLPs are to be computed again alone.
     """
     if spec.experts and cfg.recompute_granularity == "selective" and "mlp" in cfg.recompute_modules:
         raise UserError(

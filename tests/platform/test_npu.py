@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from megatron.core.transformer import mlp
-from megatron.core.transformer.moe import shared_experts
 
-from megatron_npd.platform import npu
+from megatron_npd.platform import get_platform, npu
+
+get_platform("cpu")  # before anything imports megatron.core
+
+from megatron.core.transformer import mlp  # noqa: E402
+from megatron.core.transformer.moe import shared_experts  # noqa: E402
 
 
 def test_the_mlps_of_megatron_core_call_the_npu_s_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
