@@ -24,6 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": False},
     "llama": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "openpangu": {"num_key_value_heads": 2},
     "qwen3_moe": {"num_key_value_heads": 2, "head_dim": 32, "num_experts": 8, "moe_intermediate_size": 96},
 }
 # tensor- and pipeline-parallel sizes of two ranks, and settings
@@ -184,7 +185,7 @@ def test_each_part_is_what_a_step_allocates(models: Path, measured: Any, family:
 
 def test_the_layers_of_every_family_are_measured() -> None:
     measured = [family.layer_rules for family in FAMILIES.values() if family.name in SHAPES]
-    assert all(family.layer_rules in measured for family in FAMILIES.values())
+    assert [family.name for family in FAMILIES.values() if family.layer_rules not in measured] == []
 
 
 @pytest.mark.parametrize("family", SHAPES)
