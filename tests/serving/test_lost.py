@@ -214,7 +214,7 @@ def test_an_error_of_the_caller_is_not_lost_with_a_server(monkeypatch: pytest.Mo
         pool = ServerPool([first.url, second.url], dataclasses.replace(CFG, concurrency=2))
 
         def trouble(body: dict[str, Any]) -> None:
-            first.dead = first.dead or body["token_ids"] == REQUESTS[1].token_ids
+            first.dead = first.dead or body["token_ids"] != REQUESTS[0].token_ids  # the second that it is asked
             while body["token_ids"] == REQUESTS[0].token_ids and first.url not in pool.lost:
                 time.sleep(0.01)
 
@@ -225,6 +225,7 @@ def test_an_error_of_the_caller_is_not_lost_with_a_server(monkeypatch: pytest.Mo
         first.trouble = trouble
         with pytest.raises(UserError, match="every problem must be answered"):
             pool.run(REQUESTS, on_result)
+        assert list(pool.lost) == [first.url]
 
 
 def test_nobody_waits_for_a_server_that_starts_when_the_round_ends() -> None:
