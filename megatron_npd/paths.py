@@ -109,9 +109,10 @@ def first_checkpoint(cfg: TrainConfig) -> Path | None:
 
 def latest_checkpoint(root: str | Path) -> Path | None:
     """The sealed checkpoint of the highest iteration under ``root``; None where there is none."""
-    sealed = {}
-    for path in Path(root).glob("iter_*"):
-        match = re.fullmatch(r"iter_(\d+)", path.name)
-        if match and is_sealed(path):
-            sealed[int(match[1])] = path
-    return sealed[max(sealed)] if sealed else None
+    return next((path for path in reversed(checkpoints(root).values()) if is_sealed(path)), None)
+
+
+def checkpoints(root: str | Path) -> dict[int, Path]:
+    """Iteration -> checkpoint under ``root``, whole or not, from the lowest on."""
+    matches = ((re.fullmatch(r"iter_(\d+)", path.name), path) for path in Path(root).glob("iter_*"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))

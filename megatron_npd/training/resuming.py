@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import count
@@ -18,6 +17,7 @@ from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed, read_manifest
 from megatron_npd.models.checkpoint import saved_state, together, verify_together
 from megatron_npd.models.checkpoint_files import KIND
+from megatron_npd.paths import checkpoints
 
 
 def find_checkpoint(cfg: TrainConfig) -> tuple[Path | None, dict[str, Any]]:
@@ -67,9 +67,7 @@ def _newest(cfg: TrainConfig, damaged: list[str]) -> Path | None:
 
 def _sealed(root: Path) -> Iterator[Path]:
     """Checkpoints under a directory, the newest first."""
-    numbers = {path: re.fullmatch(r"iter_(\d+)", path.name) for path in root.glob("iter_*")}
-    sealed = {path: int(match[1]) for path, match in numbers.items() if match and is_sealed(path)}
-    yield from sorted(sealed, key=lambda path: -sealed[path])
+    return filter(is_sealed, reversed(checkpoints(root).values()))
 
 
 def _set_aside(cfg: TrainConfig, path: Path, error: UserError) -> None:

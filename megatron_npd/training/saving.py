@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import is_sealed
 from megatron_npd.models.checkpoint import Saving, saved_state, together
+from megatron_npd.paths import checkpoints
 from megatron_npd.training.step import TrainStep
 
 _TEMPORARY = "temporary"  # in a checkpoint's state: a later one replaces it
@@ -116,10 +116,9 @@ def _remove_replaced(newest: Path, most_recent: int) -> None:
     checkpoint if this is killed.
     """
     root, end = newest.parent, int(newest.name.removeprefix("iter_"))
-    earlier = {path: re.fullmatch(r"iter_(\d+)", path.name) for path in root.glob("iter_*")}
-    numbers = {path: int(match[1]) for path, match in earlier.items() if match and int(match[1]) <= end}
-    left = most_recent or len(numbers)
-    for path in sorted(numbers, key=lambda path: -numbers[path]):
+    earlier = [path for iteration, path in checkpoints(root).items() if iteration <= end]
+    left = most_recent or len(earlier)
+    for path in reversed(earlier):
         try:
             state = saved_state(path) if is_sealed(path) else {_TEMPORARY: True}
         except UserError as error:  # it is not for an older one to end the run
