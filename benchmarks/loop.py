@@ -35,6 +35,12 @@ OURS: Mapping[str, Sequence[str]] = {
     "NPD, 10 rounds of 750": [],
     "NPD, 25 rounds of 300": ["--updates=24", "--rollout.prompts-per-round=300"],
     "NPD, 6 rounds of 750": ["--updates=5"],
+    "NPD, 10 rounds of 750, overlapping": ["--max-lead=1"],
+    "NPD, 10 rounds of 750, by lag": ["--train.refresh=by_lag"],
+    "NPD, 1 round of 6000": ["--updates=0", "--rollout.prompts-per-round=0", "--rollout.sampled-paths=2"],
+    "on-policy, 50 rounds of 150": [
+        *("--updates=49", "--train.refresh=every_n", "--train.refresh-interval=10", "--rollout.prompts-per-round=150")
+    ],
     "NPD, 2 rounds of 6000, Delta-IFD": [
         *("--updates=1", "--select.filter=delta_ifd", "--annotate.unconditional=true", *_PAPER)
     ],
