@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
 
 from megatron_npd.errors import UserError
 
@@ -42,3 +45,15 @@ def memory_growth(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def free_memory() -> int:
+    """Bytes that can be used while a quarter of the memory stays free: the machine's, or this control group's."""
+    memory = psutil.virtual_memory()
+    free = memory.available - memory.total // 4
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError, KeyError):  # no control group, or one without a limit ("max")
+        limit = int((group / "memory.max").read_text())
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit * 3 // 4 - int(used["anon"]) - int(used["shmem"]))
+    return free

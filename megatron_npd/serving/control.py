@@ -71,7 +71,11 @@ class Control:
             raise UserError(f"the server {url} must answer {path} in JSON, got {error}; restart it") from error
 
     def call_worker(self, url: str, method: str, *args: str, timeout: float = CONTROL_TIMEOUT) -> dict[str, Any]:
-        """Call a method of the worker extension in every worker of a server; what all of them answer, or the first.
+        """What the first worker of a server answers to ``call_workers``."""
+        return self.call_workers(url, method, *args, timeout=timeout)[0]
+
+    def call_workers(self, url: str, method: str, *args: str, timeout: float = CONTROL_TIMEOUT) -> list[dict[str, Any]]:
+        """Call a method of the worker extension in every worker of a server; what each of them answers.
 
         Raises:
             UserError: A worker reports an error, the workers hold different weights, or there is no such method.
@@ -89,7 +93,7 @@ class Control:
                     raise UserError(f"the workers of {url} must hold the same weights, got several; refresh it again")
         except Malformed as error:
             raise UserError(f"the server {url} must do {method}, got {error}; restart it") from error
-        return first
+        return answers
 
     def tag(self, url: str) -> str:
         """What a server marks its answers with: policy version, a hyphen, and the hash of the weights."""

@@ -18,6 +18,8 @@ from megatron_npd.serving.pool import UNUSABLE, ServerPool
 from megatron_npd.serving.server import ServerLost, tag
 from megatron_npd.weights import read_weights
 
+_FIRST_LOOK = 0.02  # seconds after which a server is asked whether it has read the weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refreshed:
@@ -26,7 +28,8 @@ class Refreshed:
     Attributes:
         bytes: Of the weights, as each worker read them.
         pauses: Server -> seconds from the call that pauses it until it takes requests again.
-        loads: Server -> seconds that its workers took to read, hash and take the weights over.
+        loads: Server -> seconds that its workers took to read, hash and take the weights over; the reading that finds
+            room in memory is done before the pause.
     """
 
     bytes: int
@@ -191,10 +194,12 @@ class _Exchange:
         Returns:
             Why the servers hold what they held before; empty: they hold the new policy.
         """
-        pool, urls, loading, paused = self.pool, self.urls, False, True
-        errors: list[UserError] = []
+        pool, urls, loading, paused = self.pool, self.urls, False, False
+        errors = _on_all(pool, urls, self._stage)
         try:
-            errors += _on_all(pool, urls, self._pause)
+            if not errors:
+                paused, urls = True, list(pool.urls)
+                errors += _on_all(pool, urls, self._pause)
             if not errors:
                 loading = True
                 errors += _on_all(pool, pool.urls, self._load)
@@ -209,6 +214,8 @@ class _Exchange:
                 errors += _on_all(pool, urls, self._resume)
             if loading:
                 errors += _on_all(pool, pool.urls, lambda url: _check_back(pool, url, self.before[url]))
+            elif errors:
+                errors += _on_all(pool, pool.urls, lambda url: pool.call_worker(url, "npd_stage", ""))
         return errors
 
     def reference(self) -> Answer | None:
@@ -221,12 +228,24 @@ class _Exchange:
         of_these = [answer for answer in older if answer is not None and answer.weights == self.policy.content]
         return [*of_these, *(self.answers[url] for url in self.urls if url in self.answers)]
 
+    def _stage(self, url: str) -> None:
+        """Have the workers of a server read the weights into memory: what a file system takes is no part of a pause."""
+        start, wait = time.monotonic(), _FIRST_LOOK
+        self.pool.call_worker(url, "npd_stage", str(self.policy.directory))
+        while not all(answer.get("ready") for answer in self.pool.call_workers(url, "npd_staged")):
+            if (waited := time.monotonic() - start) > self.pool.patience:
+                what = f"the server {url} must read {self.policy.directory}, got no end of it in {waited:.0f} s"
+                raise UserError(f"{what}; look at its file system, and refresh again")
+            time.sleep(wait)
+            wait = min(2 * wait, 1.0)  # seconds: each look is a message to the engine between two of its steps
+        self.loads[url] = time.monotonic() - start
+
     def _pause(self, url: str) -> None:
         self._paused[url] = time.monotonic()
         _pause(self.pool, url)
 
     def _load(self, url: str) -> None:
-        self.loads[url] = self.policy.load_on(self.pool, url)
+        self.loads[url] += self.policy.load_on(self.pool, url)
 
     def _resume(self, url: str) -> None:
         self.pool.control(url, "/resume")

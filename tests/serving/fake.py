@@ -75,6 +75,7 @@ class FakeServer(ThreadingHTTPServer):
         trouble: Called with each generate body; an int is a status to answer with (a pair: with headers), bytes are
             the whole body of an answer 200, a dict replaces fields of the choice, None is no trouble. It may sleep.
         headers_of: Answers ``npd_describe``, beside the size of the vocabulary.
+        staged: Answers ``npd_staged``.
         loads: Answers ``npd_load``.
         load_status: Status that ``npd_load`` answers with.
         metrics: What ``/metrics`` says.
@@ -92,6 +93,7 @@ class FakeServer(ThreadingHTTPServer):
         self.called: list[str] = []
         self.trouble: Trouble = lambda body: None
         self.headers_of: Callable[[str], dict[str, Any]] = lambda directory: {}
+        self.staged: Callable[[], dict[str, Any]] = lambda: {"ready": True}
         self.loads: Callable[[str], dict[str, Any]] = lambda directory: {"weights": CONTENT}
         self.load_status = 200
         self.metrics: Callable[[], str] = lambda: ""
@@ -174,8 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.fake.called[-1] = body["method"]
             if body["method"] == "npd_load":
                 self._answer(self.fake.load_status, {"results": [self.fake.loads(*body["args"])]})
-            elif body["method"] == "npd_clear":
+            elif body["method"] in ("npd_clear", "npd_stage"):
                 self._answer(200, {"results": [{}]})
+            elif body["method"] == "npd_staged":
+                self._answer(200, {"results": [self.fake.staged()]})
             else:
                 found = {"vocab_size": VOCAB_SIZE, **self.fake.headers_of(*body.get("args", []) or [""])}
                 self._answer(200, {"results": [found]})

@@ -42,6 +42,8 @@ def test_order_of_calls(tiny_model_dir: Path) -> None:
         assert server.called == [
             "npd_describe",
             "npd_describe",
+            "npd_stage",
+            "npd_staged",
             "/pause?mode=wait",
             "/update_weight_version",  # as unusable
             "npd_load",
@@ -50,6 +52,28 @@ def test_order_of_calls(tiny_model_dir: Path) -> None:
             "/resume",
         ]
         assert server.version == tag("v0001", read_weights(tiny_model_dir).content_hash())
+
+
+def test_nothing_is_paused_before_all_have_read_the_weights(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as quick, serve(tiny_model_dir) as slow:
+
+        def staged() -> dict[str, Any]:
+            assert "/pause?mode=wait" not in quick.called + slow.called
+            return {"ready": slow.called.count("npd_staged") == 3}
+
+        slow.staged = staged
+        refresh(ServerPool([quick.url, slow.url], CFG), tiny_model_dir, "v0001")
+        assert slow.called.count("npd_staged") == 3 and quick.called.count("npd_staged") == 1
+        assert "/pause?mode=wait" in quick.called and "/pause?mode=wait" in slow.called
+
+
+def test_weights_that_cannot_be_read_pause_nobody(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as good, serve(tiny_model_dir) as bad:
+        bad.staged = lambda: {"error": "no such file"}
+        with pytest.raises(UserError, match=f"{bad.url} must do npd_staged, got: no such file"):
+            refresh(ServerPool([good.url, bad.url], CFG), tiny_model_dir, "v0001")
+        for server in (good, bad):
+            assert server.called == [*2 * ["npd_describe"], "npd_stage", "npd_staged", "npd_stage"]  # the last lets go
 
 
 @pytest.fixture(scope="module")
