@@ -64,7 +64,8 @@ class Control:
         if response.status_code == 401:
             raise self.unauthorised(url)
         if not response.is_success:
-            raise UserError(f"the server {url} must accept {path}, got {response.status_code}: {detail(response)}")
+            got = f"{response.status_code}: {detail(response.content)}"
+            raise UserError(f"the server {url} must accept {path}, got {got}")
         try:
             return json_of(response.content or b"{}")
         except Malformed as error:
