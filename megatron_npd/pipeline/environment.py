@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -107,11 +107,12 @@ def _environment() -> dict[str, Any]:
         "devices": names,
         "peak_gb": round(max(resident_bytes(), *_other_peaks()) / 1e9, 2),
         "peak_device_gb": round(device.max_memory_bytes() / 1e9, 2) if names and device.max_memory_bytes() else None,
-        "versions": {"Python": platform.python_version()} | dict(_versions()),
+        "versions": _versions(),
         "commit": _commit(),
     }
 
 
+@functools.cache
 def _processor() -> str:
     """The processor's name as the kernel gives it, else its architecture."""
     path = Path("/proc/cpuinfo")
@@ -132,12 +133,13 @@ def _other_peaks() -> Iterator[int]:
         yield from (1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+@functools.cache
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            yield name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 @functools.cache

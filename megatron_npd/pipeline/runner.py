@@ -96,7 +96,7 @@ def run_npd(cfg: NPDConfig, report: Report) -> str:
 
 
 def _seldom(report: Report) -> Callable[[Path], None]:
-    """A report that takes a twentieth of the time at most: rounds of a second must not wait for its figures."""
+    """A report that takes a hundredth of the time at most: rounds of a second must not wait for its figures."""
     after = 0.0
 
     def write(run: Path) -> None:
@@ -104,7 +104,7 @@ def _seldom(report: Report) -> Callable[[Path], None]:
         started = time.monotonic()
         if started >= after:
             report(run)
-            after = time.monotonic() + 20 * (time.monotonic() - started)
+            after = time.monotonic() + 100 * (time.monotonic() - started)
 
     return write
 
