@@ -237,7 +237,7 @@ class _Exchange:
                 what = f"the server {url} must read {self.policy.directory}, got no end of it in {waited:.0f} s"
                 raise UserError(f"{what}; look at its file system, and refresh again")
             time.sleep(wait)
-            wait = min(2 * wait, 1.0)  # seconds: each look is a message to the engine between two of its steps
+            wait = min(2 * wait, 0.2)  # seconds: each look is a message to the engine between two of its steps
         self.loads[url] = time.monotonic() - start
 
     def _pause(self, url: str) -> None:
