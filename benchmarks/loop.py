@@ -36,7 +36,7 @@ OURS: Mapping[str, Sequence[str]] = {
     "NPD, 25 rounds of 300": ["--updates=24", "--rollout.prompts-per-round=300"],
     "NPD, 6 rounds of 750": ["--updates=5"],
     "NPD, 10 rounds of 750, overlapping": ["--max-lead=1"],
-    "NPD, 10 rounds of 750, by lag": ["--train.refresh=by_lag"],
+    "NPD, 10 rounds of 750, by lag": ["--train.refresh=by_lag", "--train.refresh-interval=10"],
     "NPD, 1 round of 6000": ["--updates=0", "--rollout.prompts-per-round=0", "--rollout.sampled-paths=2"],
     "on-policy, 50 rounds of 150": [
         *("--updates=49", "--train.refresh=every_n", "--train.refresh-interval=10", "--rollout.prompts-per-round=150")
