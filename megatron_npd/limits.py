@@ -47,13 +47,34 @@ def memory_growth(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def free_memory() -> int:
-    """Bytes that can be used while a quarter of the memory stays free: the machine's, or this control group's."""
+def free_memory(groups: str | Path = "/proc/self/cgroup", root: str | Path = "/sys/fs/cgroup") -> int:
+    """Bytes that can be used while a quarter of the memory stays free: the machine's, or a control group's.
+
+    Args:
+        groups: The control groups of this process, as the kernel lists them, of either version.
+        root: Where they are mounted. A limit of any group above counts: Slurm sets a job's and a step's.
+    """
     memory = psutil.virtual_memory()
     free = memory.available - memory.total // 4
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError, KeyError):  # no control group, or one without a limit ("max")
-        limit = int((group / "memory.max").read_text())
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit * 3 // 4 - int(used["anon"]) - int(used["shmem"]))
+    for limit, used in _limits(Path(groups), Path(root)):
+        free = min(free, limit * 3 // 4 - used)
     return free
+
+
+def _limits(groups: Path, root: Path) -> Iterator[tuple[int, int]]:
+    """Limits of this process's control groups and what their processes use, without the page cache."""
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if not controllers:
+            mount, limit, used = root, "memory.max", ("anon", "shmem")
+        elif "memory" in controllers.split(","):
+            mount, limit, used = root / "memory", "memory.limit_in_bytes", ("total_rss", "total_shmem")
+        else:
+            continue
+        group = mount / path.lstrip("/")
+        while mount in (group, *group.parents):
+            with suppress(OSError, ValueError, KeyError):  # not of this mount, or without a limit ("max")
+                most = int((group / limit).read_text())
+                numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield most, sum(int(numbers[name]) for name in used)
+            group = group.parent

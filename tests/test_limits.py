@@ -1,4 +1,4 @@
-"""More connections than the soft limit of open files allows."""
+"""More connections than the soft limit of open files allows, and memory of a job that may not use the machine's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_npd.config.settings import RolloutConfig
+from megatron_npd.limits import free_memory
 from megatron_npd.serving.pool import Request, ServerPool
 from tests.serving.fake import FakeServer
 
@@ -61,3 +64,32 @@ def test_the_limit_is_raised_no_further_than_needed() -> None:
     assert 164 <= soft <= 600
     assert hard == before
     assert again == soft
+
+
+GIB = 2**30
+
+
+def write_group(group: Path, limit: str, stat: str, *, version: int) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / ("memory.max" if version == 2 else "memory.limit_in_bytes")).write_text(f"{limit}\n")
+    (group / "memory.stat").write_text(stat)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_job_may_not_use_the_memory_of_its_machine(tmp_path: Path, version: int) -> None:
+    """The limit is set above this process's own group, as Slurm does it; what the page cache holds is free."""
+    groups, root = tmp_path / "cgroup", tmp_path / "root"
+    groups.write_text("0::/job/step\n" if version == 2 else "5:cpu:/other\n4:hugetlb,memory:/job/step\n1:name=x:/\n")
+    mount = root if version == 2 else root / "memory"
+    used = ("anon {}\nfile 9\nshmem {}\n", "total_cache 9\ntotal_rss {}\ntotal_shmem {}\n")[version == 1]
+    write_group(
+        mount / "job" / "step", "max" if version == 2 else str(2**63 - 4096), used.format(5, 6), version=version
+    )
+    write_group(mount / "job", str(GIB), used.format(GIB // 2, GIB // 8), version=version)
+    assert free_memory(groups, root) == GIB * 3 // 4 - GIB // 2 - GIB // 8
+
+
+def test_without_control_groups_it_is_the_machine_s(tmp_path: Path) -> None:
+    machine = free_memory(tmp_path / "none", tmp_path)
+    (tmp_path / "cgroup").write_text("0::/somewhere\n")
+    assert 0 < abs(machine - free_memory(tmp_path / "cgroup", tmp_path)) + 1 < 2 * GIB

@@ -1,4 +1,4 @@
-"""The report of a run, written after each round: `report.html`, figures as PNG, `summary.json` and a text table."""
+"""The report of a run, written between its rounds: `report.html`, figures as PNG, `summary.json` and a text table."""
 
 from __future__ import annotations
 

@@ -122,20 +122,20 @@ class Asking(Generic[Asked, Read]):
             """A server's workers, and again once it was lost and is found."""
             while url not in self.pool.lost or await self._found(url, busy):
                 busy.add(url)
-                load, client = Load(concurrency), self._client()
-                workers = [asyncio.create_task(worker(client, url, number, load)) for number in range(concurrency)]
-                watch = asyncio.create_task(self._watch_queue(client, url, load))
-                try:
-                    await asyncio.gather(*workers)
-                    return
-                except ServerLost as error:
-                    self.pool.lose(url, error)
-                finally:
-                    busy.discard(url)
-                    for task in (*workers, watch):
-                        task.cancel()
-                    ended = await asyncio.gather(*workers, watch, return_exceptions=True)
-                    await client.close()
+                load = Load(concurrency)
+                async with self._client() as client:
+                    workers = [asyncio.create_task(worker(client, url, number, load)) for number in range(concurrency)]
+                    watch = asyncio.create_task(self._watch_queue(client, url, load))
+                    try:
+                        await asyncio.gather(*workers)
+                        return
+                    except ServerLost as error:
+                        self.pool.lose(url, error)
+                    finally:
+                        busy.discard(url)
+                        for task in (*workers, watch):
+                            task.cancel()
+                        ended = await asyncio.gather(*workers, watch, return_exceptions=True)
                 for error in ended:
                     if isinstance(error, Exception) and not isinstance(error, ServerLost):
                         raise error  # of on_result, while they were cancelled
@@ -146,7 +146,8 @@ class Asking(Generic[Asked, Read]):
             await asyncio.gather(*crews)
         finally:
             for task in (*crews, watch):
-                task.cancel()
+                if not task.cancelling():  # a second time would end the closing of its client
+                    task.cancel()
             await asyncio.gather(*crews, watch, return_exceptions=True)
         if not self.pool.urls:
             raise next(iter(self.pool.lost.values()))

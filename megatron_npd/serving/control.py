@@ -63,6 +63,10 @@ class Control:
             )
         if response.status_code == 401:
             raise self.unauthorised(url)
+        if response.status_code == 403 and path == "/collective_rpc":
+            raise UserError(
+                f"the server {url} must do {body['method']}, got 403; restart it with this release's npd serve"
+            )
         if not response.is_success:
             got = f"{response.status_code}: {detail(response.content)}"
             raise UserError(f"the server {url} must accept {path}, got {got}")

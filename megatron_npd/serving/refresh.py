@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,7 @@ class _Exchange:
         self.pauses: dict[str, float] = {}
         self.loads: dict[str, float] = {}
         self._known = known_answer(policy.directory)
+        self._staged: set[str] = set()  # servers with weights in memory that they have not loaded
         self._paused: dict[str, float] = {}  # since when
 
     def run(self) -> list[UserError]:
@@ -195,8 +196,9 @@ class _Exchange:
             Why the servers hold what they held before; empty: they hold the new policy.
         """
         pool, urls, loading, paused = self.pool, self.urls, False, False
-        errors = _on_all(pool, urls, self._stage)
+        errors: list[UserError] = []
         try:
+            errors += _on_all(pool, urls, self._stage)
             if not errors:
                 paused, urls = True, list(pool.urls)
                 errors += _on_all(pool, urls, self._pause)
@@ -214,8 +216,9 @@ class _Exchange:
                 errors += _on_all(pool, urls, self._resume)
             if loading:
                 errors += _on_all(pool, pool.urls, lambda url: _check_back(pool, url, self.before[url]))
-            elif errors:
-                errors += _on_all(pool, pool.urls, lambda url: pool.call_worker(url, "npd_stage", ""))
+            if self._staged:
+                with ThreadPoolExecutor(len(self._staged)) as threads:
+                    list(threads.map(self._unstage, list(self._staged)))
         return errors
 
     def reference(self) -> Answer | None:
@@ -231,6 +234,7 @@ class _Exchange:
     def _stage(self, url: str) -> None:
         """Have the workers of a server read the weights into memory: what a file system takes is no part of a pause."""
         start, wait = time.monotonic(), _FIRST_LOOK
+        self._staged.add(url)
         self.pool.call_worker(url, "npd_stage", str(self.policy.directory))
         while not all(answer.get("ready") for answer in self.pool.call_workers(url, "npd_staged")):
             if (waited := time.monotonic() - start) > self.pool.patience:
@@ -240,11 +244,16 @@ class _Exchange:
             wait = min(2 * wait, 0.2)  # seconds: each look is a message to the engine between two of its steps
         self.loads[url] = time.monotonic() - start
 
+    def _unstage(self, url: str) -> None:
+        with suppress(UserError):  # it is lost, or has none
+            self.pool.call_worker(url, "npd_stage", "")
+
     def _pause(self, url: str) -> None:
         self._paused[url] = time.monotonic()
         _pause(self.pool, url)
 
     def _load(self, url: str) -> None:
+        self._staged.discard(url)  # whatever becomes of it
         self.loads[url] += self.policy.load_on(self.pool, url)
 
     def _resume(self, url: str) -> None:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Condition, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 _DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "F8_E8M0": torch.float8_e8m0fnu}
 _DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
+_KEPT_SECONDS = 1800.0
 _AHEAD = 4  # tensors in memory before they are taken, whatever is free: of a 7B model at most 2.5 GB, mostly 0.5
 
 
@@ -71,7 +73,7 @@ class WorkerExtension(_Worker):
         self._npd_staged = None
         try:
             self._npd_staged = _Reader(directory) if directory else None
-        except UserError as error:
+        except (UserError, OSError) as error:
             return {"error": str(error)}
         return {}
 
@@ -103,7 +105,7 @@ class WorkerExtension(_Worker):
             if reader.taken != (number := len(reader.weights.tensors)):
                 raise UserError(f"{directory} must be read to its end, got {reader.taken} of {number}")
             self._npd_fingerprint, self._npd_directory = reader.fingerprint, directory
-        except UserError as error:
+        except (UserError, OSError) as error:
             return {"error": str(error)}
         self._npd_repack_heads()
         self.npd_clear()
@@ -120,7 +122,7 @@ class WorkerExtension(_Worker):
         """What ``npd_stage`` reads of a directory that has not changed since, or a new one."""
         staged, self._npd_staged = self._npd_staged, None
         if staged is not None:
-            if str(staged.weights.directory) == directory and staged.fingerprint == model_fingerprint(directory):
+            if staged.error is None and staged.files == _files(directory):
                 return staged
             staged.close()
         return _Reader(directory)
@@ -164,10 +166,12 @@ def _loaded_names(model: Any) -> Iterator[set[str]]:
 class _Reader:
     """The tensors of a checkpoint, read, looked at and hashed in a thread, ahead of who takes them; a context manager.
 
-    It reads on while there is room in memory: with all of it there, taking it waits for no file system.
+    It reads on while there is room in memory: with all of it there, taking it waits for no file system. What nobody
+    takes for ``_KEPT_SECONDS`` is let go: whoever asked for it is gone.
 
     Attributes:
         weights: The checkpoint.
+        files: Its directory and files as they were before.
         fingerprint: Of its directory.
         content: The hash of what has been read.
         taken: How many tensors have been taken.
@@ -175,6 +179,7 @@ class _Reader:
     """
 
     def __init__(self, directory: str) -> None:
+        self.files = _files(directory)
         self.weights, self.fingerprint = read_weights(directory), model_fingerprint(directory)
         self.content, self.taken = ContentHash(), 0
         self.error: Exception | None = None
@@ -222,9 +227,9 @@ class _Reader:
                     self._tensors.append((name, _tensor(header, data)))
                     self._changed.notify_all()
                     self._full = not self._has_room()
-                    self._changed.wait_for(self._has_room)
+                    waited = self._changed.wait_for(self._has_room, _KEPT_SECONDS)
                     self._full = False
-                    if self._closed:
+                    if self._closed or not (waited or self.taken):
                         return
         except Exception as error:
             self.error = error
@@ -232,9 +237,18 @@ class _Reader:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+                if not self._changed.wait_for(lambda: self.taken or self._closed, _KEPT_SECONDS):
+                    self._tensors.clear()
+                    self.error = self.error or UserError(f"{self.weights.directory} must be loaded once it is read")
 
     def _has_room(self) -> bool:
         return self._closed or len(self._tensors) < _AHEAD or free_memory() > 0
+
+
+def _files(directory: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of each file."""
+    found = [(path, path.stat()) for path in sorted(Path(directory).iterdir())]
+    return [(str(path), status.st_size, status.st_mtime_ns) for path, status in found]
 
 
 def _tensor(header: TensorHeader, data: np.ndarray) -> torch.Tensor:

@@ -77,6 +77,7 @@ class FakeServer(ThreadingHTTPServer):
         headers_of: Answers ``npd_describe``, beside the size of the vocabulary.
         staged: Answers ``npd_staged``.
         loads: Answers ``npd_load``.
+        refuses: A method of the workers that it does not know.
         load_status: Status that ``npd_load`` answers with.
         metrics: What ``/metrics`` says.
     """
@@ -95,7 +96,7 @@ class FakeServer(ThreadingHTTPServer):
         self.headers_of: Callable[[str], dict[str, Any]] = lambda directory: {}
         self.staged: Callable[[], dict[str, Any]] = lambda: {"ready": True}
         self.loads: Callable[[str], dict[str, Any]] = lambda directory: {"weights": CONTENT}
-        self.load_status = 200
+        self.load_status, self.refuses = 200, ""
         self.metrics: Callable[[], str] = lambda: ""
         self.max_model_len = 64
         self.dead = False
@@ -174,7 +175,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.fake.version = body["new_version"]
         if self.path == "/collective_rpc":
             self.fake.called[-1] = body["method"]
-            if body["method"] == "npd_load":
+            if body["method"] == self.fake.refuses:
+                self._answer(403, {"error": "closed"})
+            elif body["method"] == "npd_load":
                 self._answer(self.fake.load_status, {"results": [self.fake.loads(*body["args"])]})
             elif body["method"] in ("npd_clear", "npd_stage"):
                 self._answer(200, {"results": [{}]})

@@ -81,3 +81,15 @@ def test_numbers_that_are_none_are_told_before_anything_is_taken(tmp_path: Path,
     wait_for(lambda: "must hold finite numbers" in worker.npd_staged().get("error", ""))
     with pytest.raises(UserError, match="must hold finite numbers"), worker._npd_reader(str(tmp_path)) as reader:
         list(reader)
+
+
+def test_what_nobody_takes_is_let_go_of(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_extension, "_KEPT_SECONDS", 0.05)
+    for free in (1, -1):  # all of it is in memory, or some of it
+        monkeypatch.setattr(worker_extension, "free_memory", lambda free=free: free)
+        worker = WorkerExtension()
+        assert worker.npd_stage(str(tiny_model_dir)) == {}
+        staged = worker._npd_staged
+        assert staged is not None
+        wait_for(lambda: staged.error is not None)  # noqa: B023
+        assert not staged._tensors and worker._npd_reader(str(tiny_model_dir)) is not staged

@@ -76,6 +76,28 @@ def test_weights_that_cannot_be_read_pause_nobody(tiny_model_dir: Path) -> None:
             assert server.called == [*2 * ["npd_describe"], "npd_stage", "npd_staged", "npd_stage"]  # the last lets go
 
 
+def test_what_is_not_loaded_is_let_go_of(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the runner is stopped in between."""
+    with serve(tiny_model_dir) as server:
+        pool = ServerPool([server.url], CFG)
+
+        def stopped(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("megatron_npd.serving.refresh._pause", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            refresh(pool, tiny_model_dir, "v0001")
+        assert server.called[-2:] == ["/resume", "npd_stage"]
+
+
+def test_a_server_of_a_release_that_reads_nothing_ahead_is_told(tiny_model_dir: Path) -> None:
+    with serve(tiny_model_dir) as server:
+        server.refuses = "npd_stage"
+        with pytest.raises(UserError, match=f"{server.url} must do npd_stage, got 403; restart it with this release"):
+            refresh(ServerPool([server.url], CFG), tiny_model_dir, "v0001")
+        assert "/pause?mode=wait" not in server.called
+
+
 @pytest.fixture(scope="module")
 def other_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("other") / "model", seed=5)
@@ -189,7 +211,7 @@ def test_a_server_that_is_late_to_pause_does_not_stay_so(
         good.load_status = 500
         with pytest.raises(UserError, match="got 500"):
             refresh(pool, other_dir, "v0001")
-        assert late.url in pool.lost and late.called[-1] == "/resume"
+        assert late.url in pool.lost and late.called[-2:] == ["/resume", "npd_stage"]
 
 
 def test_the_command_tells_of_servers_that_took_nothing(tiny_model_dir: Path) -> None:
