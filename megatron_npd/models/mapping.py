@@ -73,7 +73,9 @@ def rule_shapes(rule: Rule, spec: ModelSpec) -> dict[str, Shape]:
         "head": spec.head_dim,
         "query": spec.num_heads * spec.head_dim,
         "kv": spec.num_kv_heads * spec.head_dim,
+        "qkv": (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim,
         "ffn": spec.ffn_hidden_size,
+        "gate_up": 2 * spec.ffn_hidden_size,
         "experts": spec.experts.number if spec.experts else 0,
         "moe_ffn": spec.experts.ffn_hidden_size if spec.experts else 0,
     }
@@ -102,15 +104,18 @@ def pieces(rule: Rule, spec: ModelSpec, tp_rank: int, tp_size: int) -> list[Piec
             interleaved rows evenly, across the query groups' borders, and gathers them in the forward pass.
     """
     shapes = rule_shapes(rule, spec)
-    names = list(shapes)
     if rule.kind == "row":
-        share = _share(shapes[names[0]][1], tp_size, rule)
+        [(name, shape)] = shapes.items()
+        share = _share(shape[1], tp_size, rule)
         columns = slice(tp_rank * share, (tp_rank + 1) * share)
-        return [Piece(name=names[0], source=(slice(None), columns), target=(slice(None), slice(0, share)))]
+        return [Piece(name=name, source=(slice(None), columns), target=(slice(None), slice(0, share)))]
+    whole = [(name, 0, shape[0]) for name, shape in shapes.items()]  # below one another, be they fused or not
     if rule.kind == "gate_up":
-        share = _share(shapes[names[0]][0], tp_size, rule)
-        return _stack((name, tp_rank * share, (tp_rank + 1) * share) for name in names)
-    runs = _query_groups(names, spec) if rule.kind == "qkv" else [(names[0], 0, shapes[names[0]][0])]
+        rows = local_shape(rule, spec, 1)[0] // 2
+        share = _share(rows, tp_size, rule)
+        starts = (first + tp_rank * share for first in (0, rows))
+        return _stack(run for start in starts for run in _clip(whole, start, start + share))
+    runs = _query_groups(whole, spec) if rule.kind == "qkv" else whole
     if rule.kind == "replicated":
         return _stack(runs)
     share = local_shape(rule, spec, tp_size)[0]
@@ -150,12 +155,13 @@ def _share(size: int, tp_size: int, rule: Rule) -> int:
     return size // tp_size
 
 
-def _query_groups(names: list[str], spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
+def _query_groups(whole: list[tuple[str, int, int]], spec: ModelSpec) -> Iterator[tuple[str, int, int]]:
     """megatron-core's order of the q, k and v rows: for each key-value head its queries, its key, its value."""
-    query = spec.num_heads // spec.num_kv_heads * spec.head_dim
+    query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     for group in range(spec.num_kv_heads):
-        for name, width in zip(names, (query, spec.head_dim, spec.head_dim), strict=True):
-            yield name, group * width, (group + 1) * width
+        for first, rows in ((0, query), (query, key), (query + key, key)):
+            width = rows // spec.num_kv_heads
+            yield from _clip(whole, first + group * width, first + (group + 1) * width)
 
 
 def _clip(runs: Iterable[tuple[str, int, int]], start: int, stop: int) -> Iterator[tuple[str, int, int]]:

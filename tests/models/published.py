@@ -41,6 +41,12 @@ def openpangu(sizes: str, theta: float, **facts: Any) -> dict[str, Any]:
     return _config("PanguEmbeddedForCausalLM", "PanguEmbedded", sizes, rope_theta=theta, **given, **facts)
 
 
+def phi3(sizes: str, **facts: Any) -> dict[str, Any]:
+    given = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "rms_norm_eps": 1e-5, "attention_bias": False, "rope_theta": 1e4}
+    given |= {"original_max_position_embeddings": 4096} | facts
+    return _config("Phi3ForCausalLM", "phi3", sizes, **given)
+
+
 TIED = {"tie_word_embeddings": True}
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _LLAMA31_8B = "4096 14336 32 32 8 128256 131072"
@@ -50,7 +56,7 @@ _EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size
 _EXPERTS |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 _DUAL_CHUNKS = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
-_PHI3 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+_LONGROPE = {"type": "longrope", "long_factor": [1.5] * 48, "short_factor": [1.0] * 48}
 _MISTRAL = {"rms_norm_eps": 1e-5}
 
 ACCEPTED: dict[str, dict[str, Any]] = {
@@ -82,6 +88,13 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         rope_theta=1e6,
         sliding_window=None,
         **_MISTRAL,
+    ),
+    "Phi-4": phi3(
+        "5120 17920 40 40 10 100352 16384",
+        rope_theta=250000,
+        original_max_position_embeddings=16384,
+        sliding_window=None,
+        auto_map={},
     ),
     "Qwen1.5-0.5B": qwen2("1024 2816 24 16 16 151936 32768", 1e6, 32768, **TIED),
     "Qwen2.5-0.5B": qwen2("896 4864 24 14 2 151936 32768", 1e6, 32768, use_mrope=False, **TIED),
@@ -118,9 +131,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "dual_chunk_attention_config",
         qwen2("3584 18944 28 28 4 152064 1010000", 1e7, 32768, dual_chunk_attention_config=_DUAL_CHUNKS),
     ),
-    "Phi-3-mini-4k": (
-        "architectures",
-        _config("Phi3ForCausalLM", "phi3", "3072 8192 32 32 32 32064 4096", sliding_window=2047, **_PHI3),
+    "Phi-3-mini-4k": ("sliding_window", phi3("3072 8192 32 32 32 32064 4096", sliding_window=2047)),
+    "Phi-3.5-mini": (
+        "rope_type",
+        phi3("3072 8192 32 32 32 32064 131072", sliding_window=262144, rope_scaling=_LONGROPE),
+    ),
+    "Phi-4-mini": (
+        "partial_rotary_factor",
+        phi3("3072 8192 32 24 8 200064 131072", sliding_window=262144, partial_rotary_factor=0.75, **TIED),
     ),
     "any of them quantised": (
         "quantization_config",

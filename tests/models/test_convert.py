@@ -67,6 +67,16 @@ CASES: dict[str, dict[str, Any]] = {family.name: {"family": family.name} for fam
         "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 16e6},
     },
+    # Phi-4: four queries a key-value head, untied, theta by its own key.
+    "phi3_untied": {
+        "family": "phi3",
+        "hidden_size": 128,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 309,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 250000.0},
+    },
     "qwen2_yarn": {
         "family": "qwen2",
         "num_key_value_heads": 2,

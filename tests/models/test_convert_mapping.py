@@ -56,14 +56,21 @@ def local(name: str, spec: ModelSpec, hf: dict[str, torch.Tensor], rank: int, si
     return result
 
 
+def parts(hf: dict[str, torch.Tensor], prefix: str, fused: str, names: str, rows: list[int]) -> list[torch.Tensor]:
+    """The weights of some projections, of which a family may have made one."""
+    if (together := hf.get(f"{prefix}.{fused}_proj.weight")) is not None:
+        return list(together.split(rows))
+    return [hf[f"{prefix}.{name}_proj.weight"] for name in names.split()]
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_layouts_are_megatrons(spec: ModelSpec, size: int) -> None:
     hf = numbered(spec)
     layer, mlp, ours = "model.layers.1.self_attn", "model.layers.1.mlp", "decoder.layers.1.mlp"
     if spec.experts:
         mlp, ours = f"{mlp}.experts.1", f"{ours}.experts.local_experts.1"
-    q, k, v = (hf[f"{layer}.{name}_proj.weight"].view(G, -1, H) for name in "qkv")
-    qkv = torch.cat([q, k, v], dim=1).view(-1, H)
+    heads = parts(hf, layer, "qkv", "q k v", [G * R * D, G * D, G * D])
+    qkv = torch.cat([part.view(G, -1, H) for part in heads], dim=1).view(-1, H)
     padded = torch.zeros(V + V % size, H, dtype=torch.int64)
     padded[:V] = hf["model.embed_tokens.weight"]
     for rank in range(size):
@@ -72,8 +79,9 @@ def test_layouts_are_megatrons(spec: ModelSpec, size: int) -> None:
             return local(name, spec, hf, rank, size)
 
         assert torch.equal(got("decoder.layers.1.self_attention.linear_qkv.weight"), qkv.chunk(size)[rank])
-        gate, up = (hf[f"{mlp}.{name}_proj.weight"].chunk(size)[rank] for name in ("gate", "up"))
-        assert torch.equal(got(f"{ours}.linear_fc1.weight"), torch.cat([gate, up]))
+        halves = parts(hf, mlp, "gate_up", "gate up", [F, F])
+        gate_up = torch.cat([half.chunk(size)[rank] for half in halves])
+        assert torch.equal(got(f"{ours}.linear_fc1.weight"), gate_up)
         down = hf[f"{mlp}.down_proj.weight"].chunk(size, dim=1)[rank]
         assert torch.equal(got(f"{ours}.linear_fc2.weight"), down)
         out = hf[f"{layer}.o_proj.weight"].chunk(size, dim=1)[rank]

@@ -16,7 +16,7 @@ from megatron_npd.models.families import FAMILIES, load_spec
 from megatron_npd.models.families.config import load_sizes
 from tests.helpers import present
 
-# As published (transformers 4): Qwen2.5-7B-Instruct, Llama-3.2-1B, Qwen3-0.6B and Mistral-7B-v0.3.
+# As published (transformers 4): Qwen2.5-7B-Instruct, Llama-3.2-1B, Qwen3-0.6B, Mistral-7B-v0.3, Phi-4, ...
 QWEN25_7B = {
     "architectures": ["Qwen2ForCausalLM"],
     "attention_dropout": 0.0,
@@ -145,6 +145,36 @@ QWEN3_30B = QWEN3_06B | {
     "router_aux_loss_coef": 0.001,
     "tie_word_embeddings": False,
 }
+PHI4 = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {},
+    "bos_token_id": 100257,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 17920,
+    "max_position_embeddings": 16384,
+    "model_type": "phi3",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 10,
+    "original_max_position_embeddings": 16384,
+    "pad_token_id": 100257,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 250000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.0",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
 _PANGU_CODE = "modeling_openpangu_dense.PanguEmbedded"
 PANGU_1B = {
     "architectures": ["PanguEmbeddedForCausalLM"],
@@ -181,6 +211,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3": QWEN3_06B,
     "mistral": MISTRAL_7B,
     "openpangu": PANGU_1B,
+    "phi3": PHI4,
     "qwen3_moe": QWEN3_30B,
 }
 LLAMA3_SCALING = LLAMA32_1B["rope_scaling"]
@@ -304,6 +335,13 @@ def test_padding_is_to_a_multiple_of_tp_only(tmp_path: Path) -> None:
         (MISTRAL_7B, {"sliding_window": 4096}, "sliding_window"),
         (MISTRAL_7B, {"sliding_window": DROP}, "sliding_window"),
         (MISTRAL_7B, {"sliding_window": 32767.5}, "sliding_window"),
+        (PHI4, {"sliding_window": 2047}, "sliding_window"),
+        (PHI4, {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "longrope"),
+        (PHI4, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),  # transformers would take it for longrope
+        (PHI4, {"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
+        (PHI4, {"resid_pdrop": 0.1}, "resid_pdrop"),
+        (PHI4, {"attention_bias": True}, "attention_bias"),
+        (PHI4, {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}}, "auto_map"),
         (QWEN25_7B, {"dual_chunk_attention_config": {}}, "dual_chunk_attention_config.*annotate.backend vllm"),
         (QWEN25_7B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (QWEN25_7B, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),

@@ -14,7 +14,7 @@ import torch
 from megatron_npd.platform import get_platform
 
 RuleKind = Literal["vocab", "qkv", "gate_up", "row", "replicated"]
-Dim = Literal["vocab", "hidden", "head", "query", "kv", "ffn", "experts", "moe_ffn"]
+Dim = Literal["vocab", "hidden", "head", "query", "kv", "qkv", "ffn", "gate_up", "experts", "moe_ffn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class Rule:
     Attributes:
         mcore: Name of the megatron-core parameter; ``{i}`` stands for the layer's global index, ``{e}`` for the
             expert's, where a layer has a parameter of this kind for each.
-        hf: Names and dimensions of the Hugging Face tensors, in the order that the kind expects.
+        hf: Names and dimensions of the Hugging Face tensors, in the order that the kind expects; or of one that has
+            them below one another, in that order.
         kind: ``vocab`` (rows split over TP, padded), ``qkv`` (q, k, v interleaved by query group, rows split),
             ``gate_up`` (each rank holds its rows of gate, then its rows of up), ``row`` (columns split),
             ``replicated``.
