@@ -11,10 +11,6 @@ import yaml
 from megatron_npd.errors import UserError
 
 OR_NULL = " or null"  # ends the rule of a field that may be null
-# Megatron's names for layouts that are not built, by the last part of a flag or field.
-NOT_BUILT = {
-    "expert_model_parallel_size": "expert parallelism (EP) but for training",
-}
 _NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -74,12 +70,7 @@ def _checked_lines(
 
 
 def did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
-    """``; did you mean train.lr?`` for a misspelt name or one without its group; empty where nothing is near.
-
-    Of what Megatron has under this name and this package has not, that is said.
-    """
-    if (missing := NOT_BUILT.get(name.rpartition(".")[2])) is not None:
-        return f": {missing} is not built; use tensor, pipeline and data parallelism"
+    """``; did you mean train.lr?`` for a misspelt name or one without its group; empty where nothing is near."""
     last_parts = {item: item.rpartition(".")[2] for item in known}
     near = get_close_matches(name.rpartition(".")[2], set(last_parts.values()), 1)
     meant = get_close_matches(name, [item for item, last in last_parts.items() if last in near], 1, cutoff=0.0)

@@ -44,6 +44,8 @@ class LayoutConfig:
     context_parallel_size: int = 1
     """Ranks that share a row, a part of each segment each: for rows too long for one; 2 x as many must divide
     pack.segment_align where they train."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer, for models with experts; they are taken from the data-parallel ones."""
     decoder_first_pipeline_num_layers: int = 0
     """Layers of the first pipeline stage, which has the embedding too; 0: as many as the stages between."""
     decoder_last_pipeline_num_layers: int = 0
@@ -58,8 +60,8 @@ class LayoutConfig:
     @property
     def parallel_sizes(self) -> dict[str, int]:
         """The sizes that ``platform.initialize.initialize_distributed`` takes."""
-        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        return {name: getattr(self, name) for name in names}
+        axes = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "expert_model_parallel")
+        return {f"{axis}_size": getattr(self, f"{axis}_size") for axis in axes}
 
     @property
     def pipeline_split(self) -> dict[str, int]:
@@ -199,6 +201,9 @@ class AnnotateConfig(LayoutConfig):
         shared = 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
         rule = f"a multiple of 2 x context_parallel_size ({shared})"
         require(self.seq_length % shared == 0, "seq_length", rule, self.seq_length, "round it up")
+        experts, rule = self.expert_model_parallel_size, "a divisor or a multiple of context_parallel_size"
+        fits = 0 in (experts % self.context_parallel_size, self.context_parallel_size % experts)
+        require(fits, "expert_model_parallel_size", rule, experts, "ranks that share experts score the same shards")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,8 +157,6 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     """Deal a global batch's rows to data-parallel ranks by attention cost, so that they finish together."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel ranks along the sequence."""
-    expert_model_parallel_size: int = 1
-    """Ranks that share the experts of a layer, for models with experts; they are taken from the data-parallel ones."""
     use_distributed_optimizer: bool = True
     """Shard the optimizer state over the data- and context-parallel ranks."""
     virtual_pipeline_model_parallel_size: int = 1
@@ -193,11 +191,6 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     """Weights & Biases run name."""
     platform: PlatformName = "auto"
     """Device platform; auto: cuda, npu or cpu, the first that is there."""
-
-    @property
-    def parallel_sizes(self) -> dict[str, int]:
-        """As for every stage, and the ranks that share experts."""
-        return super().parallel_sizes | {"expert_model_parallel_size": self.expert_model_parallel_size}
 
     def __post_init__(self) -> None:
         LayoutConfig.__post_init__(self)

@@ -139,8 +139,7 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     for spec, stage in zip(specs, (cfg.train, cfg.annotate), strict=False):
         check_world_size(cfg.world_size, **stage.parallel_sizes)
         sizes = stage.tensor_model_parallel_size, stage.pipeline_model_parallel_size
-        expert_size = stage.parallel_sizes.get("expert_model_parallel_size", 1)
-        check_layout(spec, *sizes, **stage.pipeline_split, expert_size=expert_size)
+        check_layout(spec, *sizes, **stage.pipeline_split, expert_size=stage.expert_model_parallel_size)
     check_experts(cfg.train, specs[0])
     check_batch(cfg.train, cfg.pack.seq_length, cfg.world_size // cfg.train.copy_size)
 

@@ -44,7 +44,7 @@ _FREE = {
     "rollout.": "urls token_file num_servers server_args concurrency request_timeout start_timeout server_patience "
     "max_quarantined",
     "annotate.": "urls token_file concurrency max_quarantined follow_seconds keep_loaded micro_batch_size "
-    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size "
+    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
     "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers",
     "eval.": "teacher",
     "train.": "save_interval save_interval_in_mins most_recent_k async_save change_global_batch_size max_skipped_steps "

@@ -40,7 +40,7 @@ from megatron_npd.quarantine import QUARANTINE_FILE, check_quarantined, in_words
 from megatron_npd.store.annotation_store import STORE_KIND
 from megatron_npd.store.scores import TokenScorer
 from megatron_npd.store.teacher_records import warn_of_few_in_top_k
-from megatron_npd.teacher.megatron_scorer import Scorer
+from megatron_npd.teacher.megatron_scorer import Scorer, copy_of_those_that_share_experts
 from megatron_npd.teacher.samples import ScoringContext, read_samples
 from megatron_npd.teacher.shard import write_shard
 from megatron_npd.teacher.shard_follower import ShardFollower, Wave
@@ -71,9 +71,9 @@ class Annotator:
     def annotate(self, order: AnnotateOrder) -> Manifest | None:
         """Annotate every rollout shard of a round and seal its annotation store; every rank calls it.
 
-        The shards of a wave are dealt to the data-parallel ranks. Sealed shards are kept: a killed stage goes on at the
-        first unsealed one, and a store sealed from the same input is left as it is. With ``follow_seconds`` the
-        rollouts may be unsealed yet.
+        The shards of a wave are dealt to the data-parallel ranks, the same to those that share experts. Sealed shards
+        are kept: a killed stage goes on at the first unsealed one, and a store sealed from the same input is left as
+        it is. With ``follow_seconds`` the rollouts may be unsealed yet.
 
         Returns:
             The manifest on rank 0 (counts: ``in`` = ``kept`` + sum of ``quarantined``, and ``response_tokens``), None
@@ -270,8 +270,10 @@ def _scorer_settings(cfg: AnnotateConfig) -> dict[str, Any]:
 
 
 def _own(wave: Wave) -> list[str]:
-    """The shards of this data-parallel rank."""
-    return list(wave.shards)[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+    """The shards of this data-parallel rank, and of those with which it shares experts."""
+    _, copies = copy_of_those_that_share_experts()
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    return list(wave.shards)[rank // copies :: size // copies]
 
 
 def _response_tokens(rollouts_dir: Path, shards: list[str]) -> int:
@@ -279,9 +281,9 @@ def _response_tokens(rollouts_dir: Path, shards: list[str]) -> int:
 
 
 def _writes() -> bool:
-    """Whether this rank is the one of its model copy that holds the scores and hands them on."""
-    first = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
-    return parallel_state.is_pipeline_last_stage() and first
+    """Whether this rank is the one, of all that have the same shards, that holds the scores and hands them on."""
+    ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
+    return parallel_state.is_pipeline_last_stage() and not any((*ranks, copy_of_those_that_share_experts()[0]))
 
 
 def _seal_round(waves: ShardFollower, order: AnnotateOrder) -> Manifest | None:

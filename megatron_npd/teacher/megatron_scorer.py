@@ -2,7 +2,8 @@
 
 Sequences are packed into fixed rows with attention and positions of their own; only the hidden states that predict
 response tokens reach the output layer. Tensor-, pipeline- and context-parallel ranks call together with the same
-sequences.
+sequences, and so do copies of the model that share experts: each token meets the experts of all, so copies go forward
+in step, each with rows of its own.
 
 Legend: T tokens of a micro-batch, or of a context-parallel rank's share of it, H hidden, R response tokens, K top-k
 width, N sequences.
@@ -51,8 +52,8 @@ class MicroBatch:
     Attributes:
         batch: The rows, or this rank's share of them.
         places_R: int64, where its response tokens belong in ``Scores``.
-        tokens: Tokens of the rows, without padding.
-        response_tokens: Response tokens of the rows.
+        tokens: Tokens without padding, of the rows that copies which share experts have at a time.
+        response_tokens: Response tokens of those rows.
     """
 
     batch: PackedBatch
@@ -99,6 +100,7 @@ class Scorer:
         self.model.eval().requires_grad_(False)
         self._group: Any = parallel_state.get_tensor_model_parallel_group()
         self._share = context_share()
+        self._copy, self._copies = copy_of_those_that_share_experts()
         self.device = next(self.model.parameters()).device
 
     def score(
@@ -126,7 +128,7 @@ class Scorer:
                     packed_seq_params=packed_params(batch.cu_seqlens),
                 )
             if on_forward is not None:
-                on_forward(micro.response_tokens, micro.tokens, int(batch.cu_seqlens[-1]))
+                on_forward(micro.response_tokens, micro.tokens, int(batch.cu_seqlens[-1]) * self._copies)
             return hidden_T1H, partial(self._collect, micro.places_R, batch, scores, top_k)
 
         with torch.no_grad():
@@ -140,13 +142,18 @@ class Scorer:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        if scores is not None and self._share.size > 1:
+        if scores is not None and self._share.size * self._copies > 1:
             self._bring_together(scores)
         return scores
 
     def _bring_together(self, scores: Scores) -> None:
-        """Give every context-parallel rank what the others have scored: each token is one rank's, 0 on the others."""
+        """Give every rank that scores these sequences what the others did: each token is one rank's, 0 on the others.
+
+        Ranks of several copies are those that share experts; of one copy, the context-parallel ones.
+        """
         group = parallel_state.get_context_parallel_group()
+        if self._copies > 1:
+            group = parallel_state.get_expert_model_parallel_group()
         for values in (scores.sampled_logprobs_R, scores.ids_RK, scores.logprobs_RK, scores.log_tail_R):
             if values is not None:
                 total = torch.from_numpy(values).to(self.device)
@@ -154,9 +161,10 @@ class Scorer:
                 values[:] = total.cpu().numpy()
 
     def micro_batches(self, prefixes: Sequences, responses: Sequences) -> tuple[int, Iterator[MicroBatch]]:
-        """The packed rows of these sequences, ``micro_batch_size`` at a time, and how many that are.
+        """The packed rows of these sequences, ``micro_batch_size`` at a time, and how many forwards that are.
 
-        Longest first: rows of one micro-batch, and those that follow one another through a pipeline, are alike.
+        Longest first: rows of one micro-batch, those that follow one another through a pipeline, and those that copies
+        have at a time are alike. Of copies that share experts one may have padding alone in the last forward.
         """
         starts_N = response_starts(responses)
         inputs_N = np.array([len(prefix) for prefix in prefixes], np.int64) + np.diff(starts_N) - 1
@@ -164,23 +172,22 @@ class Scorer:
         rows_N, offsets_N = pack_lengths(inputs_N, self.seq_length, align)
         number = -(-(int(rows_N.max(initial=-1)) + 1) // self.micro_batch_size)
         order = np.lexsort((offsets_N, rows_N))
-        bounds = np.searchsorted(rows_N[order], np.arange(number + 1) * self.micro_batch_size)
+        copy, copies = self._copy, self._copies
+        bounds = np.searchsorted(rows_N[order], np.arange(number + copies) * self.micro_batch_size)
         places_N = (rows_N % self.micro_batch_size) * self.seq_length + offsets_N
         whole = self.seq_length * self.micro_batch_size  # what pipeline stages expect of one another
         cut = parallel_state.get_pipeline_model_parallel_world_size() == 1
-        parts = (order[first:end] for first, end in pairwise(bounds))
-        return number, (
-            _micro_batch(
-                part,
-                places_N[part],
-                -(-int((places_N + inputs_N)[part].max()) // align) * align if cut else whole,
-                prefixes,
-                responses,
-                starts_N,
-                self._share,
-            )
-            for part in parts
-        )
+
+        def micro_batch(first: int) -> MicroBatch:
+            all_copies = order[bounds[first] : bounds[first + copies]]
+            own = order[bounds[first + copy] : bounds[first + copy + 1]]
+            end = int((places_N + inputs_N)[all_copies].max())
+            length = -(-end // align) * align if cut else whole
+            batch, places_R = _lay_out(own, places_N[own], length, prefixes, responses, starts_N, self._share)
+            tokens, response_tokens = (int(counts_N[all_copies].sum()) for counts_N in (inputs_N, np.diff(starts_N)))
+            return MicroBatch(batch=batch, places_R=places_R, tokens=tokens, response_tokens=response_tokens)
+
+        return -(-number // copies), map(micro_batch, range(0, number, copies))
 
     def _collect(
         self,
@@ -213,7 +220,17 @@ class Scorer:
                 scores.log_tail_R[places] = top.log_tail_T.clamp(min=LOG_TAIL_FLOOR).cpu().numpy()
 
 
-def _micro_batch(
+def copy_of_those_that_share_experts() -> tuple[int, int]:
+    """Which one this rank belongs to of the model's copies that share experts, and how many those are.
+
+    Experts are shared along the context-parallel ranks of a copy first.
+    """
+    experts = parallel_state.get_expert_model_parallel_world_size()
+    copies = max(experts // parallel_state.get_context_parallel_world_size(), 1)
+    return parallel_state.get_data_parallel_rank() % copies, copies
+
+
+def _lay_out(
     samples: npt.NDArray[np.integer],
     offsets: npt.NDArray[np.integer],
     length: int,
@@ -221,14 +238,15 @@ def _micro_batch(
     responses: Sequences,
     starts_N: npt.NDArray[np.int64],
     share: ContextShare,
-) -> MicroBatch:
+) -> tuple[PackedBatch, npt.NDArray[np.int64]]:
     """Lay sequences into ``length`` tokens at ascending ``offsets``; what lies between them is padding.
 
-    A sequence's segment goes on to the next length that ranks can share.
+    A sequence's segment goes on to the next length that ranks can share. Beside the batch: where its response tokens
+    belong in ``Scores``, int64 [R].
     """
     tokens_T, labels_T, places_T = np.zeros(length, np.int64), np.zeros(length, np.int64), np.zeros(length, np.int64)
     mask_T = np.zeros(length, np.float32)
-    cuts, used, align = [0], 0, 1 if share.size == 1 else 2 * share.size
+    cuts, align = [0], 1 if share.size == 1 else 2 * share.size
     for sample, offset in zip(samples.tolist(), offsets.tolist(), strict=True):
         prefix, response = prefixes[sample], responses[sample]
         begin = offset + len(prefix)  # of the response
@@ -239,7 +257,6 @@ def _micro_batch(
         mask_T[begin - 1 : end] = 1.0
         places_T[begin - 1 : end] = np.arange(starts_N[sample], starts_N[sample + 1])
         cuts += [offset, -(-end // align) * align]
-        used += end - offset
     bounds = np.unique(np.array([*cuts, length], np.int32))
     runs = [run for start, end in pairwise(bounds.tolist()) for run in share.runs(start, end)]
     own = np.concatenate([np.arange(run.start, run.stop) for run in runs])
@@ -257,5 +274,4 @@ def _micro_batch(
         teacher_log_tail=None,
         generator_logprobs=None,
     )
-    places_R = places_T[own][mask_T[own] > 0]
-    return MicroBatch(batch=batch, places_R=places_R, tokens=used, response_tokens=int(mask_T.sum()))
+    return batch, places_T[own][mask_T[own] > 0]

@@ -36,10 +36,6 @@ def refusal(*argv: str, cls: type = NPDConfig) -> str:
     [
         (["--trian.lr", "3"], "unknown option --trian.lr; did you mean --train.lr? ("),
         (["--train.learning-rate=3"], "unknown option --train.learning_rate ("),
-        (
-            ["--annotate.expert-model-parallel-size=2"],
-            "unknown option --annotate.expert_model_parallel_size: expert parallelism (EP) but for training is not ",
-        ),
         (["--rollouts.urls=a"], "unknown option --rollouts.urls; did you mean --rollout.urls? ("),
         (["--sampled-paths=3"], "unknown option --sampled_paths; did you mean --rollout.sampled_paths? ("),
         (["--train.lr", "foo"], "--train.lr must be a number, got foo; "),
@@ -57,6 +53,10 @@ def refusal(*argv: str, cls: type = NPDConfig) -> str:
         (
             ["--annotate.context-parallel-size=2", "--annotate.seq-length=1022"],
             "seq_length must be a multiple of 2 x context_parallel_size (4), got 1022; ",
+        ),
+        (
+            ["--annotate.context-parallel-size=2", "--annotate.expert-model-parallel-size=3"],
+            "expert_model_parallel_size must be a divisor or a multiple of context_parallel_size, got 3; ",
         ),
         (["--train.adam-eps=0"], "adam_eps must be > 0 and finite, got 0.0; "),
         (["--train.weight-decay=-1"], "weight_decay must be at least 0 and finite, got -1.0; "),
@@ -126,7 +126,6 @@ def test_a_flag_that_must_be_given() -> None:
     ("text", "line", "words"),
     [
         ("updates: 1\ntrain:\n  trian_iters: 3\n", 3, "train.trian_iters is unknown; did you mean train.train_iters?"),
-        ("annotate:\n  expert_model_parallel_size: 2\n", 2, "size is unknown: expert parallelism"),
         ("updates: 1\nlr: 1.0\n", 2, "lr is unknown; did you mean train.lr?"),
         ("train:\n  lr: 1e-4\nrolout:\n  max_tokens: 3\n", 3, "rolout is unknown; did you mean rollout?"),
         ("updates: 1\ntrain:\n  lr: bar\n", 3, "train.lr must be a number, got bar; "),

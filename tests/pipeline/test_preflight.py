@@ -79,6 +79,7 @@ def test_a_run_that_fits_passes(inputs: Path) -> None:
         (["--annotate.pipeline-model-parallel-size=2"], "number of processes must be a multiple"),
         (["--nproc-per-node=4", "--train.tensor-model-parallel-size=4"], "attention heads of .*student must be"),
         (["--nproc-per-node=2", "--annotate.pipeline-model-parallel-size=2"], "layers of .*teacher must be"),
+        (["--nproc-per-node=2", "--annotate.expert-model-parallel-size=2"], "experts of .*teacher must be a multiple"),
         (["--annotate.top-k=1000"], "top_k must be at most the vocabulary"),
         (["--rollout.max-model-len=1024"], r"rollout\.max_model_len must be at most the student's context \(512"),
         (["--train.kd-divergence=jsd", "--train.kd-mode=truncated"], "mode must be"),

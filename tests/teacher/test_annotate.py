@@ -463,6 +463,18 @@ def _count_groups(rank: int, world_size: int, *args: Any) -> list[int]:
     return counts
 
 
+def test_ranks_that_share_experts_score_the_same_shards(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Of three shards two copies of the teacher, on two ranks each, have two and one; the student is on all four."""
+    teacher = make_tiny_model(tmp_path / "teacher", family="qwen3_moe", seed=3, vocab_size=320)
+    models = models | {"teacher_dir": teacher}
+    make_rollouts(tmp_path / "rollouts", LENGTHS, shards=3)
+    alone = annotate(tmp_path / "rollouts", tmp_path / "alone", models)
+    cfg = dataclasses.replace(CFG, expert_model_parallel_size=2)
+    results = run_distributed(_annotate_rank, 4, tmp_path / "rollouts", tmp_path / "four", models, cfg)
+    assert results == [dict(alone.counts), None, None, None]
+    assert_samples_close(tmp_path / "four", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("layout", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
 def test_model_parallel_layouts_leave_the_same_store(tmp_path: Path, models: dict[str, Path], layout: str) -> None:
     """The student has one kv head: under tensor parallelism it runs data-parallel, in a layout of its own.

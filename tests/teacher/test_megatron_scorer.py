@@ -146,5 +146,51 @@ def test_layouts_agree(tmp_path: Path, layout: str) -> None:
     assert (results[-1].ids_RK == alone.ids_RK)[clear].all() and clear.mean() > 0.9
 
 
+# By the number of processes; experts are shared by copies of the model, by context-parallel ranks, or by both.
+SHARED: dict[int, dict[str, dict[str, int]]] = {
+    2: {
+        "ep2": {"expert_model_parallel_size": 2},
+        "ep2-cp2": {"expert_model_parallel_size": 2, "context_parallel_size": 2},
+    },
+    4: {
+        "ep4-cp2": {"expert_model_parallel_size": 4, "context_parallel_size": 2},
+        "ep2-tp2": {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+        "ep2-pp2": {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    },
+}
+
+
+def _score_in_layouts(rank: int, world_size: int, hf_dir: Path, layouts: dict[str, dict[str, int]]) -> Any:
+    from megatron_npd.platform.initialize import initialize_distributed
+    from megatron_npd.teacher.megatron_scorer import Scorer
+
+    found = {}
+    for name, sizes in layouts.items():
+        initialize_distributed(**sizes)
+        scorer, counts = Scorer(hf_dir, seq_length=64, micro_batch_size=1, bf16=False), []
+        found[name] = scorer.score(*sequences(), top_k=10, on_forward=lambda *n, counts=counts: counts.append(n))
+        scored, tokens, row_tokens = (sum(numbers) for numbers in zip(*counts, strict=True))
+        assert scored == sum(response for _, response in LENGTHS)  # the other copy's too
+        assert tokens == sum(prefix + response - 1 for prefix, response in LENGTHS) <= row_tokens
+        copies = sizes["expert_model_parallel_size"] // sizes.get("context_parallel_size", 1)
+        assert len(counts) == -(-5 // copies)
+    return found
+
+
+def test_copies_that_share_experts_score_as_one(tmp_path: Path) -> None:
+    """Five rows: of two copies one has padding alone in the last forward."""
+    path = make_tiny_model(tmp_path / "model", family="qwen3_moe", num_key_value_heads=2)
+    alone = score(path, top_k=10)
+    check(alone, path)
+    for world, layouts in SHARED.items():
+        results = run_distributed(_score_in_layouts, world, path, layouts)
+        for name in layouts:
+            scores = [result[name] for result in results if result[name] is not None]
+            assert len(scores) == (world // 2 if "pp" in name else world)
+            for other in scores[1:]:
+                assert all(np.array_equal(*pair) for pair in zip(_arrays(scores[0]), _arrays(other), strict=True))
+            check(scores[0], path)
+
+
 def _arrays(scores: Any) -> list[np.ndarray]:
     return [scores.ids_RK, scores.logprobs_RK, scores.log_tail_R, scores.sampled_logprobs_R]
