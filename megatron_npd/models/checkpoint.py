@@ -28,11 +28,13 @@ from megatron_npd.errors import Damaged, UserError
 from megatron_npd.log import get_logger
 from megatron_npd.manifest import MANIFEST, PART, read_manifest, seal, unlisted, verified_file, verify_files, writing
 from megatron_npd.models.checkpoint_files import (
-    COMMON_FILE,
     KIND,
     MALFORMED,
     STATE_FILE,
+    WEIGHTS_ALONE,
     check_common,
+    common_place,
+    first_failure,
     malformed,
     of_another_kind,
     plain,
@@ -44,7 +46,6 @@ from megatron_npd.models.unpickle import known_classes_only, refused
 
 Model = Module | Sequence[Module]  # one, or this rank's parts of one under the interleaved schedule
 _STREAM_ERROR = "iostream error"  # all that torch.save says where it opens the file itself and the disk fails
-_WEIGHTS_ALONE = "hf_model made by npd convert --direction megatron-to-hf"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -207,7 +208,7 @@ def load_checkpoint(
         raise UserError(
             f"use_distributed_optimizer, bf16 and expert_model_parallel_size must be as in the run that wrote {path} "
             f"({content['optimizer']}), got {kind}; give the old settings, or start from its weights alone "
-            f"({_WEIGHTS_ALONE})"
+            f"({WEIGHTS_ALONE})"
         )
     with_scheduler = scheduler is not None and content["scheduler"]
     wanted = _sharded_state(
@@ -218,8 +219,10 @@ def load_checkpoint(
         with known_classes_only(path, read_manifest(path, verify=False).files):
             check_common(path)
             loaded: Any = dist_checkpointing.load(wanted, str(path), load_strategy())
+    except UserError:
+        raise
     except (CheckpointingException, CheckpointException, pickle.UnpicklingError) as error:
-        if (planted := refused(path, _first(error))) is not None:
+        if (planted := refused(path, first_failure(error))) is not None:
             raise planted from error
         raise UserError(
             f"{path} must hold this model, got: {_reason(error)}; give the model that was trained"
@@ -227,15 +230,15 @@ def load_checkpoint(
     except FileNotFoundError as error:
         raise malformed(Path(error.filename or path), "no such file") from error
     except MALFORMED as error:
-        raise malformed(path / COMMON_FILE, error) from error
+        raise malformed(common_place(path), error) from error
     if other := of_another_kind(ours, loaded):
-        raise malformed(path / COMMON_FILE, other)
+        raise malformed(common_place(path), other)
     try:
         _apply(path, loaded, model, optimizer, scheduler if with_scheduler else None, bool(with_optimizer))
     except MALFORMED as error:
         if isinstance(error, UserError):
             raise
-        raise malformed(path / COMMON_FILE, error) from error
+        raise malformed(common_place(path), error) from error
     return content["state"]
 
 
@@ -353,7 +356,7 @@ def _refuse_another_state(path: Path, optimizer: MegatronOptimizer, state: Any) 
             raise UserError(
                 f"{path} must hold the optimizer's state of its own weights, got another one for {wrong[0]} and "
                 f"{len(wrong) - 1} more: older versions shifted it where pipeline stages share tied embeddings; move "
-                f"it away to go on from an earlier one, or start from its weights alone ({_WEIGHTS_ALONE})"
+                f"it away to go on from an earlier one, or start from its weights alone ({WEIGHTS_ALONE})"
             )
 
 
@@ -365,15 +368,9 @@ def _keep_rates(optimizer: MegatronOptimizer, state: Any) -> None:
             group.update(rates)
 
 
-def _first(error: BaseException) -> BaseException:
-    """The failure of one rank, of those that torch collects."""
-    failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
-    return failures[0][0] if failures else error
-
-
 def _reason(error: BaseException) -> str:
     """What failed, without the tracebacks of all ranks."""
-    first = _first(error)
+    first = first_failure(error)
     if isinstance(first, CheckpointException):
         return "a failure that rank 0 reports"
     if isinstance(error, RuntimeError):

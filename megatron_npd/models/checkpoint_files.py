@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_npd.errors import UserError
+from megatron_npd.platform.mcore_versions import MCORE, NEWER
 
 KIND = "checkpoint"
 INDEX_FILE = ".metadata"  # torch's: where each piece of each tensor lies
 STATE_FILE = "state.json"
-COMMON_FILE = "common.pt"  # megatron-core's: all that is no tensor of its own
+WEIGHTS_ALONE = "hf_model made by npd convert --direction megatron-to-hf"  # of a checkpoint, to start from
+COMMON_FILE = "common.pt"  # megatron-core's: all that is no tensor of its own; newer ones put it among the tensors
 # What torch and megatron-core raise at content that has another form than what they wrote.
 MALFORMED = (AssertionError, AttributeError, EOFError, LookupError, RecursionError, TypeError, ValueError)
 _NEEDED = {"betas", "eps", "step"}  # of a group of parameters, which the next step looks up
@@ -48,13 +53,41 @@ def check_common(path: Path) -> None:
         maybe_load_config(str(path))
     except (*MALFORMED, CheckpointingException) as error:
         raise malformed(path / "metadata.json", error) from error
-    file = path / COMMON_FILE
+    place = common_place(path)
     try:
-        common = torch.load(file, map_location="cpu", weights_only=True)
+        common = _read_common(path)
+    except UserError:
+        raise
     except (*MALFORMED, OSError, RuntimeError) as error:
-        raise malformed(file, error) from error
+        raise malformed(place, error) from error
+    except CheckpointException as error:
+        if isinstance(first := first_failure(error), pickle.UnpicklingError):
+            raise first from error
+        raise malformed(place, first) from error
     if not isinstance(common, dict):
-        raise malformed(file, f"a {type(common).__name__}")
+        raise malformed(place, f"a {type(common).__name__}")
+
+
+def _read_common(path: Path) -> Any:
+    if (path / COMMON_FILE).exists():
+        return torch.load(path / COMMON_FILE, map_location="cpu", weights_only=True)
+    if NEWER:
+        return dist_checkpointing.load_common_state_dict(str(path))
+    raise UserError(
+        f"{path} must have a {COMMON_FILE}, as megatron-core {MCORE} writes it, got none, as newer ones leave it out; "
+        f"go on with the Python that wrote it, or start from its weights alone ({WEIGHTS_ALONE})"
+    )
+
+
+def common_place(path: Path) -> Path:
+    """What an error in ``COMMON_FILE`` is said of: that file, or the checkpoint that has its content elsewhere."""
+    return path / COMMON_FILE if (path / COMMON_FILE).exists() else path
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """The failure of one rank, of those that torch collects."""
+    failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+    return failures[0][0] if failures else error
 
 
 def plain(state: Any) -> Any:

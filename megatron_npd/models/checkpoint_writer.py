@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import file_sha256
+from megatron_npd.platform.mcore_versions import SAVE_OPTIONS
 
 
 class Writing:
@@ -41,8 +42,9 @@ class Writing:
         # The writer hands its results over through a queue of this module, which is by default another process's.
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = queue.Queue()
-        save = FullyParallelSaveStrategyWrapper(_InProcessSave("torch_dist", 1), _sharing_group())
-        self._request: Any = dist_checkpointing.save(tensors, str(path), save, async_sharded_save=True)
+        save = FullyParallelSaveStrategyWrapper(_InProcessSave("torch_dist", 1, thread_count=2), _sharing_group())
+        options = {"async_sharded_save": True, **SAVE_OPTIONS}
+        self._request: Any = dist_checkpointing.save(tensors, str(path), save, **options)
         self._arguments = list(self._request.async_fn_args)
         if self._request.preload_fn is not None:
             self._arguments[1] = self._request.preload_fn()
@@ -114,8 +116,8 @@ def _copied(given: Any, loaded: Any) -> Any:
 class _InProcessSave(TorchDistSaveShardedStrategy):
     """megatron-core's strategy without its writer processes: forking a process that runs threads may hang it."""
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
-        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+    def _get_save_and_finalize_callbacks(self, *arguments: Any) -> Any:
+        request = super()._get_save_and_finalize_callbacks(*arguments)
         if request.async_fn is None:  # nothing to write on this rank
             return request
         assert isinstance(request.async_fn, functools.partial), "megatron-core binds the transforms to its writer"

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megatron_npd.platform.mcore_versions import silence_meant_warnings
+
 Tensors = list[Tensor]
 
 
@@ -172,8 +174,10 @@ class GroupStepAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         assert adam_w_mode, "decoupled_weight_decay must stay on"
+        assert not capturable, "optimizer_cuda_graph must stay off"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
@@ -252,6 +256,7 @@ def alias_tensor_type(names: dict[str, str]) -> None:
 
 def silence_library_warnings() -> None:
     """Drop what megatron-core says at import (Apex and Transformer Engine are missing) and its deprecation notes."""
+    silence_meant_warnings()
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

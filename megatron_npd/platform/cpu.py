@@ -1,6 +1,6 @@
 """The CPU: megatron-core over gloo, for laptops, tests and conversion.
 
-megatron-core 0.16.1 asks for CUDA by name in many places. ``prepare`` redirects those requests, all of them here;
+megatron-core asks for CUDA by name in many places. ``prepare`` redirects those requests, all of them here;
 each is an error on a machine without a GPU, so nothing that works elsewhere changes its meaning.
 """
 
@@ -137,6 +137,7 @@ def _redirect_cuda() -> None:
     torch.cuda.is_available = lambda: False
     torch.cuda.device_count = lambda: 0
     torch.cuda.current_device = lambda: cpu  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.empty_cache = lambda: None
     torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()

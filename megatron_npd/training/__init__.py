@@ -6,7 +6,7 @@ from megatron_npd.platform import get_platform
 
 get_platform()  # before any submodule imports megatron.core
 
-# Remarks of torch on how megatron-core 0.16.1 calls it; nothing that a user could mend.
+# Remarks of torch on how megatron-core calls it; nothing that a user could mend.
 warnings.filterwarnings(
     "ignore", message=r".*The \.grad attribute of a Tensor that is not a leaf", category=UserWarning
 )

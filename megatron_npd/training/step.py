@@ -166,7 +166,8 @@ class TrainStep:
         means["lr"] = get_canonical_lr_for_logging(self.optimizer.param_groups)
         updated, means["grad_norm"] = False, None
         if math.isfinite(means["loss"]):
-            updated, means["grad_norm"], _ = cast(tuple[bool, float, None], self.optimizer.step())
+            updated, norm, _ = cast(tuple[bool, Any, None], self.optimizer.step())
+            means["grad_norm"] = float(norm)  # a tensor, from newer megatron-cores on Transformer Engine
         means["skipped"] = int(not updated)
         self.scheduler.step(int(updated))
         return means, asked

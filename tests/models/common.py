@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from megatron_npd.manifest import MANIFEST, seal
+from megatron_npd.platform.mcore_versions import COMMON_OBJECT, NEWER
 
 LENGTHS = [7, 16, 9]  # segments of the row of one step
 
@@ -165,3 +172,56 @@ def restore(trainer: TinyTrainer, path: Path) -> dict[str, Any]:
     from megatron_npd.models.checkpoint import load_checkpoint
 
     return load_checkpoint(path, model=trainer.model, optimizer=trainer.optimizer, scheduler=trainer.scheduler)
+
+
+def seal_again(path: Path) -> None:
+    """Vouch for a checkpoint's files as they are now."""
+    (path / MANIFEST).unlink()
+    seal(path, kind="checkpoint", counts={"iteration": 1})
+
+
+def exchange(path: Path, name: str, content: bytes) -> None:
+    """Put other bytes behind the tensors of a checkpoint's part, where its index has something of this name."""
+    index = pickle.loads((path / ".metadata").read_bytes())
+    place = next(place for key, place in index.storage_data.items() if name in key.fqn)
+    with open(path / place.relative_path, "ab") as stream:
+        place.offset, place.length = stream.tell(), stream.write(content)
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def saved(value: Any) -> bytes:
+    """What torch.save writes of it."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def read_common(path: Path) -> Any:
+    """What a checkpoint has beside its tensors."""
+    if not NEWER:
+        return torch.load(path / "common.pt", weights_only=True)
+    index = pickle.loads((path / ".metadata").read_bytes())
+    place = next(place for key, place in index.storage_data.items() if key.fqn == COMMON_OBJECT)
+    data = (path / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
+    return torch.load(io.BytesIO(data), weights_only=True)[0]
+
+
+def write_common(path: Path, content: Any) -> None:
+    """Put something else into its place; ``content``: what torch.save is given, or bytes."""
+    if not isinstance(content, bytes):
+        content = saved([content] if NEWER else content)
+    if NEWER:
+        exchange(path, COMMON_OBJECT, content)
+    else:
+        (path / "common.pt").write_bytes(content)
+
+
+@contextmanager
+def other_common(path: Path, content: Any) -> Iterator[None]:
+    """Within it a checkpoint has that in its place, and is sealed with it."""
+    file = path / (".metadata" if NEWER else "common.pt")
+    before = file.read_bytes()
+    write_common(path, content)
+    seal_again(path)
+    yield
+    file.write_bytes(before)

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from megatron_npd.errors import UserError
-from megatron_npd.manifest import is_sealed, seal
+from megatron_npd.manifest import is_sealed
 from megatron_npd.models.convert import megatron_to_hf
 from megatron_npd.models.unpickle import _Unpickler
-from tests.models.common import make_trainer, restore, save
+from tests.models.common import exchange, make_trainer, restore, save, saved, seal_again, write_common
 
 
 class Planted:
@@ -48,27 +48,17 @@ def _inside_the_index(path: Path, marker: Path) -> None:
 
 
 def _common_state(path: Path, marker: Path) -> None:
-    torch.save({"optimizer": Planted(marker)}, path / "common.pt")
+    write_common(path, {"optimizer": Planted(marker)})
 
 
 def _part(path: Path, marker: Path) -> None:
     """Behind the tensors of a part, where the index has an object that the model asks for."""
-    _exchange(path, marker, "_extra_state")
+    exchange(path, "_extra_state", saved(Planted(marker)))
 
 
 def _beside_the_numbers(path: Path, marker: Path) -> None:
     """In the pickle that torch.save writes beside a tensor's numbers."""
-    _exchange(path, marker, "decoder.final_layernorm.weight")
-
-
-def _exchange(path: Path, marker: Path, name: str) -> None:
-    index = pickle.loads((path / ".metadata").read_bytes())
-    place = next(place for key, place in index.storage_data.items() if name in key.fqn)
-    with open(path / place.relative_path, "ab") as stream:
-        place.offset = stream.tell()
-        torch.save(Planted(marker), stream)
-        place.length = stream.tell() - place.offset
-    (path / ".metadata").write_bytes(pickle.dumps(index))
+    exchange(path, "decoder.final_layernorm.weight", saved(Planted(marker)))
 
 
 def _no_index(path: Path, marker: Path) -> None:
@@ -108,8 +98,7 @@ def test_a_planted_pickle_runs_nowhere(
     path, marker = tmp_path / "iter_0000001", tmp_path / "marker"
     shutil.copytree(written, path)
     plant(path, marker)
-    (path / "manifest.json").unlink()
-    seal(path, kind="checkpoint", counts={"iteration": 1})
+    seal_again(path)
     found = r"posix\.mkdir|\.\./planted|no index: .*|pathlib\.PosixPath"
     words = rf"iter_0000001 must hold tensors and .* got a pickle with ({found}); do"
     with pytest.raises(UserError, match=words):
