@@ -217,7 +217,8 @@ def load_checkpoint(
     ours = plain({name: wanted.get(name) for name in ("optimizer", "scheduler")})
     try:
         with known_classes_only(path, read_manifest(path, verify=False).files):
-            check_common(path)
+            with together():
+                check_common(path)
             loaded: Any = dist_checkpointing.load(wanted, str(path), load_strategy())
     except UserError:
         raise

@@ -22,10 +22,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
 )
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import file_sha256
-from megatron_npd.platform.mcore_versions import SAVE_OPTIONS
+from megatron_npd.models.checkpoint_files import first_failure
+from megatron_npd.platform.mcore_versions import NEWER, SAVE_OPTIONS
 
 
 class Writing:
@@ -98,7 +101,8 @@ class Writing:
 
 def load_strategy() -> Any:
     """Has each of the ranks that hold the same weights read a share of them, and give it to the others."""
-    return FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _sharing_group())
+    strategy = _Loading() if NEWER else TorchDistLoadShardedStrategy()
+    return FullyParallelLoadStrategyWrapper(strategy, _sharing_group())
 
 
 def _sharing_group() -> Any:
@@ -111,6 +115,22 @@ def _copied(given: Any, loaded: Any) -> Any:
     on_host = [tensor.is_cpu for _, tensor in given[2][1]]
     own = [(item, x.clone() if same else x) for (item, x), same in zip(tensors, on_host, strict=True)]
     return file, name, (data, own)
+
+
+class _Loading(TorchDistLoadShardedStrategy):
+    """megatron-core's strategy, where a rank's failure is every rank's: newer ones leave the others waiting."""
+
+    def load(self, *arguments: Any) -> Any:
+        load, loaded = super().load, []
+
+        def read() -> None:
+            try:
+                loaded.append(load(*arguments))
+            except CheckpointException as error:
+                raise first_failure(error) from error
+
+        _DistWrapper(None, True, 0).all_gather("load", read)
+        return loaded[0]
 
 
 class _InProcessSave(TorchDistSaveShardedStrategy):

@@ -6,6 +6,7 @@ What both take in one form is written in that form, where it is used; here is th
 from __future__ import annotations
 
 import logging
+import warnings
 from importlib.metadata import version
 from typing import Any
 
@@ -19,20 +20,24 @@ SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if NEWER else {}
 # Where a newer one keeps, among the tensors of a checkpoint, what an older one keeps in common.pt.
 COMMON_OBJECT = "common_state/shard_0_1"
 
-# What a newer one warns of in each process, though it is meant: by logger under megatron.core, how the line begins.
+# What a newer one logs in each process, though it is meant or nothing is to be done: by logger, how the line begins.
 _MEANT = {
-    "models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # its successor is not in an older one
-    "transformer.transformer_layer": "Rewrapping ModuleSpec",  # the form that both take
-    "distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
-    "dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
-    "dist_checkpointing.strategies.common": "load_common is deprecated",  # checkpoints of an older one
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",  # its successor is not in an older one
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",  # the form that both take
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",  # checkpoints of an older one
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # which it imports, where there is a compiler for CUDA
 }
+# The same of what torch says of how a newer one loads checkpoints.
+_MEANT_OF_TORCH = r"The argument order of load has|torch\.distributed is disabled, unavailable or uninitialized"
 
 
 def silence_meant_warnings() -> None:
-    """Drop those lines of megatron-core's log."""
+    """Drop those lines."""
+    warnings.filterwarnings("ignore", message=_MEANT_OF_TORCH, module=r"torch\.distributed\.checkpoint")
     for name, begin in _MEANT.items():
-        logging.getLogger(f"megatron.core.{name}").addFilter(_without(begin))
+        logging.getLogger(name).addFilter(_without(begin))
 
 
 def _without(begin: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
@@ -158,6 +160,15 @@ def _load_fails(rank: int, world: int, model_dir: Path, path: Path) -> str:
     return str(caught.value)
 
 
+def _one_cannot_read(rank: int, world: int, model_dir: Path, path: Path) -> str:
+    def read_data(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if rank == 1:
+        setattr(FileSystemReader, "read_data", read_data)  # noqa: B010
+    return _load_fails(rank, world, model_dir, path)
+
+
 def _state(rank: int, world: int, path: Path) -> dict[str, Any]:
     from megatron_npd.models.checkpoint import saved_state
 
@@ -179,6 +190,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(model_dir: Path, tmp_path: P
         assert all("must have sha256" in m for m in run_distributed(_load_fails, 2, model_dir, path))
         data[len(data) // 2] ^= 1
         (path / name).write_bytes(data)
+    assert all("got: [Errno 5] Input/output" in m for m in run_distributed(_one_cannot_read, 2, model_dir, path))
     (path / "planted.distcp").write_bytes(b"pickle")
     assert all("got planted.distcp too" in m for m in run_distributed(_load_fails, 2, model_dir, path))
     (path / "planted.distcp").unlink()

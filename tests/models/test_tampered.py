@@ -84,7 +84,7 @@ def _tampered_index(rank: int, world: int, model_dir: Path, root: Path) -> None:
         index.write_bytes(pickle.dumps(changed))
         seal_again(path)
         for with_optimizer in (True, False):
-            refused("got a pickle with no index|embedding", with_optimizer=with_optimizer)
+            refused("got a pickle with no index|embedding|common_state", with_optimizer=with_optimizer)
     index.unlink()
     seal_again(path)
     for with_optimizer in (True, False):

@@ -32,7 +32,8 @@ def _warnings(rank: int, world: int, model: Path, root: Path) -> list[str]:
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("megatron").addHandler(handler)
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
     trainer = make_trainer(model)
     trainer.step(0)
     restore(make_trainer(model, load=False), save(trainer, root, 1))
