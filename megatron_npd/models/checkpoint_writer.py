@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import queue
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Writing:
             filesystem_async._results_queue = queue.Queue()
         save = FullyParallelSaveStrategyWrapper(_InProcessSave("torch_dist", 1, thread_count=2), _sharing_group())
         options = {"async_sharded_save": True, **SAVE_OPTIONS}
+        tensors = _canonical(tensors) if NEWER else tensors  # what is no tensor is pickled among them
         self._request: Any = dist_checkpointing.save(tensors, str(path), save, **options)
         self._arguments = list(self._request.async_fn_args)
         if self._request.preload_fn is not None:
@@ -107,6 +109,15 @@ def load_strategy() -> Any:
 
 def _sharing_group() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _canonical(state: Any) -> Any:
+    """A state whose pickle depends on what it holds alone, not on the order or the identity of its parts."""
+    if isinstance(state, dict):
+        return {_canonical(key): _canonical(state[key]) for key in sorted(state, key=str)}
+    if type(state) in (list, tuple):
+        return type(state)(map(_canonical, state))
+    return sys.intern(state) if type(state) is str else state
 
 
 def _copied(given: Any, loaded: Any) -> Any:
