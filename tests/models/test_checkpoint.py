@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadItemType
 
 from megatron_npd.errors import UserError
 from megatron_npd.manifest import is_sealed, read_manifest
@@ -161,11 +162,15 @@ def _load_fails(rank: int, world: int, model_dir: Path, path: Path) -> str:
 
 
 def _one_cannot_read(rank: int, world: int, model_dir: Path, path: Path) -> str:
-    def read_data(*_: Any) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    whole = FileSystemReader.read_data
+
+    def read_data(self: FileSystemReader, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        if any(item.type == LoadItemType.TENSOR for item in plan.items):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(self, plan, planner)
 
     if rank == 1:
-        setattr(FileSystemReader, "read_data", read_data)  # noqa: B010
+        FileSystemReader.read_data = read_data
     return _load_fails(rank, world, model_dir, path)
 
 
