@@ -46,7 +46,7 @@ class Writing:
         # The writer hands its results over through a queue of this module, which is by default another process's.
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = queue.Queue()
-        save = FullyParallelSaveStrategyWrapper(_InProcessSave("torch_dist", 1, thread_count=2), _sharing_group())
+        save: Any = FullyParallelSaveStrategyWrapper(_InProcessSave("torch_dist", 1, thread_count=2), _sharing_group())
         options = {"async_sharded_save": True, **SAVE_OPTIONS}
         tensors = _canonical(tensors) if NEWER else tensors  # what is no tensor is pickled among them
         self._request: Any = dist_checkpointing.save(tensors, str(path), save, **options)
@@ -131,12 +131,12 @@ def _copied(given: Any, loaded: Any) -> Any:
 class _Loading(TorchDistLoadShardedStrategy):
     """megatron-core's strategy, where a rank's failure is every rank's: newer ones leave the others waiting."""
 
-    def load(self, *arguments: Any) -> Any:
+    def load(self, *arguments: Any, **options: Any) -> Any:
         load, loaded = super().load, []
 
         def read() -> None:
             try:
-                loaded.append(load(*arguments))
+                loaded.append(load(*arguments, **options))
             except CheckpointException as error:
                 raise first_failure(error) from error
 
@@ -147,8 +147,8 @@ class _Loading(TorchDistLoadShardedStrategy):
 class _InProcessSave(TorchDistSaveShardedStrategy):
     """megatron-core's strategy without its writer processes: forking a process that runs threads may hang it."""
 
-    def _get_save_and_finalize_callbacks(self, *arguments: Any) -> Any:
-        request = super()._get_save_and_finalize_callbacks(*arguments)
+    def _get_save_and_finalize_callbacks(self, *arguments: Any, **options: Any) -> Any:
+        request = super()._get_save_and_finalize_callbacks(*arguments, **options)
         if request.async_fn is None:  # nothing to write on this rank
             return request
         assert isinstance(request.async_fn, functools.partial), "megatron-core binds the transforms to its writer"
