@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file
 
-TIMES = {"step_seconds", "data_wait_seconds", "round_wait_seconds", "tokens_per_second"}
+from megatron_npd.training.metrics import is_time
 
 
 def equal_weights(first: Path, second: Path) -> bool:
@@ -28,8 +28,8 @@ def differences(first: Path, second: Path) -> dict[str, float]:
     lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in (first, second)]
     found: dict[str, float] = {}
     for ours, theirs in zip(*lines, strict=True):
-        for name in (ours.keys() & theirs.keys()) - TIMES:
-            if ours[name] != theirs[name]:
+        for name in ours.keys() & theirs.keys():
+            if ours[name] != theirs[name] and not is_time(name):
                 numbers = np.array([ours[name], theirs[name]], dtype=float)
                 found[name] = max(found.get(name, 0.0), float(np.ptp(numbers)))
     return found

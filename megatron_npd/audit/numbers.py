@@ -25,17 +25,7 @@ DROPPED_BOUND = CUT_BOUND = 0.10  # shares of a round's responses
 # Models that a run's are compared with, by their names in accuracy.json, in the order in which they are shown.
 COMPARED = {"further_sft": "further SFT", "seqkd": "SeqKD", "on_policy": "on-policy", "teacher": "teacher"}
 # Numbers of a step that are no parts of its objective, or have a table of their own.
-_NO_PARTS = (
-    "lag_k1",
-    "lag_k3",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "step_seconds",
-    "data_wait_seconds",
-    "round_wait_seconds",
-    "model_tflops",
-)
+_NO_PARTS = ("lag_k1", "lag_k3", "lr", "grad_norm", "tokens_per_second", "model_tflops")
 _ESSENTIAL = (
     *("teacher", "student", "prompts", "updates", "rollout.greedy_paths", "rollout.sampled_paths"),
     *("rollout.temperature", "rollout.max_tokens", "rollout.seed", "annotate.top_k", "annotate.backend"),
@@ -269,7 +259,11 @@ def _lag(index: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 def _training(index: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """First and last steps of a round, its tokens per second, and the objective's parts over its last tenth."""
     end = lines[-max(1, len(lines) // 10) :]
-    names = [name for name, value in end[-1].items() if isinstance(value, float) and name not in _NO_PARTS]
+    names = [
+        name
+        for name, value in end[-1].items()
+        if isinstance(value, float) and not name.endswith("_seconds") and name not in _NO_PARTS
+    ]
     return {
         "round": index,
         "steps": [lines[0]["iteration"], lines[-1]["iteration"]],

@@ -129,6 +129,9 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     exit_duration_in_mins: float = 0.0
     """Stop, with a checkpoint, after the step that ends later than so many minutes from the start; 0: go on. SIGTERM
     and SIGUSR1 do the same at once."""
+    deterministic_mode: bool = False
+    """Compute the same bits each time in the same layout: deterministic operations of torch and of its libraries alone,
+    slower on a GPU; there CUBLAS_WORKSPACE_CONFIG and NCCL_ALGO are set where they are not."""
     max_skipped_steps: int = 3
     """Steps in a row whose loss or gradient norm is not finite, after which the run stops; before, each is skipped, and
     the ids of its samples are written to skipped.jsonl beside the metrics."""
@@ -262,4 +265,6 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
             options |= {"recompute_modules": list(self.recompute_modules)}
         if self.recompute_granularity != "none":
             options["recompute_granularity"] = self.recompute_granularity
+        if self.deterministic_mode:
+            options["deterministic_mode"] = True
         return options

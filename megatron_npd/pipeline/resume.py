@@ -53,7 +53,7 @@ _FREE = {
     "decoder_last_pipeline_num_layers virtual_pipeline_model_parallel_size "
     "sequence_parallel recompute_granularity "
     "recompute_modules recompute_method recompute_num_layers overlap_grad_reduce overlap_param_gather "
-    "fused_linear_loss loss_impl profile profile_step_start profile_step_end profile_ranks",
+    "fused_linear_loss loss_impl deterministic_mode profile profile_step_start profile_step_end profile_ranks",
 }
 HARMLESS = frozenset(prefix + name for prefix, names in _FREE.items() for name in names.split())
 

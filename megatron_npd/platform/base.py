@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,6 +61,8 @@ class Platform(Protocol):
         fuses_swiglu: Whether megatron-core's fused SwiGLU is used: its backward computes again what the others keep, 2
             of 5 MLP widths per token.
         vocab_multiple: A rank's slice of the vocabulary is padded to a multiple of it, for wide memory accesses.
+        deterministic_environment: Values with which the device's libraries give the same bits each time, by variable of
+            the environment; the first is the one that is set.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Platform(Protocol):
     visible_devices_env: str
     fuses_swiglu: bool
     vocab_multiple: int
+    deterministic_environment: Mapping[str, tuple[str, ...]]
 
     def check_available(self) -> None:
         """Raise PlatformUnavailable where the platform cannot be used."""
@@ -91,6 +94,14 @@ class Platform(Protocol):
 
     def synchronize(self) -> None:
         """Wait until the device has finished its queued work."""
+        ...
+
+    def mark(self) -> Any:
+        """The end of the work that is queued now, for ``seconds_between``."""
+        ...
+
+    def seconds_between(self, begin: Any, end: Any) -> float:
+        """Time from one mark to a later one, both of which the device has passed."""
         ...
 
     def device_names(self) -> list[str]:

@@ -7,7 +7,8 @@ each is an error on a machine without a GPU, so nothing that works elsewhere cha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +40,7 @@ class Device:
     visible_devices_env = ""
     fuses_swiglu = False  # uncompiled, its backward takes twice the time
     vocab_multiple = 1
+    deterministic_environment: Mapping[str, tuple[str, ...]] = {}
 
     def check_available(self) -> None:
         return
@@ -65,6 +67,12 @@ class Device:
 
     def synchronize(self) -> None:
         return
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds_between(self, begin: float, end: float) -> float:
+        return end - begin
 
     def device_names(self) -> list[str]:
         return []

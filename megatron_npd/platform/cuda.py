@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Device:
     visible_devices_env = "CUDA_VISIBLE_DEVICES"
     fuses_swiglu = True
     vocab_multiple = 128
+    # NCCL: those that Megatron allows. Ring has every collective; NVLS adds in the order of arrival.
+    deterministic_environment: Mapping[str, tuple[str, ...]] = {
+        "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+        "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+    }
 
     def check_available(self) -> None:
         if not torch.backends.cuda.is_built():
@@ -58,6 +63,14 @@ class Device:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000
 
     def device_names(self) -> list[str]:
         return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

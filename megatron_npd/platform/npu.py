@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Device:
     visible_devices_env = "ASCEND_RT_VISIBLE_DEVICES"
     fuses_swiglu = True
     vocab_multiple = 128
+    deterministic_environment: Mapping[str, tuple[str, ...]] = {"HCCL_DETERMINISTIC": ("true",)}
 
     def check_available(self) -> None:
         if importlib.util.find_spec("torch_npu") is None:
@@ -77,6 +79,14 @@ class Device:
 
     def synchronize(self) -> None:
         _npu().synchronize()
+
+    def mark(self) -> Any:
+        event = _npu().Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000
 
     def device_names(self) -> list[str]:
         return [_npu().get_device_name(index) for index in range(_npu().device_count())]

@@ -19,15 +19,17 @@ METRICS_FILE = "metrics.jsonl"
 _wandb_runs: dict[str, Any] = {}  # those that are open: the rounds of a run are one of wandb's
 _OF_THE_LAST_STEP = ("lr",)  # beside whole numbers: what an interval's line does not average over its steps
 _LABELS = {"ce": "CE", "kd": "KD", "lag_k3": "lag k3", "grad_norm": "grad norm"}
-_NO_PARTS = (
-    "lr",
-    "tokens_per_second",
-    "step_seconds",
-    "data_wait_seconds",
-    "round_wait_seconds",
-    "model_tflops",
-    "memory_gb",
-)  # shown in units of their own
+_NO_PARTS = ("lr", "model_tflops", "memory_gb")  # shown in units of their own, as times are
+
+
+def is_time(name: str) -> bool:
+    """Whether a metric says how long something took, or for which rank: no two runs have the same."""
+    return name.endswith("_seconds") or name in ("tokens_per_second", "slowest_rank", "data_wait_rank")
+
+
+def is_logged(cfg: TrainConfig, iteration: int, stop: int) -> bool:
+    """Whether a step has a line in the log: each ``log_interval``-th, and that at which a call of ``train`` ends."""
+    return iteration % cfg.log_interval == 0 or iteration == stop
 
 
 def metrics_file(cfg: TrainConfig) -> Path | None:
@@ -75,7 +77,7 @@ def console_line(record: Mapping[str, Any], train_iters: int, *, ranks: int = 1,
     def items() -> Iterator[str]:
         yield f"step {record['iteration']}/{train_iters}"
         for name, value in record.items():
-            if isinstance(value, float) and name not in _NO_PARTS:
+            if isinstance(value, float) and name not in _NO_PARTS and not is_time(name):
                 yield f"{_LABELS.get(name, name.replace('_', ' '))} {value:.4f}"
         yield f"lr {record['lr']:.2e}"
         yield f"{record['tokens_per_second']:.0f} tok/s"
@@ -86,6 +88,10 @@ def console_line(record: Mapping[str, Any], train_iters: int, *, ranks: int = 1,
             utilisation = f" (MFU {1e12 * speed / peak:.1%})" if peak else ""
             yield f"{speed:.3g} TFLOP/s{' per rank' * (ranks > 1)}{utilisation}"
         yield f"{1e3 * record['step_seconds']:.1f} ms/step (data {1e3 * record['data_wait_seconds']:.1f})"
+        if (slowest := record.get("slowest_rank")) is not None:
+            times = (f"{1e3 * record[f'compute_{name}_seconds']:.1f}" for name in ("min", "median", "max"))
+            yield f"ranks compute {' / '.join(times)} ms (slowest {slowest})"
+            yield f"longest data wait {1e3 * record['data_wait_max_seconds']:.1f} ms (rank {record['data_wait_rank']})"
         yield f"{record['rows_consumed']} rows"
         if (memory := record.get("memory_gb")) is not None:
             yield f"{memory:.1f} GB"
@@ -168,7 +174,7 @@ class MetricsWriter:
             self._jsonl.write(json.dumps(record) + "\n")
         self._bar.update()
         self._pending.append(record)
-        if record["iteration"] % self._cfg.log_interval == 0 or record["iteration"] == self._stop:
+        if is_logged(self._cfg, record["iteration"], self._stop):
             self._show()
 
     def _show(self) -> None:

@@ -27,6 +27,7 @@ from megatron_npd.data.batch import PackedBatch
 from megatron_npd.errors import UserError
 from megatron_npd.models.build import head_weight, packed_params, without_output_layer
 from megatron_npd.training.objectives import OBJECTIVES, ModelOutput
+from megatron_npd.training.stragglers import ComputeClock
 
 
 class TrainStep:
@@ -48,6 +49,7 @@ class TrainStep:
         chunks: ``chunks`` under DDP.
         optimizer: megatron-core's optimizer.
         scheduler: Learning-rate and weight-decay schedule, counted in steps.
+        clock: The time of this rank's forwards and backwards.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class TrainStep:
         config: Any = chunks[0].config  # of all of them
         config.calculate_per_token_loss = True
         config.finalize_model_grads_func = finalize_model_grads
+        self.clock = config.timers = ComputeClock()
         reduction = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=cfg.use_distributed_optimizer,
@@ -180,6 +183,7 @@ class TrainStep:
 
     def _forward_step(self, batches: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
+        self.clock.start()  # anew: waiting for the batch is not computing
         with without_output_layer(model.module) if self._cfg.fused_linear_loss else nullcontext():
             output = model(
                 input_ids=batch.tokens,

@@ -28,6 +28,7 @@ from megatron_npd.ops.implementation import use_triton
 from megatron_npd.paths import check_training
 from megatron_npd.platform import get_platform
 from megatron_npd.platform.base import Platform, local_rank
+from megatron_npd.platform.deterministic import deterministic
 from megatron_npd.platform.initialize import initialize_distributed
 from megatron_npd.store.streams import STREAMS
 from megatron_npd.training.batch_loader import BatchLoader
@@ -41,6 +42,7 @@ from megatron_npd.training.rounds import Rounds
 from megatron_npd.training.saving import Saver
 from megatron_npd.training.skipped import Skipped
 from megatron_npd.training.step import TrainStep
+from megatron_npd.training.stragglers import Stragglers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +79,10 @@ def train(cfg: TrainConfig) -> TrainResult:
     check_objective(**cfg.kd_settings())
     use_triton(cfg.loss_impl, platform.device(local_rank()), name="loss_impl")
     parts = cfg.virtual_pipeline_model_parallel_size
-    initialize_distributed(seed=cfg.seed, virtual_pipeline_model_parallel_size=parts, **cfg.parallel_sizes)
-    with Interrupt(cfg) as interrupt, _only_trainer(cfg):
-        return _train(cfg, platform, interrupt)
+    with deterministic(cfg.deterministic_mode):
+        initialize_distributed(seed=cfg.seed, virtual_pipeline_model_parallel_size=parts, **cfg.parallel_sizes)
+        with Interrupt(cfg) as interrupt, _only_trainer(cfg):
+            return _train(cfg, platform, interrupt)
 
 
 def _train(cfg: TrainConfig, platform: Platform, interrupt: Interrupt) -> TrainResult:
@@ -152,7 +155,7 @@ class _Loop:
         self._spec, self._rows_per_step = spec, rows_per_step
         self._cfg, self._stop, self._interrupt, self._rounds, self._refresh = cfg, stop, interrupt, rounds, refresh
         self._step, self._feed, self._writer = step, feed, writer
-        self._saver = Saver(cfg, stop)
+        self._saver, self._stragglers = Saver(cfg, stop), Stragglers(cfg, step.clock, stop)
         rounds.before_waiting = self._saver.finish  # a wait may be long
 
     def run(self, iteration: int, tokens: int, profiling: Profiling) -> tuple[dict[str, Any], Interrupt | None]:
@@ -182,7 +185,8 @@ class _Loop:
             except UserError:  # on all ranks
                 self._saver.finish()
                 raise
-            seconds = time.perf_counter() - start
+            seconds, waited = time.perf_counter() - start, self._feed.take_wait()
+            compared = self._stragglers.after(iteration, waited)
             if self._writer is not None and whole is not None:
                 self._writer.write(
                     {
@@ -196,8 +200,9 @@ class _Loop:
                         "model_tflops": step_flops(self._spec, tokens, whole.attention_cost) / 1e12,
                         "tokens_per_second": tokens / seconds,
                         "step_seconds": seconds,
-                        "data_wait_seconds": self._feed.take_wait(),
+                        "data_wait_seconds": waited,
                         "round_wait_seconds": start - looked,
+                        **compared,
                     }
                 )
             lag = None if values["skipped"] else values.get("lag_k3")

@@ -16,7 +16,7 @@ import numpy as np
 from megatron_npd.config.settings import AnnotateConfig, PackConfig, SelectConfig
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.manifest import MANIFEST, is_sealed
-from megatron_npd.training.metrics import METRICS_FILE
+from megatron_npd.training.metrics import METRICS_FILE, is_time
 from tests.helpers import VOCAB_SIZE, make_tiny_model
 from tests.serving.fake import ROUND
 from tests.store.make_store import make_records
@@ -26,7 +26,6 @@ SERVER, INPUTS = "NPD_FAULTS_SERVER", "NPD_FAULTS_INPUTS"  # environment of the 
 PROMPTS = 14
 STEPS, SAVE_EVERY = 3, 2  # of the training: checkpoints after steps 2 and 3
 UNSTABLE = (".metadata", "common.pt")  # of a dist checkpoint: pickles, whose bytes hold times and the order of sets
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "round_wait_seconds")  # in a line of metrics
 
 
 def make_inputs(root: Path) -> Path:
@@ -184,5 +183,5 @@ def _lasting(file: Path) -> bytes:
     if file.name == METRICS_FILE:
         with suppress(ValueError):  # a torn line differs as it stands
             lines = [json.loads(line) for line in data.splitlines()]
-            return json.dumps([{name: line[name] for name in line if name not in TIMES} for line in lines]).encode()
+            return json.dumps([{name: line[name] for name in line if not is_time(name)} for line in lines]).encode()
     return data

@@ -23,6 +23,7 @@ from megatron_npd.errors import UserError
 from megatron_npd.run_dir import RunDir
 from megatron_npd.training import rounds, saving
 from megatron_npd.training.batch_loader import BatchLoader
+from megatron_npd.training.metrics import is_time
 from megatron_npd.training.refresh_schedule import round_boundaries
 from megatron_npd.training.schedule import append_entry
 from megatron_npd.training.step import TrainStep
@@ -30,7 +31,6 @@ from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
 from tests.training.make_run import config, make_round, read_metrics
 
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "round_wait_seconds")
 STEPS, ROWS, UPDATES = 9, 4, 2  # rounds of 3 steps
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -101,7 +101,7 @@ class Stages:
 def exact(run: RunDir, metrics: str = "checkpoints/metrics.jsonl") -> list[dict[str, Any]]:
     """The metrics' lines without the times."""
     lines = read_metrics(run.root / metrics)
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
 
 
 def saved(run: RunDir) -> dict[str, bytes]:

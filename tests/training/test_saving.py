@@ -15,12 +15,12 @@ import pytest
 
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.manifest import is_sealed, seal, writing
+from megatron_npd.training.metrics import is_time
 from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
 from tests.helpers import logged
 from tests.training.make_run import config, make_packs, read_metrics
 
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "round_wait_seconds")
 STEPS, RANKS = 3, 2
 
 
@@ -112,7 +112,7 @@ class Killed:
 
     def _metrics(self, name: str) -> list[dict[str, Any]]:
         lines = read_metrics(self.root / name / "metrics.jsonl")
-        return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+        return [{key: value for key, value in line.items() if not is_time(key)} for line in lines]
 
 
 @pytest.fixture(scope="module")
