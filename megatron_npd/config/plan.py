@@ -88,15 +88,8 @@ class PlanConfig(NPDConfig):
             self.mean_prompt + self.mean_response,
             "raise rollout.max_model_len",
         )
-        remedy = "npd plan has equal stages and keeps all activations"
-        for name, stage in (("train", self.train), ("annotate", self.annotate)):
-            options = list(stage.transformer_options)
-            require(not options, f"{name}.{' '.join(options)}", "left out", "it", remedy)
-            for axis, size in stage.parallel_sizes.items():
-                known = axis in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-                require(known or size == 1, f"{name}.{axis}", "1", size, "npd plan knows TP, PP and DP alone")
-        parts = self.train.virtual_pipeline_model_parallel_size
-        require(parts == 1, "train.virtual_pipeline_model_parallel_size", "1", parts, "npd plan has one part a stage")
+        experts = self.train.expert_model_parallel_size
+        require(experts == 1, "train.expert_model_parallel_size", "1", experts, "npd plan has all experts on a rank")
 
     @property
     def mean_prompt(self) -> int:

@@ -24,7 +24,17 @@ def head_parameters(spec: ModelSpec) -> int:
 
 def layer_weights(spec: ModelSpec) -> int:
     """Parameters of all layers that a token is multiplied with: matrices, no norms and biases, its own experts."""
-    shapes = [(local_shape(rule, spec, 1), copies(rule, spec, active=True)) for rule in spec.layer_rules]
+    return _matrices(spec, "")
+
+
+def mlp_weights(spec: ModelSpec) -> int:
+    """Those of them that are in the MLPs."""
+    return _matrices(spec, ".mlp.")
+
+
+def _matrices(spec: ModelSpec, within: str) -> int:
+    rules = [rule for rule in spec.layer_rules if within in rule.mcore]
+    shapes = [(local_shape(rule, spec, 1), copies(rule, spec, active=True)) for rule in rules]
     return spec.num_layers * sum(prod(shape) * count for shape, count in shapes if len(shape) == 2)
 
 

@@ -11,7 +11,7 @@ from megatron_npd.config.plan import Assumptions
 from megatron_npd.config.settings import AnnotateConfig
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.models.families import ModelSpec
-from megatron_npd.models.flops import BACKWARD, forward_flops
+from megatron_npd.models.flops import BACKWARD, forward_flops, mlp_weights
 from megatron_npd.planning.memory import GRADIENT, ServerMemory, element_bytes
 from megatron_npd.planning.model import Layout, cache_bytes, rank_parameters
 from megatron_npd.platform.accelerators import Accelerator
@@ -51,17 +51,19 @@ class StepTime:
     """Seconds of an optimizer step.
 
     Attributes:
-        compute: Forwards and backwards of a rank's layers.
+        compute: Forwards and backwards of the pipeline stage that has most, and forwards that are computed again.
         bubble: Waiting of a pipeline that fills and drains.
         tensor: Collectives of tensor parallelism.
+        context: Keys and values gathered, and their gradients scattered, over the context-parallel ranks.
         pipeline: Activations sent from stage to stage.
-        data: Gradients summed over the data-parallel ranks, and weights gathered.
+        data: Gradients summed over the data- and context-parallel ranks, and weights gathered.
         update: The optimizer.
     """
 
     compute: float
     bubble: float
     tensor: float
+    context: float
     pipeline: float
     data: float
     update: float
@@ -78,7 +80,7 @@ def step_time(
 
     Args:
         spec: The student.
-        cfg: Type, micro-batch and optimizer; its parallel sizes are not read.
+        cfg: Type, micro-batch, recompute and optimizer; its parallel sizes are not read.
         layout: How it is cut.
         machine: On what.
         rows: Of a global batch.
@@ -88,23 +90,68 @@ def step_time(
     e, assume = element_bytes(cfg.bf16), machine.assume
     tokens = rows * row_tokens / layout.dp  # of one copy of the model
     number = rows / (cfg.micro_batch_size * layout.dp)
-    flops = (1 + BACKWARD) * forward_flops(spec, tokens, head_tokens=tokens, context=segment / 2)
-    compute = flops / (layout.tp * layout.pp) / (machine.device.flops(cfg.bf16) * assume.train_share)
-    reduced = tokens * spec.hidden_size * e * spec.num_layers / layout.pp
+    again = _again(spec, cfg, layout, tokens, segment)
+    layers = (1 + BACKWARD) * forward_flops(spec, tokens, head_tokens=0, context=segment / 2) + again.flops
+    head = (1 + BACKWARD) * forward_flops(spec, 0, head_tokens=tokens, context=0)
+    speed = layout.tp * layout.cp * machine.device.flops(cfg.bf16) * assume.train_share
+    stages = [flops / speed for flops in _stages(spec, layout, layers, head)]
+    deepest = max(layout.stage_layers(spec.num_layers))
+    reduced = tokens / layout.cp * spec.hidden_size * e * deepest
     # Two sums over the ranks forward, two backward; a split sequence is gathered twice more.
-    sums = 4 + 2 * (cfg.sequence_parallel and layout.tp > 1) / 2
-    sent = 2 * tokens * spec.hidden_size * e if layout.pp > 1 else 0
+    sums = 4 + 2 * (cfg.sequence_parallel and layout.tp > 1) / 2 + again.sums
+    sent = 2 * tokens / layout.cp * spec.hidden_size * e * layout.virtual if layout.pp > 1 else 0
+    gathers = 2 + again.gathers
     largest = max(rank_parameters(spec, layout))
-    shards = layout.dp if cfg.use_distributed_optimizer else 1
+    copies = layout.dp * layout.cp
+    shards = copies if cfg.use_distributed_optimizer else 1
     summed = (GRADIENT + e) if cfg.use_distributed_optimizer else 2 * GRADIENT
     return StepTime(
-        compute=compute,
-        bubble=compute * (layout.pp - 1) / number,
+        compute=max(stages),
+        bubble=(sum(stages) - max(stages)) / number / layout.virtual,
         tensor=sums * _ring(layout.tp) * 2 * reduced / machine.link(layout.tp),
-        pipeline=sent / machine.link(layout.tp * layout.dp * layout.pp),
-        data=_ring(layout.dp) * summed * largest / machine.link(layout.tp * layout.dp),
+        context=gathers * _gathered(spec, layout, tokens, e) / machine.link(layout.tp * layout.cp),
+        pipeline=sent / machine.link(layout.ranks),
+        data=_ring(copies) * summed * largest / machine.link(layout.tp * copies),
         update=UPDATE_BYTES * largest / shards / (machine.device.bandwidth * assume.bandwidth_share),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Again:
+    """What a backward computes again: FLOPs of all layers, and per layer sums over tensor ranks and gathers of keys."""
+
+    flops: float = 0.0
+    sums: float = 0.0
+    gathers: float = 0.0
+
+
+def _again(spec: ModelSpec, cfg: TrainConfig, layout: Layout, tokens: float, segment: float) -> _Again:
+    context = segment / 2
+    whole, without = (forward_flops(spec, tokens, head_tokens=0, context=length) for length in (context, 0))
+    if cfg.recompute_granularity == "full":
+        share = 1.0
+        if cfg.recompute_method == "block":  # of each part of each stage
+            parts = [number / layout.virtual for number in layout.stage_layers(spec.num_layers)]
+            share = sum(min(cfg.recompute_num_layers, part) for part in parts) / sum(parts)
+        return _Again(flops=share * whole, sums=2 * share, gathers=share)
+    if cfg.recompute_granularity == "none":
+        return _Again()
+    core, mlp = ("core_attn" in cfg.recompute_modules), ("mlp" in cfg.recompute_modules)
+    flops = core * (whole - without) + mlp * 2 * tokens * mlp_weights(spec)
+    return _Again(flops=flops, sums=float(mlp), gathers=float(core))
+
+
+def _stages(spec: ModelSpec, layout: Layout, layers: float, head: float) -> list[float]:
+    """What each pipeline stage has of the work of all layers; the last has the output layer's too."""
+    stages = [layers * number / spec.num_layers for number in layout.stage_layers(spec.num_layers)]
+    stages[-1] += head
+    return stages
+
+
+def _gathered(spec: ModelSpec, layout: Layout, tokens: float, e: int) -> float:
+    """Bytes of keys and values that a context-parallel rank gathers in its layers' forwards."""
+    deepest, width = max(layout.stage_layers(spec.num_layers)), max(spec.num_kv_heads / layout.tp, 1) * spec.head_dim
+    return _ring(layout.cp) * tokens * 2 * width * e * deepest
 
 
 def _ring(ranks: int) -> float:
@@ -136,14 +183,16 @@ def prefill_seconds(
         shard_rows: Rows of a shard, at whose end a pipeline drains.
     """
     e, assume = element_bytes(cfg.bf16), machine.assume
-    flops = forward_flops(spec, tokens, head_tokens=responses, context=segment / 2)
-    ranks = layout.tp * layout.pp * layout.dp
-    compute = flops / ranks / (machine.device.flops(cfg.bf16) * assume.prefill_share)
-    compute *= 1 + (layout.pp - 1) * cfg.micro_batch_size / max(shard_rows, 1)
-    sent = tokens / layout.dp * spec.hidden_size * e
-    reduced = sent * spec.num_layers / layout.pp
+    layers = forward_flops(spec, tokens, head_tokens=0, context=segment / 2)
+    head = forward_flops(spec, 0, head_tokens=responses, context=0)
+    speed = layout.ranks / layout.pp * machine.device.flops(cfg.bf16) * assume.prefill_share
+    stages = [flops / speed for flops in _stages(spec, layout, layers, head)]
+    compute = max(stages) + (sum(stages) - max(stages)) * cfg.micro_batch_size / max(shard_rows, 1)
+    sent = tokens / layout.dp / layout.cp * spec.hidden_size * e
+    reduced = sent * max(layout.stage_layers(spec.num_layers))
     seconds = compute + 2 * _ring(layout.tp) * 2 * reduced / machine.link(layout.tp)
-    return seconds + (sent / machine.link(ranks) if layout.pp > 1 else 0.0)
+    seconds += _gathered(spec, layout, tokens / layout.dp, e) / machine.link(layout.tp * layout.cp)
+    return seconds + (sent / machine.link(layout.ranks) if layout.pp > 1 else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

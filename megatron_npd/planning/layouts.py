@@ -6,10 +6,10 @@ The stages' own checks refuse (``models/layout.py``, ``training/trainer.py``); m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_npd.config.plan import PlanConfig
 from megatron_npd.config.settings import AnnotateConfig, LayoutConfig
@@ -17,6 +17,7 @@ from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import ModelSpec
 from megatron_npd.models.layout import check_layout
+from megatron_npd.models.zigzag import check_alignment
 from megatron_npd.planning.hours import Decoding, Machine, StepTime, decoding, prefill_seconds, step_time
 from megatron_npd.planning.memory import (
     RankMemory,
@@ -31,6 +32,12 @@ from megatron_npd.platform.accelerators import GIB
 from megatron_npd.training.trainer import check_batch, check_experts
 
 Cfg = TypeVar("Cfg", bound=LayoutConfig)
+# What keeps least: the input of each layer.
+_RECOMPUTE: dict[str, Any] = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,7 @@ class Candidate:
         seconds: Of an optimizer step, or of annotating a round; None: it is refused.
         step: Where the seconds of a step go.
         refused: Why; empty: it fits.
+        remedy: What would make it fit, where that is known.
     """
 
     layout: Layout
@@ -50,6 +58,7 @@ class Candidate:
     seconds: float | None = None
     step: StepTime | None = None
     refused: str = ""
+    remedy: str = ""
 
 
 def divisors(number: int) -> list[int]:
@@ -57,29 +66,63 @@ def divisors(number: int) -> list[int]:
 
 
 def layouts(cfg: LayoutConfig, nodes: int, per_node: int) -> Iterator[Layout]:
-    """What a stage may try: its own layout, where its settings name one, and all with TP inside a node."""
-    world = nodes * per_node
-    own = own_sizes(cfg)
+    """What a stage may try: its own layout, where its settings name one, and all with TP inside a node.
+
+    All have the settings' context-parallel size.
+    """
+    world, own, cp = nodes * per_node, own_layout(cfg, nodes * per_node), cfg.context_parallel_size
     if own is not None:
-        yield Layout(tp=own[0], pp=own[1], dp=max(world // (own[0] * own[1]), 1))
+        yield own
+    yield from (one for one in _cuts(world, per_node, cp) if own is None or (one.tp, one.pp) != (own.tp, own.pp))
+
+
+def _cuts(world: int, per_node: int, cp: int) -> Iterator[Layout]:
     for tp in divisors(per_node):
         for pp in divisors(world // tp):
-            if (tp, pp) != own:
-                yield Layout(tp=tp, pp=pp, dp=world // (tp * pp))
+            if world // (tp * pp) % cp == 0:
+                yield Layout(tp=tp, pp=pp, cp=cp, dp=world // (tp * pp * cp))
 
 
-def own_sizes(cfg: LayoutConfig) -> tuple[int, int] | None:
-    """Tensor- and pipeline-parallel sizes that the settings ask for; None: 1 x 1, which is left to the plan."""
-    sizes = (cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size)
-    return None if sizes == (1, 1) else sizes
+def _lighter(cfg: TrainConfig, segment_align: int, world: int, per_node: int) -> Iterator[Layout]:
+    """What the trainer may try where nothing fits: rows shared by more ranks, and layers that are computed again."""
+    recompute = (False, True) if cfg.recompute_granularity == "none" else (False,)
+    sizes = [size for size in divisors(world) if size % cfg.context_parallel_size == 0]
+    for cp in sizes:
+        if cp == cfg.context_parallel_size or segment_align % (2 * cp) == 0:
+            for one in _cuts(world, per_node, cp):
+                ways = [replace(one, recompute=again) for again in recompute]
+                yield from ways[cp == cfg.context_parallel_size :]
+
+
+def own_layout(cfg: LayoutConfig, world: int) -> Layout | None:
+    """The layout that the settings ask for; None: 1 x 1, which is left to the plan."""
+    tp, pp, cp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, cfg.context_parallel_size
+    if tp == pp == cp == 1:
+        return None
+    own = Layout(tp=tp, pp=pp, cp=cp, dp=max(world // (tp * pp * cp), 1))
+    return replace(own, **cfg.pipeline_split)
+
+
+def is_own(cfg: LayoutConfig, layout: Layout) -> bool:
+    """Whether the settings ask for it."""
+    return layout == own_layout(cfg, layout.ranks)
 
 
 def cut(cfg: Cfg, layout: Layout) -> Cfg:
     """A stage's settings with a layout's sizes; a layout that is not the settings' own splits the sequence too."""
-    sizes = {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp}
-    if isinstance(cfg, TrainConfig) and own_sizes(cfg) != (layout.tp, layout.pp):
-        sizes["sequence_parallel"] = layout.tp > 1
-    return replace(cfg, **sizes)
+    if is_own(cfg, layout):
+        return cfg
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "context_parallel_size": layout.cp,
+        "decoder_first_pipeline_num_layers": 0,
+        "decoder_last_pipeline_num_layers": 0,
+    }
+    if isinstance(cfg, TrainConfig):
+        fields |= {"sequence_parallel": layout.tp > 1, "virtual_pipeline_model_parallel_size": 1}
+        fields |= _RECOMPUTE if layout.recompute else {}
+    return replace(cfg, **fields)
 
 
 def training_layouts(spec: ModelSpec, cfg: PlanConfig, nodes: int, machine: Machine) -> list[Candidate]:
@@ -88,20 +131,26 @@ def training_layouts(spec: ModelSpec, cfg: PlanConfig, nodes: int, machine: Mach
     def look(layout: Layout) -> Candidate:
         train, row = cut(cfg.train, layout), cfg.pack.seq_length
         check_experts(train, spec)
+        check_alignment(cfg.pack.segment_align, layout.cp, "pack.segment_align")
         rows = check_batch(train, row, layout.dp)
-        memory = training_memory(
-            spec,
-            train,
-            layout,
-            row_tokens=row,
-            micro_batches=rows // (train.micro_batch_size * layout.dp),
-            norms=machine.device.platform,
-        )
+        sizes = {"row_tokens": row, "micro_batches": rows // (train.micro_batch_size * layout.dp)}
+        memory = training_memory(spec, train, layout, **sizes, norms=machine.device.platform)
+        if train.recompute_granularity == "none" and memory.total > machine.memory:
+            least = training_memory(spec, replace(train, **_RECOMPUTE), layout, **sizes, norms=machine.device.platform)
+            if least.total <= machine.memory:
+                how = "recompute_granularity full (recompute_method uniform, recompute_num_layers 1)"
+                return Candidate(layout=layout, memory=memory, remedy=f"{how} needs {least.total / GIB:.1f}")
         segment = cfg.mean_prompt + cfg.mean_response
         step = step_time(spec, train, layout, machine, rows=rows, row_tokens=row, segment=segment)
         return Candidate(layout=layout, memory=memory, seconds=step.total, step=step)
 
-    return [_looked_at(spec, layout, nodes, machine, look) for layout in layouts(cfg.train, nodes, machine.per_node)]
+    def looked_at(found: Iterable[Layout]) -> list[Candidate]:
+        return [_looked_at(spec, layout, nodes, machine, look) for layout in found]
+
+    found = looked_at(layouts(cfg.train, nodes, machine.per_node))
+    if any(one.seconds is not None for one in found):
+        return found
+    return found + looked_at(_lighter(cfg.train, cfg.pack.segment_align, nodes * machine.per_node, machine.per_node))
 
 
 def annotation_layouts(
@@ -152,7 +201,7 @@ def _annotation_seconds(
 def student_layout(student: ModelSpec, layout: Layout) -> Layout:
     """How the annotator cuts the student (``teacher/annotate.py``): no wider than its key-value heads allow."""
     tp = math.gcd(layout.tp, student.num_kv_heads)
-    return Layout(tp=tp, pp=1, dp=layout.tp * layout.pp * layout.dp // tp)
+    return Layout(tp=tp, pp=1, dp=layout.ranks // tp)
 
 
 def _looked_at(
@@ -163,8 +212,8 @@ def _looked_at(
 
     try:
         sizes = {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp}
-        check_world_size(nodes * machine.per_node, **sizes)
-        check_layout(spec, layout.tp, layout.pp)
+        check_world_size(nodes * machine.per_node, **sizes, context_parallel_size=layout.cp)
+        check_layout(spec, layout.tp, layout.pp, first=layout.first, last=layout.last, virtual=layout.virtual)
         candidate = look(layout)
     except UserError as error:
         return Candidate(layout=layout, refused=str(error).replace(f" of {spec.path}", ""))
@@ -172,6 +221,7 @@ def _looked_at(
     if candidate.memory.total > machine.memory:
         need, room = candidate.memory.total / GIB, machine.memory / GIB
         reason = f"memory must be at most {room:.1f} GiB per rank, got {need:.1f}"
+        reason += f"; {candidate.remedy}" if candidate.remedy else ""
         return replace(candidate, seconds=None, step=None, refused=reason)
     return candidate
 
@@ -179,13 +229,13 @@ def _looked_at(
 def usable(candidates: list[Candidate], cfg: LayoutConfig) -> list[Candidate]:
     """The settings' own layout where it fits, else all that fit, by time."""
     fitting = sorted((candidate for candidate in candidates if candidate.seconds is not None), key=by_time)
-    return [one for one in fitting if (one.layout.tp, one.layout.pp) == own_sizes(cfg)] or fitting
+    return [one for one in fitting if is_own(cfg, one.layout)] or fitting
 
 
 def by_time(candidate: Candidate) -> tuple[float, int]:
     """Order of layouts that fit: the fastest first, of those that are as fast the least cut."""
     assert candidate.seconds is not None
-    return candidate.seconds, candidate.layout.tp * candidate.layout.pp
+    return candidate.seconds, candidate.layout.tp * candidate.layout.pp * candidate.layout.cp
 
 
 @dataclass(frozen=True, kw_only=True)

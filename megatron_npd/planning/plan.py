@@ -321,8 +321,10 @@ def _checkpoints(cfg: PlanConfig) -> int:
     steps, interval = cfg.train.train_iters, cfg.train.save_interval
     kept = {step for step in range(1, steps + 1) if interval and step % interval == 0}
     if cfg.train.refresh == "by_lag":  # when, nobody knows
-        kept |= {steps, *(-index for index in range(cfg.updates))}
+        policies = {steps, *(-index for index in range(cfg.updates))}
     else:
         schedule = RefreshSchedule(replace(cfg.train, updates=cfg.updates))
-        kept |= {step for step in range(1, steps + 1) if schedule.after(step, 0, None)}
-    return len(kept) + bool(cfg.train.save_interval_in_mins)
+        policies = {step for step in range(1, steps + 1) if schedule.after(step, 0, None)}
+    others = len(kept - policies)
+    most = min(others, cfg.train.most_recent_k or others)  # policies are kept beside them
+    return len(policies) + most + bool(cfg.train.save_interval_in_mins or most < others)

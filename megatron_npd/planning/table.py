@@ -8,14 +8,14 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from megatron_npd.config.settings import LayoutConfig
-from megatron_npd.planning.layouts import Candidate, by_time, cut, own_sizes
+from megatron_npd.planning.layouts import Candidate, by_time, cut, is_own
 from megatron_npd.planning.memory import RankMemory
-from megatron_npd.planning.model import parameters
+from megatron_npd.planning.model import Layout, parameters
 from megatron_npd.planning.plan import Plan, Split
 from megatron_npd.platform.accelerators import GB, GIB, TERA
 
 _SHOWN, _LARGE = 6, 2  # layouts of a table that fit, and that are too large
-_HOURS = ["as: TP x PP; rollout, annotate, train: of one round; select and pack take seconds per million samples"]
+_HOURS = ["as: TP x PP x CP; rollout, annotate, train: of one round; select and pack take seconds per million samples"]
 _COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 _BYTES = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 _TIMES = ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"))
@@ -145,7 +145,8 @@ def _training(plan: Plan) -> list[str]:
         waits = step.total - step.compute - step.update
         shares = [f"{100 * part / step.total:.0f} %" for part in (step.compute, waits)]
         rows.append([*row, _duration(step.total), *shares])
-    return [*_rows(names, rows), *_others(fitting, large), *_refused(refused)]
+    own = [one for one in large if _is_own(one, plan.cfg.train)]
+    return [*_rows(names, rows), *_others(fitting, large), *_refused([*own, *refused])]
 
 
 def _annotation(plan: Plan) -> list[str]:
@@ -174,7 +175,7 @@ def _shown(fitting: list[Candidate], large: list[Candidate], cfg: LayoutConfig) 
 
 
 def _is_own(candidate: Candidate, cfg: LayoutConfig) -> bool:
-    return (candidate.layout.tp, candidate.layout.pp) == own_sizes(cfg)
+    return is_own(cfg, candidate.layout)
 
 
 def _name(candidate: Candidate, cfg: LayoutConfig) -> str:
@@ -203,8 +204,8 @@ def _refused(candidates: list[Candidate]) -> list[str]:
     """Each reason once, with the layouts that it is true of."""
     layouts: dict[str, list[str]] = {}
     for candidate in candidates:
-        layouts.setdefault(candidate.refused, []).append(f"{candidate.layout.tp} x {candidate.layout.pp}")
-    return [f"refused TP x PP = {', '.join(names)}: {reason}" for reason, names in layouts.items()]
+        layouts.setdefault(candidate.refused, []).append(candidate.layout.sizes)
+    return [f"refused TP x PP = {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in layouts.items()]
 
 
 def _servers(plan: Plan) -> list[str]:
@@ -238,7 +239,8 @@ def _splits(plan: Plan) -> list[str]:
     for split in plan.splits[:_SHOWN]:
         name = "all in turns" if _in_turns(plan, split) else f"{split.server_nodes} serve, {split.train_nodes} train"
         seconds = [getattr(split.seconds, item.name) for item in fields(split.seconds)]
-        cuts = [f"{one.layout.tp} x {one.layout.pp}" if one else "-" for one in (split.annotate, split.train)]
+        cuts = [one.layout.sizes if one else "-" for one in (split.annotate, split.train)]
+        cuts[1] += " recompute" * split.train.layout.recompute
         rows.append([name, str(split.max_lead), *cuts, *map(_duration, seconds), _duration(split.total)])
     header = ("hours", "max_lead", "annotate as", "train as", "rollout", "annotate", "train", "whole run")
     more = len(plan.splits) - _SHOWN
@@ -283,10 +285,18 @@ def _flags(plan: Plan, split: Split) -> list[str]:
         found["rollout.server-args"] = f"[--tensor-parallel-size={devices}]"
     for name, candidate in (("annotate", split.annotate), ("train", split.train)):
         if candidate is not None:
-            found[f"{name}.tensor-model-parallel-size"] = candidate.layout.tp
-            found[f"{name}.pipeline-model-parallel-size"] = candidate.layout.pp
-    found["train.sequence-parallel"] = str(cut(plan.cfg.train, split.train.layout).sequence_parallel).lower()
-    return [f"--{name}={value}" for name, value in found.items()]
+            found |= {f"{name}.{field}": value for field, value in _chosen(plan, name, candidate.layout).items()}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in found.items()]
+
+
+def _chosen(plan: Plan, name: str, layout: Layout) -> dict[str, object]:
+    """A stage's settings of its layout: the main sizes, and what is not as the recipe has it."""
+    given = getattr(plan.cfg, name)
+    settings = vars(cut(given, layout))
+    shown = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"]
+    shown += ["context_parallel_size"] * (layout.cp > 1)
+    values = {field: value for field, value in settings.items() if field in shown or value != getattr(given, field)}
+    return {field: str(value).lower() if isinstance(value, bool) else value for field, value in values.items()}
 
 
 def _assumptions(plan: Plan) -> list[str]:
