@@ -165,6 +165,9 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
     virtual_pipeline_model_parallel_size: int = 1
     """Parts of its depth that a pipeline stage computes in turn, for shorter pipeline bubbles: Megatron's interleaved
     schedule; 1: one."""
+    num_layers_per_virtual_pipeline_stage: int = 0
+    """The same by the layers of such a part, Megatron's other name for it; 0: left to
+    virtual_pipeline_model_parallel_size."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """What the backward computes anew instead of keeping it: selective, the modules of recompute_modules; full, whole
     layers."""
@@ -231,6 +234,16 @@ class TrainConfig(LayoutConfig, LossConfig, OptimizerConfig):
 
     def _check_parallel(self) -> None:
         require_positive(self, "virtual_pipeline_model_parallel_size")
+        require_not_negative(self, "num_layers_per_virtual_pipeline_stage")
+        first, last = self.decoder_first_pipeline_num_layers, self.decoder_last_pipeline_num_layers
+        whole = self.pipeline_model_parallel_size > 1 == self.virtual_pipeline_model_parallel_size and not first + last
+        require(
+            whole or not self.num_layers_per_virtual_pipeline_stage,
+            "num_layers_per_virtual_pipeline_stage",
+            "0 without pipeline_model_parallel_size, with uneven stages and with virtual_pipeline_model_parallel_size",
+            self.num_layers_per_virtual_pipeline_stage,
+            "virtual_pipeline_model_parallel_size goes with uneven stages",
+        )
         require(
             self.virtual_pipeline_model_parallel_size == 1 or self.pipeline_model_parallel_size > 1,
             "virtual_pipeline_model_parallel_size",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.families.base import ModelSpec
 
@@ -52,6 +55,25 @@ def check_layout(
             f"key-value heads of {spec.path} must divide {tensor} or be a multiple of it, got {spec.num_kv_heads}; "
             "choose another tensor-parallel size"
         )
+
+
+def with_parts(cfg: TrainConfig, spec: ModelSpec) -> TrainConfig:
+    """The same settings, with the number of a stage's parts in place of their layers.
+
+    Raises:
+        UserError: The stages cannot be cut into parts of so many layers.
+    """
+    layers, stages = cfg.num_layers_per_virtual_pipeline_stage, cfg.pipeline_model_parallel_size
+    if not layers:
+        return cfg
+    if spec.num_layers % (stages * layers):
+        raise UserError(
+            f"layers of {spec.path} must be a multiple of pipeline_model_parallel_size x "
+            f"num_layers_per_virtual_pipeline_stage = {stages} x {layers}, got {spec.num_layers}; choose sizes that "
+            "divide them"
+        )
+    parts = spec.num_layers // (stages * layers)
+    return replace(cfg, num_layers_per_virtual_pipeline_stage=0, virtual_pipeline_model_parallel_size=parts)
 
 
 def _check_stages(spec: ModelSpec, pipeline_size: int, first: int, last: int, virtual: int) -> None:

@@ -124,7 +124,7 @@ def check_prompts(run: RunDir, cfg: NPDConfig) -> None:
 
 def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     """Check the objective and both layouts; ``specs``: the student's, then the teacher's where it runs here."""
-    from megatron_npd.models.layout import check_layout
+    from megatron_npd.models.layout import check_layout, with_parts
     from megatron_npd.models.zigzag import check_alignment
     from megatron_npd.ops.arguments import check_objective
     from megatron_npd.ops.implementation import use_triton
@@ -136,12 +136,13 @@ def _check_training(cfg: NPDConfig, specs: list[ModelSpec]) -> None:
     use_triton(cfg.train.loss_impl, get_platform().device(0), name="train.loss_impl")
     check_devices(cfg.nproc_per_node)
     check_alignment(cfg.pack.segment_align, cfg.train.context_parallel_size, "pack.segment_align")
-    for spec, stage in zip(specs, (cfg.train, cfg.annotate), strict=False):
+    train = with_parts(cfg.train, specs[0])
+    for spec, stage in zip(specs, (train, cfg.annotate), strict=False):
         check_world_size(cfg.world_size, **stage.parallel_sizes)
         sizes = stage.tensor_model_parallel_size, stage.pipeline_model_parallel_size
         check_layout(spec, *sizes, **stage.pipeline_split, expert_size=stage.expert_model_parallel_size)
-    check_experts(cfg.train, specs[0])
-    check_batch(cfg.train, cfg.pack.seq_length, cfg.world_size // cfg.train.copy_size)
+    check_experts(train, specs[0])
+    check_batch(train, cfg.pack.seq_length, cfg.world_size // cfg.train.copy_size)
 
 
 def _check_lengths(cfg: NPDConfig, context: int, longest: int) -> None:

@@ -51,7 +51,7 @@ _FREE = {
     "log_interval log_entropy tensorboard_dir wandb_project wandb_exp_name platform micro_batch_size balance_attention "
     "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size decoder_first_pipeline_num_layers "
     "decoder_last_pipeline_num_layers virtual_pipeline_model_parallel_size "
-    "sequence_parallel recompute_granularity "
+    "num_layers_per_virtual_pipeline_stage sequence_parallel recompute_granularity "
     "recompute_modules recompute_method recompute_num_layers overlap_grad_reduce overlap_param_gather "
     "fused_linear_loss loss_impl deterministic_mode profile profile_step_start profile_step_end profile_ranks",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_npd.config.plan import PlanConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.families import ModelSpec, load_spec
+from megatron_npd.models.layout import with_parts
 from megatron_npd.planning.hours import Machine
 from megatron_npd.planning.layouts import (
     Candidate,
@@ -132,6 +133,7 @@ def make_plan(cfg: PlanConfig) -> Plan:
         UserError: A model is not supported, or the number of prompts is not known.
     """
     student = load_spec(cfg.student)
+    cfg = replace(cfg, train=with_parts(cfg.train, student))
     teacher = None if cfg.annotate.backend == "none" and cfg.responses == "student" else _teacher(cfg)
     machine = Machine(device=ACCELERATORS[cfg.gpu], per_node=cfg.devices_per_node, assume=cfg.assume)
     work = _work(cfg)

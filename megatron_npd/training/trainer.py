@@ -23,6 +23,7 @@ from megatron_npd.models.attention import context_share
 from megatron_npd.models.build import ModelSpec, build_chunks, load_hf_weights, load_spec
 from megatron_npd.models.checkpoint import load_checkpoint, together
 from megatron_npd.models.flops import step_flops
+from megatron_npd.models.layout import with_parts
 from megatron_npd.ops.arguments import check_objective
 from megatron_npd.ops.implementation import use_triton
 from megatron_npd.paths import check_training
@@ -78,6 +79,8 @@ def train(cfg: TrainConfig) -> TrainResult:
     check_training(cfg)
     check_objective(**cfg.kd_settings())
     use_triton(cfg.loss_impl, platform.device(local_rank()), name="loss_impl")
+    if cfg.num_layers_per_virtual_pipeline_stage:
+        cfg = with_parts(cfg, load_spec(cfg.hf_model))
     parts = cfg.virtual_pipeline_model_parallel_size
     with deterministic(cfg.deterministic_mode):
         initialize_distributed(seed=cfg.seed, virtual_pipeline_model_parallel_size=parts, **cfg.parallel_sizes)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_npd.config.training import TrainConfig
 from megatron_npd.errors import UserError
 from megatron_npd.models.families.base import ModelSpec
 from megatron_npd.models.families.config import load_spec
-from megatron_npd.models.layout import check_layout
+from megatron_npd.models.layout import check_layout, with_parts
 from tests.helpers import make_tiny_model
 
 
@@ -66,3 +68,13 @@ def test_stages_without_a_place_in_the_world_are_refused(tmp_path: Path) -> None
     assert check_batch(cfg, 64, 2) == 4
     with pytest.raises(UserError, match=r"must be a multiple of pipeline_model_parallel_size \(2\) .* got 1"):
         check_batch(cfg, 64, 4)
+
+
+def test_parts_are_counted_by_their_layers(spec: ModelSpec) -> None:
+    cfg = TrainConfig(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
+    parts = with_parts(cfg, spec)
+    assert parts.virtual_pipeline_model_parallel_size == spec.num_layers // 2
+    assert parts.num_layers_per_virtual_pipeline_stage == 0 and with_parts(parts, spec) is parts
+    words = r"must be a multiple of pipeline_model_parallel_size x num_layers_per_virtual_pipeline_stage = 2 x 5, got"
+    with pytest.raises(UserError, match=words):
+        with_parts(replace(cfg, num_layers_per_virtual_pipeline_stage=5), spec)

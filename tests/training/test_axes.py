@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from megatron_npd.config.training import TrainConfig
 from megatron_npd.models.convert import megatron_to_hf
+from megatron_npd.training.metrics import is_time
 from megatron_npd.training.trainer import train
 from tests.dist import run_distributed
 from tests.helpers import make_tiny_model
-from tests.training.make_run import column, config, make_packs
+from tests.training.make_run import column, config, make_packs, read_metrics
 from tests.training.test_layouts import TOLERANCE, final_state
 
 TP2, PP2, CP2 = (
@@ -37,6 +38,7 @@ AXES: dict[int, dict[str, dict[str, Any]]] = {
         "cp2": CP2,
         "cp2-fused-mbs2": CP2 | {"fused_linear_loss": True, "micro_batch_size": 2},
         "vpp2": VPP2,
+        "vpp2-by-layers": PP2 | {"num_layers_per_virtual_pipeline_stage": 1},
         "pp2-uneven": PP2 | {"decoder_first_pipeline_num_layers": 3},
         "dp2-overlap": OVERLAP,
     },
@@ -115,6 +117,14 @@ def test_a_checkpoint_goes_on_in_another_layout(runs: Path, name: str) -> None:
     for quantity in ("loss", "grad_norm", "response_tokens"):
         expected, got = (column(runs / run / "metrics.jsonl", quantity) for run in ("one", name))
         assert got == pytest.approx(expected[HALF : STEPS[MOVED.get(name, 4)]], abs=TOLERANCE), quantity
+
+
+def test_parts_by_their_layers_are_those_by_their_number(runs: Path) -> None:
+    one, other = (
+        [{name: value for name, value in line.items() if not is_time(name)} for line in read_metrics(path)]
+        for path in (runs / name / "metrics.jsonl" for name in ("vpp2", "vpp2-by-layers"))
+    )
+    assert one == other and len(one) == STEPS[2]
 
 
 def test_the_policy_of_a_model_in_parts_is_that_of_one_process(runs: Path) -> None:

@@ -68,6 +68,15 @@ def test_nothing_changes_but_time_and_memory(tmp_path: Path) -> None:
             "overlap_param_gather must be false with fused_linear_loss",
         ),
         ("--virtual-pipeline-model-parallel-size=0", "virtual_pipeline_model_parallel_size must be at least 1, got 0"),
+        (
+            "--num-layers-per-virtual-pipeline-stage=1",
+            "num_layers_per_virtual_pipeline_stage must be 0 without pipeline_model_parallel_size, with uneven",
+        ),
+        (
+            "--num-layers-per-virtual-pipeline-stage=1 --pipeline-model-parallel-size=2 "
+            "--virtual-pipeline-model-parallel-size=2",
+            "num_layers_per_virtual_pipeline_stage must be 0 without .* got 1; virtual_pipeline_model_parallel_size",
+        ),
         ("--decoder-last-pipeline-num-layers=-1", "decoder_last_pipeline_num_layers must be at least 0, got -1"),
     ],
 )
