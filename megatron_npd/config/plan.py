@@ -88,8 +88,9 @@ class PlanConfig(NPDConfig):
             self.mean_prompt + self.mean_response,
             "raise rollout.max_model_len",
         )
-        experts = self.train.expert_model_parallel_size
-        require(experts == 1, "train.expert_model_parallel_size", "1", experts, "npd plan has all experts on a rank")
+        for stage in ("annotate", "train"):
+            experts, name = getattr(self, stage).expert_model_parallel_size, f"{stage}.expert_model_parallel_size"
+            require(experts == 1, name, "1", experts, "npd plan has all experts on a rank")
 
     @property
     def mean_prompt(self) -> int:

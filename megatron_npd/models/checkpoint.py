@@ -216,8 +216,9 @@ def load_checkpoint(
     )
     ours = plain({name: wanted.get(name) for name in ("optimizer", "scheduler")})
     try:
-        with known_classes_only(path, read_manifest(path, verify=False).files):
+        with ExitStack() as stack:
             with together():
+                stack.enter_context(known_classes_only(path, read_manifest(path, verify=False).files))
                 check_common(path)
             loaded: Any = dist_checkpointing.load(wanted, str(path), load_strategy())
     except UserError:
@@ -228,8 +229,9 @@ def load_checkpoint(
         raise UserError(
             f"{path} must hold this model, got: {_reason(error)}; give the model that was trained"
         ) from error
-    except FileNotFoundError as error:
-        raise malformed(Path(error.filename or path), "no such file") from error
+    except OSError as error:
+        what = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise malformed(Path(error.filename or path), what) from error
     except MALFORMED as error:
         raise malformed(common_place(path), error) from error
     if other := of_another_kind(ours, loaded):

@@ -90,7 +90,8 @@ class Plan:
     """All that is said of a run.
 
     Attributes:
-        cfg: What was asked.
+        asked: What was asked.
+        cfg: The same, with what follows from the models' depth.
         machine: On what.
         student: Its shape.
         teacher: Its shape; None: no model of it runs here.
@@ -103,6 +104,7 @@ class Plan:
         storage: Bytes by what lies there.
     """
 
+    asked: PlanConfig
     cfg: PlanConfig
     machine: Machine
     student: ModelSpec
@@ -132,12 +134,13 @@ def make_plan(cfg: PlanConfig) -> Plan:
     Raises:
         UserError: A model is not supported, or the number of prompts is not known.
     """
-    student = load_spec(cfg.student)
+    asked, student = cfg, load_spec(cfg.student)
     cfg = replace(cfg, train=with_parts(cfg.train, student))
     teacher = None if cfg.annotate.backend == "none" and cfg.responses == "student" else _teacher(cfg)
     machine = Machine(device=ACCELERATORS[cfg.gpu], per_node=cfg.devices_per_node, assume=cfg.assume)
     work = _work(cfg)
     plan = Plan(
+        asked=asked,
         cfg=cfg,
         machine=machine,
         student=student,

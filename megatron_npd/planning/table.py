@@ -291,8 +291,7 @@ def _flags(plan: Plan, split: Split) -> list[str]:
 
 def _chosen(plan: Plan, name: str, layout: Layout) -> dict[str, object]:
     """A stage's settings of its layout: the main sizes, and what is not as the recipe has it."""
-    given = getattr(plan.cfg, name)
-    settings = vars(cut(given, layout))
+    given, settings = getattr(plan.asked, name), vars(cut(getattr(plan.cfg, name), layout))
     shown = ["tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"]
     shown += ["context_parallel_size"] * (layout.cp > 1)
     values = {field: value for field, value in settings.items() if field in shown or value != getattr(given, field)}

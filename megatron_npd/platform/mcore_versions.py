@@ -5,12 +5,22 @@ What both take in one form is written in that form, where it is used; here is th
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import runpy
 import warnings
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-MCORE = version("megatron-core")
+
+def _version() -> str:
+    """Of the megatron.core that an import would find: a checkout may stand before the installed one."""
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None and spec.origin is not None
+    return runpy.run_path(str(Path(spec.origin).with_name("package_info.py")))["__version__"]
+
+
+MCORE = _version()
 NEWER = tuple(map(int, MCORE.split(".")[:2])) >= (0, 19)
 
 # For ``dist_checkpointing.save``, whose request is carried out by models/checkpoint_writer.py: else a newer one asks

@@ -83,8 +83,11 @@ class Stragglers:
             On steps with a log line, where there are several ranks: least, median and greatest
             ``compute_*_seconds`` of a step, the ``slowest_rank``, and the longest wait for data with its rank.
         """
-        self._steps.append((self._clock.take(), data_wait))
-        if dist.get_world_size() == 1 or not is_logged(self._cfg, iteration, self._stop):
+        computed = self._clock.take()
+        if dist.get_world_size() == 1:
+            return {}
+        self._steps.append((computed, data_wait))
+        if not is_logged(self._cfg, iteration, self._stop):
             return {}
         ranks = torch.zeros(dist.get_world_size(), 2, device=self._device)
         ranks[dist.get_rank()] = torch.tensor(self._steps).mean(0)

@@ -256,6 +256,14 @@ def test_text_and_json_hold_the_same(models: Path) -> None:
     assert "note: train.bf16 is false" in as_text(plan_of(models, "--nodes=8", "--train.bf16=false"))
 
 
+def test_a_stage_s_parts_given_by_their_layers_do_not_stay_beside_the_plan_s_own(models: Path) -> None:
+    parts = ("--train.pipeline-model-parallel-size=4", "--train.num-layers-per-virtual-pipeline-stage=1")
+    plan = plan_of(models, "--nodes=8", *parts)
+    assert plan.cfg.train.virtual_pipeline_model_parallel_size == 7
+    assert plan.splits[0].train.layout.pp != 4  # that does not fit
+    assert "--train.num-layers-per-virtual-pipeline-stage=0" in as_text(plan)
+
+
 def test_prompts_are_counted_where_a_file_is_given(models: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n\n' * 7)
@@ -270,6 +278,10 @@ def test_prompts_are_counted_where_a_file_is_given(models: Path, tmp_path: Path)
         (
             ("--train.expert-model-parallel-size=2",),
             "train.expert_model_parallel_size must be 1, got 2; npd plan has all experts on a rank",
+        ),
+        (
+            ("--annotate.expert-model-parallel-size=2",),
+            "annotate.expert_model_parallel_size must be 1, got 2; npd plan has all experts on a rank",
         ),
         (("--gpu=h100",), "--gpu must be one of a100-40g, "),
         (("--response-tokens=5000",), "response_tokens must be at most rollout.max_tokens (256), got 5000; raise"),
