@@ -161,11 +161,15 @@ def test_slurm_says_which_node_this_is(tmp_path: Path) -> None:
 
 
 def test_ray_starts_in_the_allocation_and_one_command_on_it(tmp_path: Path) -> None:
-    programs = {"srun": 'echo "srun $*"', "hostname": "echo gpu07", "ray": "true", "scontrol": "echo gpu07"}
+    programs = {"hostname": "echo gpu07", "ray": "true", "scontrol": "echo gpu07"}
+    programs["srun"] = f'echo "srun $*"; touch {tmp_path}/begun-$$'
+    # The script's end is that of its steps in the background, which may not have begun.
+    programs["python"] = f'until [ "$(ls {tmp_path} | grep -c begun)" = 2 ]; do sleep 0.05; done; echo "$*"'
     for name, line in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NUM_NODES": "6", "SLURM_JOB_NODELIST": "gpu[07-12]", "SLURM_JOB_ID": "7", "PYTHON": "echo"}
+    slurm = {"SLURM_JOB_NUM_NODES": "6", "SLURM_JOB_NODELIST": "gpu[07-12]", "SLURM_JOB_ID": "7"}
+    slurm["PYTHON"] = str(tmp_path / "python")
     done = subprocess.run(
         [SCRIPT.parent / "npd_ray.sbatch", "--train.lr=1e-5"],
         env=os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},

@@ -66,12 +66,13 @@ def test_the_slow_rank_is_named_with_its_own_time(runs: tuple[Path, list[str]], 
     lines = read_metrics(runs[0] / name / "metrics.jsonl")
     assert ["slowest_rank" in line for line in lines] == [False, True], "on the step that has a line in the log"
     step, found, pause = sum(line["step_seconds"] for line in lines) / STEPS, lines[1], pauses * PAUSE
+    most = 1.5 * step  # of a step, not of all; ranks do not begin one at the same moment, and this is rank 0's
     if what == "data":
-        assert found["data_wait_rank"] == slow and pause <= found["data_wait_max_seconds"] < step
+        assert found["data_wait_rank"] == slow and pause <= found["data_wait_max_seconds"] < most
         assert found["compute_max_seconds"] < step - pause / 2, "waiting is no computing"
         return
     least, median, greatest = (found[f"compute_{which}_seconds"] for which in ("min", "median", "max"))
-    assert found["slowest_rank"] == slow and pause <= greatest < step
+    assert found["slowest_rank"] == slow and pause <= greatest < most
     assert least < greatest - pause / 2, "the other rank waits for it, and that is not its own time"
     assert median == pytest.approx((least + greatest) / 2, rel=1e-3)
 
