@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_npd.config.settings import RolloutConfig
@@ -90,6 +91,7 @@ def test_a_job_may_not_use_the_memory_of_its_machine(tmp_path: Path, version: in
 
 
 def test_without_control_groups_it_is_the_machine_s(tmp_path: Path) -> None:
-    machine = free_memory(tmp_path / "none", tmp_path)
+    memory = psutil.virtual_memory()
     (tmp_path / "cgroup").write_text("0::/somewhere\n")
-    assert 0 < abs(machine - free_memory(tmp_path / "cgroup", tmp_path)) + 1 < 2 * GIB
+    for groups in ("none", "cgroup"):  # other processes take and give memory meanwhile
+        assert free_memory(tmp_path / groups, tmp_path) == pytest.approx(memory.available - memory.total // 4, abs=GIB)

@@ -27,7 +27,7 @@ _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 _DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "F8_E8M0": torch.float8_e8m0fnu}
 _DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
-_KEPT_SECONDS = 1800.0
+_KEPT_SECONDS = 1800.0  # that weights wait in memory to be loaded; a refresh loads them as soon as all have read
 _AHEAD = 4  # tensors in memory before they are taken, whatever is free: of a 7B model at most 2.5 GB, mostly 0.5
 
 

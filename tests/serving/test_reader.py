@@ -48,7 +48,7 @@ def test_what_finds_no_room_is_read_when_it_is_taken(tiny_model_dir: Path, monke
         assert len(list(reader)) == len(reader.weights.tensors) == len(reader.content)
 
 
-def test_a_file_that_is_cut_meanwhile_is_an_error(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_cut_file_is_an_error_before_anything_is_read(tiny_model_dir: Path, tmp_path: Path) -> None:
     for name in ("config.json", SINGLE_FILE):
         (tmp_path / name).write_bytes((tiny_model_dir / name).read_bytes())
     weights = read_weights(tmp_path)
